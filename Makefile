@@ -1,0 +1,62 @@
+# Ten papers, one environment. Plain `make` prints what there is.
+PAPERS  := pin dfgc2022 dfl mdrnets anyface faceswapper most_net meta_reid irisusformer biphasic_age
+LANDED  := $(strip $(foreach paper,$(PAPERS),$(if $(wildcard $(paper)/train.py),$(paper))))
+VENV    ?= .venv
+PYTHON  ?= python3
+WORKERS ?= 2
+BIN     := $(abspath $(VENV))/bin
+PINNED  := requirements.txt requirements-dev.txt pyproject.toml
+# The clone's own code comes first, so that several clones can share one VENV.
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: help setup demo test test-all bench report lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo [PAPER=name]   train, evaluate and report the demo of one paper, or of all'
+	@echo 'make test                the tests (make test-all: the slow ones too)'
+	@echo 'make bench [PAPER=name]  size, cost and speed at the paper'"'"'s resolution'
+	@echo 'make report              report/index.html from the runs that are there'
+	@echo 'make lint                ruff'
+	@echo 'make setup               the environment alone (all targets make it by themselves)'
+	@echo 'make clean               delete runs, report and caches; the environment stays'
+	@echo
+	@echo 'papers here: $(LANDED)'
+	@echo 'VENV=path of the environment (default .venv), PYTHON=interpreter to make it with (3.11 or later)'
+
+setup:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'error: Python 3.11 or later is needed; name it with PYTHON=...' >&2; exit 2; }
+	@pins=$$(cat $(PINNED) | sha256sum | cut -d' ' -f1); \
+	if [ "$$(cat $(VENV)/.pins 2>/dev/null)" != "$$pins" ]; then \
+	  echo 'setting up $(VENV) (some GB, a few minutes; later calls reuse it)' && \
+	  $(PYTHON) -m venv $(VENV) && \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt && \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e . && \
+	  echo "$$pins" > $(VENV)/.pins; \
+	fi
+
+demo: setup
+	@$(BIN)/python -m shared.demo $(or $(PAPER),$(LANDED))
+
+# One thread per test process: small networks gain nothing from more, and two processes then fit two cores.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow'
+
+test-all: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+bench: setup
+	@for paper in $(or $(PAPER),$(LANDED)); do \
+	  echo "== $$paper"; (cd $$paper && $(BIN)/python bench.py) || exit 1; done
+
+report: setup
+	@$(BIN)/python -m shared.report
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf runs report .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,183 @@
+"""What every script does before and around its own work: command line, errors, seeds, device, batches."""
+
+import dataclasses
+import errno
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator
+from torch.utils.data import Sampler
+
+T = TypeVar("T")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message says what is wrong, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training configuration has. A paper's `Config` adds its own fields."""
+
+    preset: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "custom"
+    """Name of the preset this configuration started from."""
+    seed: int = 0
+    """Seed of everything random."""
+    out: Path | None = None
+    """Run folder. Default: runs/<paper>/<preset>-<seed>."""
+    restart: bool = False
+    """Delete what the run folder holds and begin again."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: CUDA when there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the networks. auto: bf16 autocast on CUDA, fp32 on the CPU."""
+    compile: bool = False
+    """Compile the networks with torch.compile."""
+    workers: int = 0
+    """Data-loading processes per training process."""
+
+
+def parse_presets(presets: dict[str, T], doc: str, argv: list[str] | None = None) -> T:
+    """Command line of a training script: a subcommand per preset, `--field value` over it.
+
+    presets: name -> frozen dataclass (a `RunConfig`); the first is the default when none is named.
+    doc: the script's docstring. argv: without the program's name; default `sys.argv[1:]`.
+    Exits with code 2 on an unknown preset, field or value.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    named = {name: dataclasses.replace(config, preset=name) for name, config in presets.items()}
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv.insert(0, next(iter(named)))
+    described = {name: (_first_line(config, name), config) for name, config in named.items()}
+    return tyro.extras.overridable_config_cli(described, description=doc, args=argv)
+
+
+def _first_line(config: object, name: str) -> str:
+    return f"{name}: {(type(config).__doc__ or '').strip().splitlines()[0]}"
+
+
+def parse(config_class: type[T], doc: str, argv: list[str] | None = None) -> T:
+    """Command line of any other script: one dataclass, every field an option."""
+    return tyro.cli(config_class, description=doc, args=argv)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script. A user's mistake or a full disk: one message and exit code 2. A bug: its traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "the run folder's disk"
+        print(
+            f"error: no space left writing {where}: free some, then run the same command again",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto`, `cpu` or `cuda` -> device. Raises UserError when CUDA is asked for and absent."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("--device cuda: PyTorch finds no CUDA device here; try --device cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def start(config: RunConfig, **accelerate_options) -> Accelerator:
+    """Seed, choose device and precision, join the other processes when `torchrun` started several.
+
+    Every process gets the same seed: what must differ between processes says so itself (see `StepBatches`).
+    """
+    device = pick_device(config.device)
+    bf16 = config.precision == "bf16" or (
+        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no", **accelerate_options
+    )
+    seed_everything(config.seed)
+    return accelerator
+
+
+def maybe_compile(module: torch.nn.Module, enabled: bool) -> torch.nn.Module:
+    """`torch.compile` in place (names in the state dict stay), or nothing."""
+    if enabled:
+        module.compile()
+    return module
+
+
+def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """A CPU generator that depends on (seed, step, stream) alone, so that a resumed run draws the same."""
+    mixed = np.random.SeedSequence((seed, stream, step)).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)
+
+
+class StepBatches(Sampler):
+    """Batch sampler of a run of `steps` steps whose order is a pure function of (seed, step).
+
+    n: size of the data set. batch_size: of all processes together; each rank gets its contiguous share.
+    start_step: where a resumed run goes on. draws: yield (index, draw) pairs, `draw` the running number of
+    the sample in the whole run, to seed that sample's augmentation whatever worker draws it.
+    Epochs are reshuffled and run into each other, so every batch is full also when n < batch_size.
+    Raises ValueError when the batch does not divide by the number of processes or there is no data.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        steps: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        draws: bool = False,
+    ):
+        if n < 1:
+            raise ValueError("StepBatches needs at least one sample")
+        if batch_size % world:
+            raise ValueError(f"batch size {batch_size} does not divide over {world} processes")
+        self.n, self.batch_size, self.seed, self.steps = n, batch_size, seed, steps
+        self.start_step, self.rank, self.world, self.draws = start_step, rank, world, draws
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return self.steps - self.start_step
+
+    def __iter__(self) -> Iterator[list]:
+        share = self.batch_size // self.world
+        for step in range(self.start_step, self.steps):
+            first = step * self.batch_size + self.rank * share
+            draws = range(first, first + share)
+            indices = [self._at(draw) for draw in draws]
+            yield list(zip(indices, draws, strict=True)) if self.draws else indices
+
+    def _at(self, draw: int) -> int:
+        epoch, position = divmod(draw, self.n)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+        return int(self._order[position])

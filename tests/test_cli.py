@@ -1,0 +1,95 @@
+"""The house as a user meets it: make, the papers' furniture, documented command lines, messages."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared.report import PAPERS
+from shared.runtime import REPOSITORY
+
+HERE = [paper for paper in PAPERS if (REPOSITORY / paper / "train.py").is_file()]
+SCRIPTS = ("train.py", "eval.py", "predict.py", "bench.py")
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess:
+    """`make` with the interpreter that runs the tests, so that nothing is installed."""
+    binary = Path(sys.executable).parent
+    return subprocess.run(
+        ["make", f"VENV={binary.parent}", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MAKEFLAGS": ""},
+    )
+
+
+def test_plain_make_prints_the_targets_and_papers():
+    shown = make()
+    assert shown.returncode == 0
+    for target in ("demo", "test", "test-all", "bench", "report", "lint", "setup", "clean"):
+        assert f"make {target}" in shown.stdout
+    assert f"papers here: {' '.join(HERE)}\n" in shown.stdout
+
+
+def test_make_knows_all_ten_names():
+    line = next(
+        line for line in (REPOSITORY / "Makefile").read_text().splitlines() if line.startswith("PAPERS")
+    )
+    assert line.split(":=")[1].split() == list(PAPERS)
+
+
+def test_unknown_paper_is_a_message_and_code_2():
+    asked = subprocess.run(
+        [sys.executable, "-m", "shared.demo", "nonsense"], capture_output=True, text=True, check=False
+    )
+    assert asked.returncode == 2
+    assert asked.stderr.startswith("error: no paper called nonsense here")
+
+
+@pytest.mark.parametrize("paper", HERE)
+def test_furniture(paper):
+    folder = REPOSITORY / paper
+    for name in ("README.md", "model.py", "losses.py", "data.py", "published.json", *SCRIPTS):
+        assert (folder / name).is_file(), f"{paper}/{name} is missing"
+    published = json.loads((folder / "published.json").read_text())
+    assert isinstance(published["note"], str)
+    for row in published["rows"]:
+        assert row["source"], f"{paper}: a published number without its source"
+    readme = (folder / "README.md").read_text()
+    assert "Implementation notes" in readme
+    for other in set(PAPERS) - {paper}:
+        for path in folder.glob("*.py"):
+            assert f"from {other}" not in path.read_text(), f"{path} imports another paper"
+
+
+@pytest.mark.parametrize("paper", HERE)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_option_is_documented(paper, script):
+    tree = ast.parse((REPOSITORY / paper / script).read_text())
+    assert ast.get_docstring(tree), "a script says what it does"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+            for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign):
+                    documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                    assert documented, f"{paper}/{script}: {ast.unparse(field.target)} has no docstring"
+
+
+def test_the_project_speaks_of_itself_alone():
+    """No path of a machine it was written on in anything that is shipped."""
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    for name in filter(None, files):
+        path = REPOSITORY / name
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".json", ".html", "") and path.is_file():
+            text = path.read_text()
+            for word in ("/work" + "/", "/tmp" + "/house", "/opt" + "/venv"):
+                assert word not in text, f"{name} names {word}"

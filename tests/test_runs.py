@@ -1,0 +1,282 @@
+"""Run folders: resume, kills at any moment, locks, foreign and damaged folders, full disks."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from shared import io
+from shared.io import Run, find_run, load_config, load_weights
+from shared.runtime import RunConfig, UserError, parse_presets, run_main, seed_everything
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A nested setting."""
+
+    sizes: tuple[int, ...] = (3, 4)
+    """Sizes."""
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """A toy."""
+
+    steps: int = 6
+    """Steps."""
+    root: Path | None = None
+    """A path."""
+    inner: Inner = Inner()
+    """Nested."""
+
+
+def train(config: Config, save_every: int = 1) -> Path:
+    """A training loop in the form that every paper's has, with all three random generators in use."""
+    torch.set_num_threads(1)
+    run = Run("toy", config)
+    seed_everything(config.seed)
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    progress = run.load({"model": model}, {"optimizer": optimizer}) or {"step": 0}
+    for step in range(progress["step"], config.steps):
+        x = torch.randn(8, 4) + random.random() + np.random.rand()
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.log(step, loss=loss.item())
+        if (step + 1) % save_every == 0 or step + 1 == config.steps:
+            run.save({"model": model}, {"optimizer": optimizer}, {"step": step + 1})
+    run.close()
+    return run.folder
+
+
+def outcome(folder: Path) -> tuple[dict, str]:
+    weights = load_file(folder / "checkpoint" / "model.safetensors")
+    return {name: value.tolist() for name, value in weights.items()}, (folder / "log.jsonl").read_text()
+
+
+def die_at(call: int, config: Config, save_every: int) -> None:
+    """Train, but be killed as `kill -9` does it at the call-th file operation or training step."""
+    calls = 0
+
+    def counted(function):
+        def wrapper(*args, **options):
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+
+        return wrapper
+
+    for owner, name in [(io, "save_file"), (io, "_sync"), (torch, "save"), (Path, "rename"), (Path, "mkdir")]:
+        setattr(owner, name, counted(getattr(owner, name)))
+    io.shutil.rmtree = counted(shutil.rmtree)
+    torch.optim.Adam.step = counted(torch.optim.Adam.step)
+    train(config, save_every)
+
+
+@pytest.mark.parametrize("save_every", [1, 2])
+def test_killed_at_any_moment_a_run_continues_to_the_same_end(tmp_path, save_every):
+    expected = outcome(train(Config(out=tmp_path / "whole"), save_every))
+    fork = multiprocessing.get_context("fork")
+    survived = 0
+    for call in range(1, 400, 3):
+        config = Config(out=tmp_path / f"killed{call}")
+        process = fork.Process(target=die_at, args=(call, config, save_every))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            survived += 1
+            break  # fewer operations than that in the whole run
+        assert process.exitcode == -signal.SIGKILL
+        # A second kill soon after the restart, then the same command to the end.
+        process = fork.Process(target=die_at, args=(7, config, save_every))
+        process.start()
+        process.join()
+        assert outcome(train(config, save_every)) == expected
+        assert {entry.name for entry in config.out.iterdir() if "checkpoint" in entry.name} == {"checkpoint"}
+    assert survived == 1 and call > 40
+
+
+def test_a_reader_finds_weights_between_the_renames(tmp_path):
+    folder = train(Config(out=tmp_path / "run"))
+    (folder / "checkpoint").rename(folder / "checkpoint.old")
+    assert load_weights(folder, {"model": nn.Linear(4, 1)}) == {"step": 6}
+
+
+def test_other_settings_are_refused_and_restart_deletes(tmp_path):
+    config = Config(out=tmp_path / "run")
+    before = outcome(train(config))
+    with pytest.raises(UserError, match="other settings .steps 6 -> 7.*--restart"):
+        train(replace(config, steps=7))
+    assert outcome(config.out) == before
+    train(replace(config, device="cpu", workers=3))  # what does not change the numbers may differ
+    train(replace(config, steps=7, restart=True))
+    assert len((config.out / "log.jsonl").read_text().splitlines()) == 7
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    config = Config(out=tmp_path / "run")
+    first = Run("toy", config)
+    with pytest.raises(UserError, match="another process is training here"):
+        Run("toy", config)
+    first.close()
+    Run("toy", config).close()
+
+
+def test_folders_that_are_no_runs_are_left_alone(tmp_path):
+    (tmp_path / "precious.txt").write_text("keep me")
+    for restart in (False, True):
+        with pytest.raises(UserError, match="not empty and not a run folder"):
+            Run("toy", Config(out=tmp_path, restart=restart))
+    assert (tmp_path / "precious.txt").read_text() == "keep me"
+    with pytest.raises(UserError, match="no run folder"):
+        Run("toy", Config(out=tmp_path / "precious.txt" / "x"))
+    train(Config(out=tmp_path / "run"))
+    with pytest.raises(UserError, match="a run of toy, not of other"):
+        Run("other", Config(out=tmp_path / "run"))
+
+
+def test_finding_runs_and_their_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPERS_RUNS", str(tmp_path / "with space"))
+    with pytest.raises(UserError, match="run train.py first"):
+        find_run("toy")
+    train(Config(preset="demo"))
+    config = Config(preset="demo", seed=1, root=tmp_path / "é", inner=Inner((7,)))
+    newest = train(config)
+    os.utime(newest / "config.json", (2e9, 2e9))
+    assert find_run("toy") == newest == tmp_path / "with space" / "toy" / "demo-1"
+    assert load_config(newest, Config) == config
+    with pytest.raises(UserError, match="a run of toy, not of other"):
+        find_run("other", newest)
+    with pytest.raises(UserError, match="no config.json"):
+        find_run("toy", tmp_path)
+    record = json.loads((newest / "config.json").read_text())
+    record["config"]["unheard_of"] = 1
+    (newest / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="does not fit this version"):
+        load_config(newest, Config)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
+def test_damaged_checkpoints_are_named(tmp_path, name):
+    config = Config(out=tmp_path / "run")
+    path = train(config) / "checkpoint" / name
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"nonsense" * 100):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            load_weights(config.out, {"model": nn.Linear(4, 1)})
+        with pytest.raises(UserError, match=name):
+            train(config)
+        Run("toy", config)._lock.close()  # the failed run's lock went with it
+    path.unlink()
+    with pytest.raises(UserError, match=f"{name}: no such file"):
+        load_weights(config.out, {"model": nn.Linear(4, 1)})
+
+
+def test_checkpoint_of_another_model(tmp_path):
+    train(Config(out=tmp_path / "run"))
+    with pytest.raises(UserError, match="made for another model than Linear"):
+        load_weights(tmp_path / "run", {"model": nn.Linear(5, 1)})
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        load_weights(tmp_path, {"model": nn.Linear(5, 1)})
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB; needs the right to mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small disk here; the next test uses the libraries' errors")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("where", ["weights", "state"])
+def test_a_full_disk_keeps_the_last_checkpoint(small_disk, capsys, where):
+    large = nn.Linear(1000, 1000)
+    save_over_the_last(small_disk / "run", *((large, None) if where == "weights" else (None, large)))
+    assert "error: no space left writing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["save_file", "torch.save"])
+def test_the_libraries_errors_on_a_full_disk(tmp_path, capsys, monkeypatch, name):
+    def no_space(*_):
+        raise {"save_file": io.SafetensorError, "torch.save": RuntimeError}[name]("failed")
+
+    def fill():
+        monkeypatch.setattr(*((io, "save_file") if name == "save_file" else (torch, "save")), no_space)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+
+    save_over_the_last(tmp_path / "run", nn.Linear(9, 9), None, fill)
+    assert "error: no space left writing" in capsys.readouterr().err
+
+
+def save_over_the_last(folder: Path, model: nn.Module | None, object: nn.Module | None, before=lambda: None):
+    run = Run("toy", Config(out=folder))
+    run.load({})
+    small = nn.Linear(10, 10)
+    run.save({"model": small}, {}, {"step": 1})
+    before()
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: run.save({"model": model or small}, {"more": object or small}, {"step": 2}))
+    assert ended.value.code == 2
+    run.close()
+    assert load_weights(folder, {"model": nn.Linear(10, 10)}) == {"step": 1}
+
+
+def test_exit_codes(capsys):
+    def user_mistake():
+        raise UserError("the file is not there")
+
+    def bug():
+        raise ZeroDivisionError
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    for main, code, text in [
+        (user_mistake, 2, "error: the file is not there\n"),
+        (interrupt, 130, "continues"),
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            run_main(main)
+        assert ended.value.code == code
+        assert text in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        run_main(bug)
+
+
+def test_presets_on_the_command_line(capsys):
+    presets = {"demo": Config(), "paper": Config(steps=100)}
+    assert parse_presets(presets, "Doc.", []) == Config(preset="demo")
+    assert parse_presets(presets, "Doc.", ["--steps", "9"]) == Config(preset="demo", steps=9)
+    assert parse_presets(presets, "Doc.", ["paper", "--seed", "2"]).seed == 2
+    assert parse_presets(presets, "Doc.", ["paper"]).steps == 100
+    for wrong in (["nonsense"], ["demo", "--nonsense", "1"], ["demo", "--steps", "many"]):
+        with pytest.raises(SystemExit) as ended:
+            parse_presets(presets, "Doc.", wrong)
+        assert ended.value.code == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        parse_presets(presets, "Doc.", ["demo", "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "--steps" in text and "Seed of everything random" in text and "--preset" not in text

@@ -1,0 +1,376 @@
+"""shared/: batches, images, metrics, pretrained files, published tables, benchmark counters, report."""
+
+import json
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import alexnet
+
+from shared import bench, io, metrics, published, report, runtime, weights
+from shared.runtime import StepBatches, UserError
+
+# --- runtime --------------------------------------------------------------------------------------
+
+
+def test_batches_are_shuffled_epochs_that_run_into_each_other():
+    batches = list(StepBatches(10, 4, seed=3, steps=5))
+    drawn = [index for batch in batches for index in batch]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]
+    assert drawn != [index for batch in StepBatches(10, 4, seed=4, steps=5) for index in batch]
+
+
+def test_batches_resume_and_shard():
+    whole = list(StepBatches(7, 4, seed=0, steps=9, draws=True))
+    assert list(StepBatches(7, 4, seed=0, steps=9, start_step=6, draws=True)) == whole[6:]
+    assert [draw for batch in whole for _, draw in batch] == list(range(36))
+    ranks = [list(StepBatches(7, 4, seed=0, steps=9, rank=rank, world=2, draws=True)) for rank in (0, 1)]
+    assert [first + second for first, second in zip(*ranks, strict=True)] == whole
+    with pytest.raises(ValueError, match="does not divide"):
+        StepBatches(7, 3, seed=0, steps=1, world=2)
+
+
+def test_step_generator_depends_on_its_numbers_alone():
+    def draw(*numbers):
+        return torch.rand(3, generator=runtime.step_generator(*numbers)).tolist()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    assert len({tuple(draw(*numbers)) for numbers in [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4)]}) == 4
+
+
+def test_missing_device_is_a_user_error():
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cuda"):
+            runtime.pick_device("cuda")
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1"])
+def test_images_of_any_mode_are_read(tmp_path, mode):
+    path = tmp_path / ("é x.tif" if mode == "CMYK" else "é x.png")
+    Image.fromarray(np.full((5, 7, 3), 200, np.uint8)).convert(mode).save(path)
+    image = io.read_image(path)
+    assert image.shape == (3, 5, 7) and image.dtype == torch.float32
+    assert io.read_image(path, "L").shape == (1, 5, 7)
+    if mode in ("RGB", "L", "RGBA"):
+        assert torch.allclose(image, torch.full_like(image, 200 / 255))
+
+
+def test_sixteen_bit_images_keep_their_scale(tmp_path):
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "deep.png")
+    assert io.read_image(tmp_path / "deep.png").mean().item() == pytest.approx(40000 / 65535, abs=0.003)
+
+
+def test_damaged_and_missing_images_are_named(tmp_path):
+    whole = tmp_path / "whole.png"
+    io.write_image(whole, torch.rand(3, 40, 40))
+    content = whole.read_bytes()
+    for name, damaged in [("cut.png", content[:700]), ("empty.png", b""), ("text.png", b"hello")]:
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=name):
+            io.read_image(tmp_path / name)
+    with pytest.raises(UserError, match="absent.png: no such image"):
+        io.read_image(tmp_path / "absent.png")
+
+
+def test_written_pictures_say_that_they_are_synthetic(tmp_path):
+    image = torch.rand(3, 8, 8)
+    io.write_image(tmp_path / "a.png", image, synthetic="test model")
+    io.write_image(tmp_path / "a.jpg", image, synthetic="test model")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.text["DigitalSourceType"].endswith("trainedAlgorithmicMedia")
+        assert "test model" in picture.text["Description"]
+    with Image.open(tmp_path / "a.jpg") as picture:
+        assert b"trainedAlgorithmicMedia" in picture.info["comment"]
+    assert (io.read_image(tmp_path / "a.png") - image).abs().max() <= 0.5 / 255 + 1e-6
+    with pytest.raises(UserError, match=".png or .jpg"):
+        io.write_image(tmp_path / "a.gif", image)
+
+
+def test_grid_puts_tiles_row_by_row():
+    tiles = [torch.full((1, 4, 4), value) for value in (0.0, 0.2, 0.4)]
+    sheet = io.image_grid(tiles, columns=2, gap=1)
+    assert sheet.shape == (3, 9, 9)
+    assert (
+        sheet[0, 0, 0] == 0 and sheet[0, 0, 5] == pytest.approx(0.2) and sheet[0, 5, 0] == pytest.approx(0.4)
+    )
+    assert sheet[:, 5:, 5:].min() == 1  # the empty place is white
+    labelled = io.image_grid(tiles, columns=2, row_labels=["one", "two"], column_labels=["a", "b"], scale=8)
+    assert labelled.shape[1] > 66 and labelled.shape[2] > 66
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+def test_psnr_and_ssim_closed_forms():
+    image = torch.rand(2, 3, 32, 32) * 0.5
+    assert metrics.psnr(image + 0.1, image) == pytest.approx(20, abs=1e-3)  # -10 log10(0.1^2)
+    assert metrics.ssim(image, image) == pytest.approx(1)
+    # Two constant images: only the luminance term is left.
+    a, b, c1 = 0.2, 0.6, 0.01**2
+    flat = metrics.ssim(torch.full((1, 1, 32, 32), a), torch.full((1, 1, 32, 32), b))
+    assert flat == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), abs=1e-4)
+
+
+class Pixels(nn.Module):
+    """The first pixels of an image as its features."""
+
+    num_features = 6
+
+    def forward(self, images):
+        return images.flatten(1)[:, :6]
+
+
+def test_fid_of_gaussians_is_the_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.rand(400, 3, 4, 4, generator=generator)
+    fake = torch.rand(400, 3, 4, 4, generator=generator) ** 2
+    x, y = (Pixels()(images).double().numpy() for images in (real, fake))
+    cx, cy = np.cov(x.T), np.cov(y.T)
+    values, vectors = np.linalg.eigh(cx)
+    root = vectors @ np.diag(values**0.5) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cy @ root)).sum()
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx) + np.trace(cy) - 2 * cross
+    assert metrics.fid(real.split(64), fake.split(50), Pixels()) == pytest.approx(expected, rel=1e-4)
+    assert metrics.fid([real], [real], Pixels()) == pytest.approx(0, abs=1e-6)
+
+
+def test_kid_is_about_zero_for_one_distribution_and_not_for_two():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 300, 3, 4, 4, generator=generator)
+    same, _ = metrics.kid([a], [b], Pixels(), subsets=20, size=100)
+    other, _ = metrics.kid([a], [b**2], Pixels(), subsets=20, size=100)
+    assert abs(same) < 0.02 < other
+
+
+def test_lpips_reads_torchvision_weights_and_matches_its_definition(tmp_path):
+    torch.manual_seed(0)
+    backbone = alexnet(weights=None).eval()
+    torch.save(backbone.state_dict(), tmp_path / "alexnet.pth")
+    network = metrics.perceptual_network("alex", tmp_path / "alexnet.pth")
+    x, y = torch.rand(2, 2, 3, 64, 64)
+    shift = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
+    scale = torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+    distance = torch.zeros(2)
+    a, b = ((image * 2 - 1 - shift) / scale for image in (x, y))
+    with torch.no_grad():
+        for index, layer in enumerate(backbone.features):
+            a, b = layer(a), layer(b)
+            if index in (1, 4, 7, 9, 11):
+                head = network.lins[(1, 4, 7, 9, 11).index(index)].model[-1].weight[0]
+                unit = [feature / feature.norm(dim=1, keepdim=True) for feature in (a, b)]
+                distance += ((unit[0] - unit[1]) ** 2 * head).sum(1).mean((1, 2))
+    assert metrics.lpips(x, y, network) == pytest.approx(distance.mean().item(), rel=1e-4)
+    assert metrics.lpips(x, x, network) == 0
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(UserError, match="not torchvision's alex weights"):
+        metrics.perceptual_network("alex", tmp_path / "other.pth")
+
+
+def test_verification_metrics_against_slow_references():
+    rng = np.random.default_rng(0)
+    labels = np.r_[np.ones(60), np.zeros(90)].astype(int)
+    scores = np.round(rng.normal(labels * 1.2, 1), 1)  # rounded: ties
+    positive, negative = scores[labels == 1], scores[labels == 0]
+    pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
+    assert metrics.auc(scores, labels) == pytest.approx(np.mean(pairs))
+    accuracies = {t: np.mean((scores >= t) == labels) for t in scores}
+    accuracy, threshold = metrics.best_threshold_accuracy(scores, labels)
+    assert accuracy == pytest.approx(max(accuracies.values())) == accuracies[threshold]
+    allowed = [np.mean(positive >= t) for t in scores if np.mean(negative >= t) <= 0.1]
+    assert metrics.tar_at_far(scores, labels, 0.1) == pytest.approx(max(allowed))
+    with pytest.raises(ValueError, match="genuine and impostor"):
+        metrics.auc(scores, np.ones(150))
+
+
+def test_equal_error_rate_known_values():
+    assert metrics.eer(np.array([0.9, 0.8, 0.2, 0.1]), np.array([1, 1, 0, 0])) == 0
+    assert metrics.eer(np.array([0.1, 0.2, 0.8, 0.9]), np.array([1, 1, 0, 0])) == 1
+    assert metrics.eer(np.array([0.1, 0.2, 0.3, 0.4]), np.array([0, 1, 0, 1])) == 0.5
+    scores = np.r_[np.linspace(0, 1, 1001) + 0.5, np.linspace(0, 1, 1001)]
+    assert metrics.eer(scores, np.r_[np.ones(1001), np.zeros(1001)]) == pytest.approx(0.25, abs=2e-3)
+
+
+# --- pretrained files -----------------------------------------------------------------------------
+
+
+class Hostile:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_hostile_pickles_do_not_run(tmp_path):
+    trace = tmp_path / "ran"
+    torch.save({"state": Hostile(trace)}, tmp_path / "new.pth")
+    torch.save({"state": Hostile(trace)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with open(tmp_path / "plain.pkl", "wb") as file:
+        pickle.dump(Hostile(trace), file)
+    for name, load in [
+        ("new.pth", weights.load_torch),
+        ("old.pth", weights.load_torch),
+        ("plain.pkl", weights.load_torch),
+        ("plain.pkl", weights.load_pickle),
+    ]:
+        with pytest.raises(UserError, match=name):
+            load(tmp_path / name)
+    assert not trace.exists()
+
+
+def test_damaged_weights_are_named(tmp_path):
+    torch.save({"a": torch.rand(100, 100)}, tmp_path / "whole.pth")
+    save_file({"a": torch.rand(100, 100)}, tmp_path / "whole.safetensors")
+    for whole in ("whole.pth", "whole.safetensors"):
+        content = (tmp_path / whole).read_bytes()
+        for length in (0, 5, 300, len(content) - 100):
+            cut = tmp_path / f"cut{length}{os.path.splitext(whole)[1]}"
+            cut.write_bytes(content[:length])
+            with pytest.raises(UserError, match=cut.name):
+                weights.load_torch(cut)
+    with pytest.raises(UserError, match="no such file"):
+        weights.load_torch(tmp_path / "absent.pth")
+
+
+def test_restricted_pickle_loads_what_is_allowed(tmp_path):
+    with open(tmp_path / "a.pkl", "wb") as file:
+        pickle.dump((np.arange(4), ["x"]), file)
+    names = {
+        "numpy.dtype",
+        "numpy.ndarray",
+        "numpy._core.multiarray._reconstruct",
+        "numpy._core.numeric._frombuffer",
+    }
+    array, words = weights.load_pickle(tmp_path / "a.pkl", names)
+    assert array.tolist() == [0, 1, 2, 3] and words == ["x"]
+    with pytest.raises(UserError, match="refused, the pickle asks for numpy"):
+        weights.load_pickle(tmp_path / "a.pkl")
+
+
+def test_state_of_another_model_is_described():
+    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+    weights.load_state(target, {f"module.{k}": v for k, v in source.state_dict().items()}, "x.pth")
+    assert torch.equal(source.weight, target.weight)
+    with pytest.raises(
+        UserError, match=r"x.pth: made for another model than Linear: weight has shape \(2, 4\)"
+    ):
+        weights.load_state(target, nn.Linear(4, 2).state_dict(), "x.pth")
+    with pytest.raises(UserError, match="bias is missing; other is unexpected"):
+        weights.load_state(target, {"weight": torch.zeros(2, 3), "other": torch.zeros(1)}, "x.pth")
+    with pytest.raises(UserError, match="no state dict"):
+        weights.load_state(target, {"weight": 3}, "x.pth")
+
+
+def test_pretrained_parts_have_one_clear_error(tmp_path):
+    with pytest.raises(UserError, match="Thing: weights needed; give --thing"):
+        weights.pretrained_path("Thing", None, "give --thing")
+    with pytest.raises(UserError, match="Thing: no file .*absent.pth; give --thing"):
+        weights.pretrained_path("Thing", tmp_path / "absent.pth", "give --thing")
+
+    def offline():
+        raise OSError("no network")
+
+    with pytest.raises(UserError, match="could not be downloaded .no network.; give --thing"):
+        weights.pretrained_path("Thing", None, "give --thing", offline)
+
+
+# --- published and measured -----------------------------------------------------------------------
+
+ROW = {"table": "T1", "setting": "s", "dataset": "d", "metric": "m", "method": "ours", "value": 42.5}
+
+
+def measured(comparable):
+    return published.Metric("T1", "s", "m", "%", 41.0, "d", comparable)
+
+
+def test_published_numbers_stand_only_beside_comparable_ones(capsys):
+    table = {"note": "a note", "rows": [ROW]}
+    published.print_metrics([measured(False)], table)
+    alone = capsys.readouterr().out
+    assert "42.5" not in alone and "41" in alone and "1 published or context rows" in alone
+    published.print_metrics([measured(True)], table)
+    beside = capsys.readouterr().out
+    assert re.search(r"41\s+42.5", beside) and "context rows" not in beside
+
+
+def test_claims_are_printed_as_they_came_out(capsys):
+    claims = [
+        published.Claim("C1", "better", {"a": 2.0, "b": 1.0}, "a - b >= 1", True),
+        published.Claim("C2", "faster", {"a": float("nan")}, "a > 0", False),
+    ]
+    published.print_claims(claims)
+    text = capsys.readouterr().out
+    assert "C1: holds" in text and "C2: DOES NOT HOLD" in text and "claims: 1 of 2 hold" in text
+
+
+def test_results_are_strict_json(tmp_path):
+    claim = published.Claim("C1", "x", {"a": float("nan"), "b": np.float32(1.5)}, "", np.bool_(True))
+    published.write_results(tmp_path, [claim], [measured(False)], {"seed": 0}, {"more": torch.ones(2)})
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["claims"][0]["measured"] == {"a": None, "b": 1.5}
+    assert results["claims"][0]["holds"] is True
+    assert results["metrics"][0]["value"] == 41 and results["more"] == [1, 1]
+
+
+# --- benchmark counters ---------------------------------------------------------------------------
+
+
+def test_counters_closed_forms():
+    convolution = nn.Conv2d(3, 8, 5, padding=2)
+    assert bench.count_parameters(convolution) == 3 * 8 * 25 + 8
+    assert bench.count_macs(convolution, torch.rand(2, 3, 16, 16)) == 2 * 16 * 16 * 3 * 8 * 25
+    query = torch.rand(1, 2, 10, 4)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert bench.count_macs(attention, query, query, query) == 2 * (10 * 10 * 4) * 2
+
+
+def test_peak_memory_sees_what_is_alive_at_once():
+    def one_after_another():
+        for _ in range(5):
+            torch.zeros(250_000)
+
+    def all_at_once():
+        return [torch.zeros(250_000) for _ in range(5)]
+
+    assert 1e6 <= bench.peak_memory(one_after_another) < 1.6e6
+    assert 5e6 <= bench.peak_memory(all_at_once) < 5.6e6
+
+
+def test_throughput_counts_items():
+    assert bench.throughput(lambda: sum(range(1000)), items=10, seconds=0.01) > 10
+
+
+# --- report ---------------------------------------------------------------------------------------
+
+
+def test_report_is_one_page_that_needs_no_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPERS_RUNS", str(tmp_path / "runs"))
+    paper = next(name for name in report.PAPERS if (runtime.REPOSITORY / name / "train.py").is_file())
+    run = tmp_path / "runs" / paper / "demo-0"
+    (run / "samples").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"paper": paper, "config": {}}))
+    lines = [{"step": step, "first/loss": 1 / step, "second/loss": 2 / step} for step in (1, 2, 3)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    io.write_image(run / "samples" / "a_picture.png", torch.rand(3, 900, 900))
+    claims = [published.Claim("C1", "a <claim>", {"x": 1.0}, "x > 2", False)]
+    environment = {"command": "python eval.py", "seed": 0, "seconds": 12.0, "gpu": None, "cores": 2}
+    published.write_results(run, claims, [measured(False)], {**environment, "torch": "2", "python": "3"})
+    page = report.write_report(tmp_path / "index.html").read_text()
+    assert "a &lt;claim&gt;" in page and "does not hold" in page and "a picture" in page and "0 / 1" in page
+    assert "not comparable" in page
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+    assert sum(address.startswith("data:image/svg") for address in addresses) == 1
+    assert sum(address.startswith("data:image/jpeg") for address in addresses) == 1  # large: reduced
