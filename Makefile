@@ -32,7 +32,7 @@ setup:
 	  echo 'setting up $(VENV) (some GB, a few minutes; later calls reuse it)' && \
 	  $(PYTHON) -m venv $(VENV) && \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt && \
-	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e . && \
+	  $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e . && \
 	  echo "$$pins" > $(VENV)/.pins; \
 	fi
 
