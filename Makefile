@@ -9,7 +9,10 @@ PINNED  := requirements.txt requirements-dev.txt pyproject.toml
 # The clone's own code comes first, so that several clones can share one VENV.
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help setup demo test test-all bench report lint clean
+# Flower pins other versions of a few packages, so it has an environment of its own that borrows the rest.
+FLOWER  := $(abspath $(VENV))-flower
+
+.PHONY: help setup setup-flower demo test test-flower test-all bench report lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,15 +39,30 @@ setup:
 	  echo "$$pins" > $(VENV)/.pins; \
 	fi
 
+setup-flower: setup
+	@pins=$$(cat $(PINNED) dfl/requirements-flower.txt | sha256sum | cut -d' ' -f1); \
+	if [ "$$(cat $(FLOWER)/.pins 2>/dev/null)" != "$$pins" ]; then \
+	  echo 'setting up $(FLOWER)' && \
+	  $(PYTHON) -m venv $(FLOWER) && \
+	  $(FLOWER)/bin/python -m pip install -q --disable-pip-version-check -r dfl/requirements-flower.txt && \
+	  borrowed=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  own=$$($(FLOWER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "import site; site.addsitedir('$$borrowed')" > "$$own/borrowed.pth" && \
+	  echo "$$pins" > $(FLOWER)/.pins; \
+	fi
+
 demo: setup
 	@$(BIN)/python -m shared.demo $(or $(PAPER),$(LANDED))
 
 # One thread per test process: small networks gain nothing from more, and two processes then fit two cores.
-test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow'
+test: setup test-flower
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow and not flower'
 
-test-all: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+test-all: setup test-flower
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not flower'
+
+test-flower: setup-flower
+	OMP_NUM_THREADS=1 $(FLOWER)/bin/python -m pytest -q -m flower tests/test_dfl_flower.py
 
 bench: setup
 	@for paper in $(or $(PAPER),$(LANDED)); do \

@@ -160,7 +160,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
-        except (NotADirectoryError, FileExistsError, PermissionError) as error:
+        except (NotADirectoryError, FileExistsError, FileNotFoundError, PermissionError) as error:
             raise UserError(f"{self.folder}: no run folder ({error.strerror}); give another --out") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

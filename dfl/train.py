@@ -1,0 +1,384 @@
+"""Train Disentangled Federated Learning, its baselines and its ablations.
+
+A preset names the federation and the trials (rows of the result table) to run on it. The default, `demo`,
+needs nothing but scikit-learn's handwritten digits. Several processes: torchrun --nproc-per-node 2 train.py
+demo.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from dfl.baselines import build_method
+from dfl.client import Method, local_part
+from dfl.data import ClientData, Federated, Samples, contact_sheet, load_data
+from dfl.engine import State, part
+from dfl.federation import Federation, evaluate
+from shared.io import Run, progress
+from shared.runtime import RunConfig, UserError, parse_presets, run_main, start
+from shared.weights import load_state, load_torch
+
+TRIALS: dict[str, dict] = {
+    "dfl": {},
+    "local": {"method": "local"},
+    "fedavg": {"method": "fedavg"},
+    "fedprox": {"method": "fedprox", "mu": 0.1},
+    "fedbn": {"method": "fedbn"},
+    "fedper": {"method": "fedper"},
+    "fedrep": {"method": "fedrep"},
+    "scaffold": {"method": "scaffold"},
+    "moon": {"method": "moon", "mu": 1.0},
+    "ditto": {"method": "ditto", "mu": 0.1},
+    "fedproto": {"method": "fedproto", "mu": 1.0},
+    "fedavg-wide": {"method": "fedavg", "wide": True},
+    "fedper-wide": {"method": "fedper", "wide": True},
+    "dfl-shuffle": {"pairing": "shuffle"},
+    "dfl-prototypes": {"source": "prototypes"},
+    "dfl-club": {"mi": "club", "lambda_min": 0.05},
+    "dfl-no-min-mi": {"lambda_min": 0.0},
+    "dfl-no-max-mi": {"lambda_max": 0.0},
+    "dfl-no-mi": {"mi": "none"},
+    "dfl-no-diversity": {"source": "none"},
+    "dfl-neither": {"mi": "none", "source": "none"},
+    "dfl-local-head": {"share_head": False},
+    "dfl-all-averaged": {"aggregate": "all"},
+    "dfl-one-stage": {"schedule": "joint"},
+    "dfl-half": {"fraction": 0.5},
+    "fedavg-half": {"method": "fedavg", "fraction": 0.5},
+    "fedavg-wide-half": {"method": "fedavg", "wide": True, "fraction": 0.5},
+    "fedper-half": {"method": "fedper", "fraction": 0.5},
+}
+"""Row of the result table -> what it changes in the configuration. `-half`: half of the clients in each
+round."""
+
+CLAIMS = (
+    "dfl", "fedavg", "fedavg-wide", "fedper", "dfl-no-mi", "dfl-no-diversity", "dfl-neither",
+    "dfl-all-averaged", "dfl-half", "fedavg-half",
+)  # fmt: skip
+"""The trials that the claims C1 to C8 compare."""
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of a federation, of DFL and of the trials to run."""
+
+    data: Literal["digits", "mnist", "digits5", "office", "domainnet", "pacs", "folder"] = "digits"
+    """Base of the federation: skewed digits (scikit-learn's or MNIST), a public multi-domain set, or a
+    folder."""
+    data_root: Path | None = None
+    """Where the data lie. `mnist` also looks into $PAPERS_DATA/mnist; `digits` needs nothing."""
+    hold_out: str | None = None
+    """Domain that no client gets and that is tested as the unseen one (multi-domain sets)."""
+    style: Literal["coloured", "rotated", "inverted", "textured", "corrupted"] = "coloured"
+    """What the attribute of a skewed digit is."""
+    rho: float = 0.9
+    """Share of the samples whose attribute follows the client's own rule (skewed digits)."""
+    strength: float = 0.8
+    """How visible the attribute is, 0 to 1 (skewed digits)."""
+    noise: float = 0.2
+    """Standard deviation of the pixel noise (skewed digits)."""
+    clients: int = 8
+    """Clients of a federation of skewed digits."""
+    per_client: int = 150
+    """Training images of each (skewed digits)."""
+    test_images: int = 597
+    """Digits kept for testing (skewed digits)."""
+    digit_parts: int = 1
+    """How many of the ten training parts of each Digits-5 set a client has."""
+    image_size: int = 256
+    """Side to which photographs are resized (office, domainnet, pacs, folder)."""
+
+    method: Literal[
+        "dfl",
+        "local",
+        "fedavg",
+        "fedprox",
+        "fedbn",
+        "fedper",
+        "fedrep",
+        "scaffold",
+        "moon",
+        "ditto",
+        "fedproto",
+    ] = "dfl"
+    """Federated method. Trials set it."""
+    trials: tuple[str, ...] = ("dfl",)
+    """Rows of the result table to run, by their names in TRIALS."""
+    seeds: int = 1
+    """Every trial runs with so many seeds, beginning with `seed`."""
+    sweep: tuple[float, ...] = ()
+    """Values of rho at which `sweep_trials` run as well, with the first seed."""
+    sweep_trials: tuple[str, ...] = ("dfl", "fedavg", "fedavg-wide")
+    """Trials of the sweep over rho."""
+
+    backbone: Literal["mlp", "digit_cnn", "alexnet_bn", "resnet18", "resnet18_cifar"] = "mlp"
+    """Architecture of each extractor."""
+    norm: Literal["batch", "group", "none"] = "batch"
+    """Normalisation layers of the backbone (mlp has none). Clients with `batch` cannot be vectorised."""
+    widths: tuple[int, int] = (64, 32)
+    """Hidden widths of `mlp`."""
+    wide: bool = False
+    """Single-branch methods: double the widths of `mlp`, for about as many parameters as DFL."""
+    init: Path | None = None
+    """State dict from which all extractors start, e.g. torchvision's resnet18 file."""
+
+    rounds: int = 20
+    """Communication rounds R."""
+    fraction: float = 1.0
+    """Share of the clients that take part in a round."""
+    local_epochs: int = 1
+    """Epochs per stage. Methods without the two stages do twice as many."""
+    batch_size: int = 20
+    """Batch of a client; the last incomplete one of an epoch is dropped."""
+    lr: float = 0.05
+    """Learning rate of SGD; the optimiser is new in each stage."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    clip: float = 5.0
+    """Largest gradient norm of a client's update."""
+    critic_optimiser: Literal["sgd", "adam"] = "sgd"
+    """Optimiser of the critics (SGD without momentum)."""
+    critic_lr: float = 0.1
+    """Learning rate of the critics."""
+    weighting: Literal["samples", "uniform"] = "samples"
+    """Weights of the average: by number of training images, or all equal."""
+    mu: float = 0.1
+    """Weight of the extra term of fedprox, moon, ditto and fedproto."""
+
+    mi: Literal["jsd", "club", "none"] = "jsd"
+    """Estimator of the mutual information between z_s and z_c; none trains without both MI terms."""
+    lambda_min: float = 0.1
+    """Weight of L_min, the information shared by z_s and z_c."""
+    lambda_max: float = 0.1
+    """Weight of L_max, the information shared by z_c and the global z_g."""
+    lambda_div: float = 0.3
+    """Weight of L_div, the diversity transferring."""
+    pairing: Literal["same", "shuffle"] = "same"
+    """L_div: a lent extractor reads the sample itself, or another sample of the batch."""
+    source: Literal["models", "prototypes", "none"] = "models"
+    """What clients lend: their specific extractor, its class means, or nothing."""
+    lend_half: bool = False
+    """Lend in 16 bits."""
+    lend_every: int = 1
+    """Lend in every so many rounds."""
+    bank_per_round: int | None = 2
+    """Largest number of lent extractors that a client receives in a round; None for all."""
+    share_head: bool = True
+    """Average the head with the invariant extractor. False is the literal reading of the paper's Figure 2."""
+    aggregate: Literal["invariant", "invariant_bnlocal", "all", "none"] = "invariant"
+    """What is averaged: E_c, E_c without its normalisation layers, both branches, or nothing."""
+    schedule: Literal["alternate", "joint"] = "alternate"
+    """Stage S then stage C, or all parameters at once."""
+
+    engine: Literal["auto", "vectorised", "sequential", "flower"] = "auto"
+    """How clients run: stacked under vmap, one by one, or as a Flower simulation. auto: stacked if
+    possible."""
+    min_clients: int = 1
+    """Fewest answers with which a round counts."""
+    dropout: float = 0.0
+    """Probability that a client vanishes in a round (simulated)."""
+    checkpoint_every: int = 10
+    """Rounds between checkpoints."""
+
+
+TOY = {"seeds": 3, "bank_per_round": None, "weighting": "uniform"}
+CNN = {
+    "backbone": "digit_cnn", "rounds": 100, "batch_size": 32, "lr": 0.01, "critic_optimiser": "adam",
+    "critic_lr": 1e-3, "trials": ("dfl", "local", "fedavg", "fedprox", "fedbn"), "min_clients": 2,
+}  # fmt: skip
+PHOTOS = {**CNN, "backbone": "alexnet_bn", "rounds": 300}
+
+PRESETS = {
+    "demo": Config(trials=(*CLAIMS, "local", "fedprox"), sweep=(0.0, 0.5, 0.8), **TOY),
+    "study": Config(trials=tuple(TRIALS), sweep=(0.0, 0.5, 0.8), **{**TOY, "seeds": 5}),
+    "mnist": Config(data="mnist", trials=(*CLAIMS, "local", "fedprox"), sweep=(0.0, 0.5, 0.8), **TOY),
+    "digits5": Config(data="digits5", **CNN),
+    "office": Config(data="office", **PHOTOS),
+    "domainnet": Config(data="domainnet", **PHOTOS),
+    "pacs": Config(data="pacs", **{**PHOTOS, "backbone": "resnet18", "image_size": 224, "batch_size": 64}),
+    "folder": Config(data="folder", **{**PHOTOS, "backbone": "resnet18", "image_size": 224, "rounds": 100}),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: a row of the table with one seed. `label` names its files and its lines in the log."""
+
+    name: str
+    label: str
+    config: Config
+
+
+def plan(config: Config) -> list[Trial]:
+    """All trials of a run in their order. Raises UserError for an unknown one."""
+    unknown = sorted({*config.trials, *config.sweep_trials} - TRIALS.keys())
+    if unknown:
+        raise UserError(f"unknown trial '{unknown[0]}'; there are {', '.join(TRIALS)}")
+    trials = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        for name in config.trials:
+            trials.append(
+                Trial(name, f"{name}/{seed}", dataclasses.replace(config, seed=seed, **TRIALS[name]))
+            )
+    for rho in config.sweep:
+        for name in config.sweep_trials:
+            changed = dataclasses.replace(config, rho=rho, **TRIALS[name])
+            trials.append(Trial(name, f"{name}@{rho:g}/{config.seed}", changed))
+    return trials
+
+
+class Position:
+    """Where a run stands, for its checkpoint: the trial and the federation in the middle of it."""
+
+    def __init__(self) -> None:
+        self.trial = 0
+        self.federation: dict | None = None
+
+    def state_dict(self) -> dict:
+        return vars(self)
+
+    def load_state_dict(self, saved: dict) -> None:
+        vars(self).update(saved)
+
+
+def train(config: Config) -> Path:
+    """Run all trials of `config`; returns the run folder. Continues a run that was interrupted (on Flower:
+    from the last finished trial)."""
+    trials = plan(config)
+    accelerator = start(config)
+    if config.backbone == "mlp":
+        torch.set_num_threads(1)  # its matrices are so small that more threads only wait for each other
+    run = Run("dfl", config, accelerator.is_main_process)
+    position = Position()
+    run.load({}, {"position": position})
+    steps = progress(desc="rounds", total=len(trials) * config.rounds)
+    while position.trial < len(trials):
+        trial = trials[position.trial]
+        data = load_data(trial.config, trial.config.seed).to(accelerator.device)
+        federation = Federation(
+            build_method(trial.config, data),
+            trial.config,
+            data,
+            accelerator.device,
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.autocast,
+            report=accelerator.print,
+        )
+        if position.federation is not None:
+            federation.load_state_dict(position.federation)
+        elif position.trial == 0:
+            run.picture("federation", contact_sheet(data))
+        first = position.trial * config.rounds
+
+        def record(
+            federation: Federation, scalars: dict[str, float], first: int = first, label: str = trial.label
+        ) -> None:
+            named = {f"{label}/{name}": value for name, value in scalars.items()}
+            run.log(first + federation.round, round=federation.round, **named)
+            steps.update()
+
+        if config.engine == "flower":
+            federation = flower(trial.config, record)
+            record(federation, evaluate(federation, full=True))
+        steps.update(first + federation.round - steps.n)
+        steps.set_postfix_str(trial.label)
+        while federation.round < config.rounds:
+            scalars = federation.run_round()
+            if accelerator.is_main_process:
+                scalars |= evaluate(federation, full=config.rounds - federation.round < 3)
+            record(federation, scalars)
+            if federation.round % config.checkpoint_every == 0 and federation.round < config.rounds:
+                position.federation = federation.state_dict()
+                run.save({}, {"position": position}, {"trial": trial.label, "round": federation.round})
+        if accelerator.is_main_process:
+            save_trial(run.folder, trial, federation)
+        position.trial, position.federation = position.trial + 1, None
+        run.save({}, {"position": position}, {"trial": trial.label, "round": federation.round})
+    run.close()
+    return run.folder
+
+
+def flower(config: Config, record: Callable[[Federation, dict[str, float]], None]) -> Federation:
+    """A trial as a Flower simulation. Raises UserError when Flower is not installed."""
+    try:
+        from dfl.flower_app import simulate
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--engine flower: {error}; install it with `pip install -r dfl/requirements-flower.txt`, in an "
+            "environment of its own (README.md, 'Flower')"
+        ) from None
+    return simulate(config, record)
+
+
+def trial_path(folder: Path, trial: Trial) -> Path:
+    """The weights of a finished trial in a run folder."""
+    return folder / "trials" / f"{trial.label.replace('/', '-')}.safetensors"
+
+
+def load_trial(folder: Path, trial: Trial) -> tuple[Method, nn.Module, list[State], Federated]:
+    """A finished trial: its method, an empty network, every client's personal model, and its federation
+    without samples. Raises UserError when the trial was not trained or its file is damaged."""
+    path = trial_path(folder, trial)
+    tensors = load_torch(path)
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a trial of this project ({error})") from None
+    empty = torch.zeros(0, dtype=torch.int64)
+    none = Samples(torch.zeros(0, *facts["image_shape"]), empty, empty)
+    classes = tuple(facts["classes"])
+    data = Federated(
+        trial.config.data,
+        len(classes),
+        0,
+        [ClientData(k, name, none, none) for k, name in enumerate(facts["clients"])],
+        mean=tuple(facts["mean"]),
+        std=tuple(facts["std"]),
+        class_names=classes,
+    )
+    method = build_method(trial.config, data)
+    net = method.build().eval()
+    states = [{**part(tensors, f"client{k}"), **part(tensors, "shared")} for k in range(len(data.clients))]
+    for state in states:
+        load_state(net, state, path, prefixes=())
+    return method, net, states, data
+
+
+def save_trial(folder: Path, trial: Trial, federation: Federation) -> None:
+    """Write the global part (`shared.*`) and each client's own part (`client<k>.*`), through a temporary
+    name."""
+    tensors = {f"shared.{name}": value for name, value in federation.shared.items()}
+    for k, client in enumerate(federation.clients):
+        own = local_part(client.state, federation.method.shared)
+        tensors |= {f"client{k}.{name}": value for name, value in own.items()}
+    path = trial_path(folder, trial)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".part")
+    data = federation.data
+    facts = {
+        "image_shape": data.image_shape,
+        "classes": data.class_names or tuple(str(label) for label in range(data.classes)),
+        "clients": tuple(client.name for client in data.clients),
+        "mean": data.mean,
+        "std": data.std,
+    }
+    # What predict.py needs beside the weights, so that it can do without the data set.
+    metadata = {"facts": json.dumps(facts)}
+    save_file(
+        {name: value.cpu().contiguous().clone() for name, value in tensors.items()}, temporary, metadata
+    )
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(train(parse_presets(PRESETS, __doc__))))

@@ -1,0 +1,212 @@
+"""Procedural faces with known truth: image, semantic map, 68 landmarks, parameters, captions and sketches.
+
+    params = sample(64, seed=0)                       # 64 people in 64 poses, lights, ...
+    faces = draw(params, size=64)                     # faces.image (64, 3, 64, 64), .semantics, .landmarks
+    same = make_params(params.identity, sample_attributes(64, seed=1), params.age)   # the same people again
+    older = params.replace(age=70.0, glasses=1.0)
+    texts = captions(params, seed=0)
+    drawn = sketches(params, size=128, artist="pencil")
+
+Everything is a pure function of the parameters: a face does not depend on the batch in which it is drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.facedraw import CLASSES, LABEL, build_look, paint_head
+from shared.facehair import (
+    hair_field,
+    hair_shape,
+    paint_background,
+    paint_behind,
+    paint_glasses,
+    paint_hair,
+    paint_hat,
+)
+from shared.faceparams import (
+    AGE_RANGE,
+    ATTRIBUTES,
+    IDENTITY,
+    Params,
+    make_params,
+    neutral_attributes,
+    sample,
+    sample_ages,
+    sample_attributes,
+    sample_identities,
+)
+from shared.faceshape import build_shape, frame, landmarks
+from shared.facesketch import ARTISTS, render_sketch, studio
+from shared.facetext import Caption, captions, facts
+
+__all__ = [
+    "AGE_RANGE",
+    "ARTISTS",
+    "ATTRIBUTES",
+    "BISENET_CLASSES",
+    "CLASSES",
+    "IDENTITY",
+    "LABEL",
+    "Caption",
+    "Faces",
+    "Params",
+    "captions",
+    "draw",
+    "facts",
+    "make_params",
+    "neutral_attributes",
+    "sample",
+    "sample_ages",
+    "sample_attributes",
+    "sample_identities",
+    "sketches",
+    "to_bisenet",
+]
+
+# Order of the labels of the public face-parsing networks (BiSeNet of zllrunning/face-parsing.PyTorch).
+BISENET_CLASSES = (
+    *("background", "skin", "l_brow", "r_brow", "l_eye", "r_eye", "eye_g", "l_ear", "r_ear", "ear_r"),
+    *("nose", "mouth", "u_lip", "l_lip", "neck", "neck_l", "cloth", "hair", "hat"),
+)
+MAX_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class Faces:
+    """B drawn faces.
+
+    image (B, 3, H, W) float32 RGB in [0, 1]; semantics (B, H, W) uint8, indices into `CLASSES` ("l_": left half
+    of an upright picture); landmarks (B, 68, 2) float32, x and y in pixels, (0, 0) the centre of the first
+    pixel, iBUG order; params: what was drawn.
+    """
+
+    image: Tensor
+    semantics: Tensor
+    landmarks: Tensor
+    params: Params
+
+
+def to_bisenet(semantics: Tensor) -> Tensor:
+    """Labels in the order of `CLASSES` -> labels in the order of `BISENET_CLASSES`; any shape, dtype kept."""
+    table = torch.tensor([BISENET_CLASSES.index(name) for name in CLASSES], device=semantics.device)
+    return table[semantics.long()].to(semantics.dtype)
+
+
+def _picture_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if not (isinstance(height, int) and isinstance(width, int) and min(height, width) >= 8):
+        raise ValueError(f"size must be an integer or (height, width) of at least 8 pixels, got {size!r}")
+    if max(height, width) > MAX_SIZE:
+        raise ValueError(f"size must be at most {MAX_SIZE} pixels, got {size!r}")
+    return height, width
+
+
+@torch.no_grad()
+def draw(params: Params, size: int | tuple[int, int] = 64, camera: bool = True) -> Faces:
+    """Draws faces at a size in pixels, or (height, width); the face is scaled with the height.
+
+    camera=False leaves out blur and noise. Raises ValueError for sizes below 8 or above 2048 pixels.
+    """
+    height, width = _picture_size(size)
+    # chunks that fit the caches of a core
+    chunk = max(1, 16 * 64 * 64 // (height * width))
+    images, semantics, points = [], [], []
+    for start in range(0, len(params), chunk):
+        image, labels, marks = _draw(params[start : start + chunk], height, width, camera)
+        images.append(image)
+        semantics.append(labels)
+        points.append(marks)
+    if not images:
+        device = params.identity.device
+        return Faces(
+            torch.zeros(0, 3, height, width, device=device),
+            torch.zeros(0, height, width, dtype=torch.uint8, device=device),
+            torch.zeros(0, 68, 2, device=device),
+            params,
+        )
+    return Faces(torch.cat(images), torch.cat(semantics), torch.cat(points), params)
+
+
+@torch.no_grad()
+def sketches(
+    params: Params, size: int | tuple[int, int] = 64, artist: str = "pencil", seed: int = 0
+) -> Tensor:
+    """The same faces as drawn by one of `ARTISTS`: (B, 1, H, W) in [0, 1], white paper = 1, aligned with
+    `draw`.
+
+    Light, background, skin tone and camera of the photograph are not drawn; pose, expression and what is
+    worn are.
+    seed changes the hand (strokes and paper), not the face. Raises ValueError for an unknown artist.
+    """
+    if artist not in ARTISTS:
+        raise ValueError(f"artist must be one of {', '.join(ARTISTS)}, got {artist!r}")
+    height, width = _picture_size(size)
+    drawn = draw(studio(params), (height, width), camera=False)
+    weights = torch.tensor([0.30, 0.59, 0.11], device=drawn.image.device).reshape(1, 3, 1, 1)
+    tone = (drawn.image * weights).sum(1, keepdim=True)
+    part = drawn.semantics[:, None].to(torch.float32)
+    padded = torch.nn.functional.pad(part, (0, 1, 0, 1), mode="replicate")
+    edges = ((padded[..., :-1, 1:] != part) | (padded[..., 1:, :-1] != part)).to(torch.float32)
+    return render_sketch(tone, edges, params, artist, seed)
+
+
+def _draw(params: Params, height: int, width: int, camera: bool) -> tuple[Tensor, Tensor, Tensor]:
+    s = build_shape(params)
+    c = build_look(params, s)
+    f = frame(s, height, width)
+    h = hair_shape(params, s, c)
+    hair = hair_field(f, s, h, c)
+    image = paint_background(params, height, width)
+    labels = torch.zeros(len(params), 1, height, width, dtype=torch.uint8, device=image.device)
+    image, labels = paint_behind(image, labels, f, s, h, c, hair, params)
+    image, labels = paint_head(image, labels, f, s, c, params)
+    image, labels = paint_hair(image, labels, f, s, h, c, hair)
+    image, labels = paint_glasses(image, labels, f, s, c, params)
+    image, labels = paint_hat(image, labels, f, s, h, c, params, hair[3])
+    image = image.clamp(0, 1).sqrt()
+    if camera:
+        image = _camera(image, params)
+    return image, labels[:, 0], landmarks(s, height, width)
+
+
+def _camera(image: Tensor, params: Params) -> Tensor:
+    """Blur, then noise from a hash of (the face's seed, the pixel)."""
+    _, channels, height, width = image.shape
+    sigma = (params["blur"] * height).reshape(-1, 1, 1, 1)
+    radius = int((3 * sigma.max()).ceil()) if len(params) else 0
+    if radius > 0:
+        image = _blur(image, sigma, radius)
+    keys = params.seed
+    low = (keys ^ (keys >> 32)).to(torch.int32).reshape(-1, 1, 1, 1)
+    counter = torch.arange(height * width, dtype=torch.int32, device=image.device).reshape(
+        1, 1, height, width
+    )
+    h = (counter * -1640531527) ^ low
+    h = (h ^ (h >> 15)) * -2048144789
+    h = (h ^ (h >> 13)) * -1028477387
+    h = h ^ (h >> 16)
+    # six fields of five bits, two for each channel: triangular distribution
+    planes = torch.cat([((h >> k) & 31) + ((h >> (k + 5)) & 31) for k in (0, 10, 20)], 1)
+    deviation = (2 * (32.0**2 - 1) / 12) ** 0.5
+    scale = params["noise"].reshape(-1, 1, 1, 1) / deviation
+    return (image + (planes.to(torch.float32) - 31) * scale).clamp(0, 1)
+
+
+def _blur(image: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Separable Gaussian with one sigma (pixels) per face; taps beyond 3 sigma weigh nothing."""
+    offsets = torch.arange(radius + 1, device=image.device).reshape(1, 1, 1, -1)
+    weight = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)).square()) * (offsets <= (3 * sigma).ceil())
+    weight = weight / (weight[..., :1] + 2 * weight[..., 1:].sum(-1, keepdim=True))
+    for dim in (2, 3):
+        size = image.shape[dim]
+        pad = (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0)
+        padded = torch.nn.functional.pad(image, pad, mode="replicate")
+        image = image * weight[..., :1]
+        for k in range(1, radius + 1):
+            pair = padded.narrow(dim, radius - k, size) + padded.narrow(dim, radius + k, size)
+            image = torch.addcmul(image, pair, weight[..., k : k + 1])
+    return image

@@ -1,0 +1,317 @@
+"""The head of a procedural face as a solid: numbers of its parts, projection, and the 68 landmarks.
+
+Head coordinates: x to the right of the picture, y down, z towards the viewer; the pupils lie near y = 0, the
+chin of an
+adult near y = 0.6, half the width of a face is about 0.48. Row y of the head is the ellipse with half axes
+w(y) across
+and DEPTH * w(y) in depth around z = zc(y). A relief (nose, brows, cheeks, chin) is added along z.
+Yaw turns about x = z = 0, pitch about y = PIVOT; the projection is orthographic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from shared.faceparams import Params
+
+DEPTH = 1.0
+PIVOT = 0.25
+CHEEK_ROW = 0.04
+CENTRE_Y = 0.05  # where head point (0, 0) lies in the picture, in half heights
+
+
+def smoothstep(x: Tensor) -> Tensor:
+    x = x.clamp(0, 1)
+    return x * x * (3 - 2 * x)
+
+
+def build_shape(params: Params) -> SimpleNamespace:
+    """Numbers of every part of B heads, each (B, 1, 1, 1): identity, age and expression put together."""
+
+    def column(name: str) -> Tensor:
+        return params[name].reshape(-1, 1, 1, 1).to(torch.float32)
+
+    def centred(name: str) -> Tensor:
+        return column(name) * 2 - 1
+
+    s = SimpleNamespace()
+    age = column("age")
+    s.child = child = smoothstep((19 - age) / 17)
+    s.old = old = smoothstep((age - 32) / 52)
+    s.male = male = centred("masculinity") * (1 - 0.85 * child)
+    smile, s.open = column("smile"), column("mouth_open").clamp(0, 1)
+    s.smile, s.grin, s.frown = smile, smile.clamp(min=0), (-smile).clamp(min=0)
+    raised = column("brow_raise")
+
+    # outline
+    s.width = 0.468 + 0.034 * centred("face_width") + 0.014 * male + 0.012 * child
+    s.top = -(0.69 + 0.035 * centred("forehead") + 0.04 * child)
+    s.chin = 0.600 + 0.045 * centred("face_length") + 0.018 * male - 0.105 * child
+    s.chin_open = s.chin + 0.075 * s.open
+    s.lower_a = 0.20 + 0.34 * centred("jaw") + 0.14 * male + 0.22 * child + 0.12 * old
+    s.lower_b = 0.12 + 0.34 * centred("chin") + 0.16 * male + 0.15 * child + 0.22 * old
+    s.upper_a = 0.34 - 0.16 * centred("cheekbones")
+    s.jut = 0.24 + 0.02 * male - 0.05 * child
+
+    # eyes and brows
+    size = 1 + 0.13 * centred("eye_size") + 0.16 * child
+    s.eye_x = 0.203 + 0.020 * centred("eye_spacing") + 0.25 * (s.width - 0.47)
+    s.eye_y = 0.020 * centred("eye_row") + 0.045 * child
+    s.eye_w = 0.103 * size - 0.003 * male
+    round_ = 1 + 0.22 * centred("eye_roundness") + 0.22 * child - 0.08 * male
+    s.lid_top = 0.050 * size * round_
+    s.lid_low = 0.027 * size * round_ * (1 - 0.35 * s.grin)
+    opening = column("eye_open") * (1 - 0.12 * s.grin) * (1 - 0.14 * old) - 0.06 * old * column("eyelid")
+    s.lid_up = s.lid_top * opening - s.lid_low * (1 - opening) * 0.9
+    s.eye_tilt = 0.10 * centred("eye_tilt") + 0.03 - 0.09 * old
+    s.iris = 0.0495 * size * (1 + 0.04 * child)
+    s.gaze_x, s.gaze_y = 0.040 * column("gaze_x"), 0.024 * column("gaze_y")
+    s.fold = 0.020 + 0.016 * column("eyelid") + 0.004 * child  # height of the crease above the lid
+    s.brow_y = s.eye_y - 0.122 - 0.018 * centred("brow_height") + 0.012 * male + 0.010 * old - 0.032 * raised
+    s.brow_y = s.brow_y - 0.006 * child
+    s.brow_w = 0.124 * (1 + 0.12 * centred("brow_length"))
+    s.brow_t = 0.0175 * (1 + 0.5 * centred("brow_thickness") + 0.28 * male) * (1 - 0.25 * child)
+    s.brow_arch = 0.026 * (1 + 0.8 * centred("brow_arch") - 0.35 * male) + 0.012 * raised.clamp(min=0)
+    s.brow_tilt = 0.10 * centred("brow_tilt") + 0.16 * s.frown - 0.05 * old
+
+    # nose
+    s.nose_root = s.eye_y - 0.02
+    s.nose_y = (0.232 + 0.030 * centred("nose_length") + 0.008 * male + 0.014 * old) * (1 - 0.22 * child)
+    s.nose_y = s.nose_y + 0.035 * child
+    s.nose_w = 0.094 * (1 + 0.20 * centred("nose_width") + 0.05 * male + 0.06 * old) * (1 - 0.14 * child)
+    s.nose_w = s.nose_w * (1 + 0.06 * s.grin)
+    s.bridge = 0.062 + 0.030 * centred("nose_bridge") + 0.010 * male - 0.036 * child
+    s.tip = 0.150 + 0.022 * centred("nose_tip") + 0.008 * male - 0.055 * child
+
+    # mouth
+    s.mouth_y = s.nose_y + 0.153 + 0.020 * centred("mouth_row") - 0.032 * child + 0.006 * old
+    s.mouth_w = 0.148 * (1 + 0.14 * centred("mouth_width") + 0.04 * male) * (1 - 0.13 * child)
+    s.mouth_w = s.mouth_w * (1 + 0.20 * s.grin - 0.08 * s.frown - 0.10 * s.open)
+    s.lip_up = (
+        0.031 * (1 + 0.42 * centred("upper_lip") - 0.12 * male) * (1 - 0.38 * old) * (1 - 0.15 * s.grin)
+    )
+    s.lip_low = (
+        0.041 * (1 + 0.36 * centred("lower_lip") - 0.08 * male) * (1 - 0.28 * old) * (1 - 0.12 * s.grin)
+    )
+    s.bow = 0.22 + 0.5 * column("cupid_bow")
+    s.curve = 0.046 * smile + 0.010
+    s.gap_up = 0.012 * s.open + 0.006 * s.grin * s.open
+    s.gap_low = 0.115 * s.open
+    s.ear = (1 + 0.16 * centred("ear_size") + 0.05 * male + 0.14 * old) * (1 + 0.06 * child)
+    s.ear_out = 0.022 + 0.040 * column("ear_angle")
+
+    # pose
+    yaw, pitch, roll = (torch.deg2rad(column(name)) for name in ("yaw", "pitch", "roll"))
+    s.sin_yaw, s.cos_yaw, s.sin_pitch, s.cos_pitch = yaw.sin(), yaw.cos(), pitch.sin(), pitch.cos()
+    s.sin_roll, s.cos_roll = roll.sin(), roll.cos()
+    s.rho = (s.cos_yaw**2 + (DEPTH * s.sin_yaw) ** 2).sqrt()  # width of a turned row over w(y)
+    s.cos_delta, s.sin_delta = s.cos_yaw / s.rho, DEPTH * s.sin_yaw / s.rho
+    s.scale = 1.03 * column("scale") * (1 - 0.07 * child)
+    s.shift_x, s.shift_y = column("shift_x"), column("shift_y") + CENTRE_Y
+    return s
+
+
+def profile(s: SimpleNamespace, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """w(y)^2, its derivative and zc(y); negative w^2 lies beyond skull and chin."""
+    low = (y > CHEEK_ROW).to(y.dtype)
+    inverse = torch.lerp(1 / (s.top - CHEEK_ROW), 1 / (s.chin_open - CHEEK_ROW), low)
+    t = (y - CHEEK_ROW) * inverse
+    t2 = t * t
+    b = s.lower_b * low
+    ab = torch.addcmul(torch.lerp(s.upper_a, s.lower_a, low), b, t2)  # a + b t^2
+    body = torch.addcmul(torch.ones_like(t2), ab, t2)
+    rest = 1 - t2
+    area = s.width * s.width
+    slope = torch.addcmul(-body, rest, torch.addcmul(ab, b, t2)) * (t * inverse) * (2 * area)
+    return body * rest * area, slope, s.jut * t2.clamp(max=1.2) * low
+
+
+def nose_relief(s: SimpleNamespace, x: Tensor, y: Tensor) -> Tensor:
+    """Height of the nose over the head's surface."""
+    t = ((y - s.nose_root) / (s.nose_y - s.nose_root)).clamp(0, 1)
+    height = (s.bridge + (s.tip - s.bridge) * t * t) * (4 * t).clamp(max=1)
+    sigma = 0.034 + 0.30 * (s.nose_w - 0.04) * t * t
+    below = (y - s.nose_y + 0.005).clamp(min=0) * 24
+    return height * torch.exp(-(x / sigma).square() - below * below)
+
+
+def project(s: SimpleNamespace, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Head points (B, N) to picture coordinates in half heights, (0, 0) the middle."""
+    flat = {k: getattr(s, k).reshape(-1, 1) for k in ("sin_yaw", "cos_yaw", "sin_pitch", "cos_pitch")}
+    u = x * flat["cos_yaw"] + z * flat["sin_yaw"]
+    z1 = z * flat["cos_yaw"] - x * flat["sin_yaw"]
+    v = PIVOT + (y - PIVOT) * flat["cos_pitch"] - z1 * flat["sin_pitch"]
+    return to_picture(s, u, v)
+
+
+def to_picture(s: SimpleNamespace, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarity of the picture plane: roll, scale and shift, for (B, N) points."""
+    scale, c, r = s.scale.reshape(-1, 1), s.cos_roll.reshape(-1, 1), s.sin_roll.reshape(-1, 1)
+    return scale * (u * c - v * r) + s.shift_x.reshape(-1, 1), scale * (u * r + v * c) + s.shift_y.reshape(
+        -1, 1
+    )
+
+
+@dataclass
+class Frame:
+    """Head coordinates of every pixel, each (B, 1, H, W)."""
+
+    px: float  # size of a pixel in half heights
+    u: Tensor  # picture plane after undoing roll, shift and scale
+    v: Tensor
+    x: Tensor  # on the surface of the head
+    y: Tensor
+    z: Tensor  # depth seen from the camera
+    normal: tuple[Tensor, Tensor, Tensor]  # of the surface without relief, seen from the camera
+    distance: Tensor  # signed distance to the outline of the head in the picture plane, negative inside
+    across: Tensor  # position in the turned row, -1 .. 1
+
+
+def frame(s: SimpleNamespace, height: int, width: int) -> Frame:
+    """Finds for every pixel the point of the head that it shows: two fixed-point steps on the depth."""
+    device = s.width.device
+    px = 2.0 / height
+    rows = ((torch.arange(height, device=device) + 0.5) * px - 1).reshape(1, 1, -1, 1)
+    cols = ((torch.arange(width, device=device) + 0.5) * px - width / height).reshape(1, 1, 1, -1)
+    a, b = (cols - s.shift_x) / s.scale, (rows - s.shift_y) / s.scale
+    u, v = a * s.cos_roll + b * s.sin_roll, b * s.cos_roll - a * s.sin_roll
+
+    vp = v - PIVOT
+    depth = 0.5 * (1 - (u / s.width).square() - (v / 0.75).square()).clamp(min=0).sqrt()
+    nose: Tensor | float = 0.0
+    for step in range(2):
+        y = torch.addcmul(PIVOT + vp * s.cos_pitch, depth, s.sin_pitch)
+        area, slope, zc = profile(s, y)
+        w = area.clamp(min=1e-4).sqrt()
+        offset = u - (zc + nose) * s.sin_yaw
+        sin_b = (offset / (w * s.rho)).clamp(-1, 1)
+        cos_b = (1 - sin_b * sin_b).clamp(min=0).sqrt()
+        sin_a = sin_b * s.cos_delta - cos_b * s.sin_delta
+        cos_a = cos_b * s.cos_delta + sin_b * s.sin_delta
+        x = w * sin_a
+        z = torch.addcmul(zc + nose, w, cos_a, value=DEPTH)
+        turned = z * s.cos_yaw - x * s.sin_yaw
+        depth = (turned + vp * s.sin_pitch) / s.cos_pitch
+        if step == 0:
+            nose = nose_relief(s, x, y)
+    base = u - zc * s.sin_yaw
+    level = (base / s.rho).square() - area
+    gradient = ((2 * base / s.rho.square()).square() + slope.square() + 1e-3).sqrt()
+    # normal of the ellipse stack: (sin a, -w', cos a / DEPTH), turned by yaw, then pitch
+    nx, ny, nz = sin_a, -0.5 * slope / w, cos_a / DEPTH
+    nx, nz = nx * s.cos_yaw + nz * s.sin_yaw, nz * s.cos_yaw - nx * s.sin_yaw
+    ny, nz = ny * s.cos_pitch - nz * s.sin_pitch, nz * s.cos_pitch + ny * s.sin_pitch
+    length = (nx * nx + ny * ny + nz * nz).clamp(min=1e-4).rsqrt()
+    # behind the ear line the surface runs on: |x| grows past w, so that marks of the front do not repeat
+    # there
+    back = (-cos_a).clamp(min=0)
+    x = x + 0.8 * w * back * x.sign()
+    normal = (nx * length, ny * length, nz * length)
+    return Frame(px, u, v, x, y, depth, normal, level / gradient, sin_b)
+
+
+def surface(s: SimpleNamespace, x: Tensor, y: Tensor) -> Tensor:
+    """Depth z of points of the face; s holds numbers of a shape that goes with x and y."""
+    area, _, zc = profile(s, y)
+    return zc + DEPTH * (area - x * x).clamp(min=0).sqrt() + nose_relief(s, x, y)
+
+
+def eye_curves(s: SimpleNamespace, ex: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper and lower lid over ex in [-1, 1] (nose to temple), as offsets in y from the eye's axis."""
+    q = 1 - ex * ex
+    upper = -s.lid_up * q * (1 - 0.22 * ex)
+    return upper, s.lid_low * q * (1 + 0.25 * ex)
+
+
+def lip_curves(s: SimpleNamespace, mx: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outer upper, inner upper, inner lower and outer lower lip over mx in [-1, 1], as offsets from the
+    mouth's row."""
+    m2 = mx * mx
+    q = (1 - m2).clamp(min=0)
+    centre = s.curve * (0.35 - m2)  # corners rise when curve > 0
+    inner_up = centre - s.gap_up * q
+    inner_low = centre + s.gap_low * q * (1 + 0.2 * q)
+    rise = q * (1 + 0.35 * (1 - q)) - s.bow * torch.exp(-60 * m2)
+    upper = inner_up - s.lip_up * rise
+    lower = inner_low + s.lip_low * q * (0.75 + 0.35 * q)
+    return upper, inner_up, inner_low, lower
+
+
+def landmarks(s: SimpleNamespace, height: int, width: int) -> Tensor:
+    """The 68 points in iBUG order, (B, 68, 2) as x, y in pixels (0, 0: centre of the first pixel)."""
+    f = SimpleNamespace(**{k: v.reshape(-1, 1) for k, v in vars(s).items()})
+    one = torch.ones_like(f.width)
+    points: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    # 0-16: visible outline of the jaw, from ear to ear
+    angle = torch.linspace(-0.02, 1, 9, device=one.device) * (torch.pi / 2)
+    y = CHEEK_ROW + (f.chin_open - CHEEK_ROW) * angle.sin()
+    area, _, zc = profile(f, y)
+    w = area.clamp(min=0).sqrt()
+    left, right = [], []
+    for side, out in ((-1.0, left), (1.0, right)):
+        # at the outline sin b = +-1, so that sin a = +-cos delta and cos a = +-sin delta
+        out.extend([side * w * f.cos_delta, y, zc + side * w * f.sin_delta * DEPTH])
+    points.append(
+        (torch.cat([left[0], right[0].flip(1)[:, 1:]], 1),)
+        + tuple(torch.cat([left[i], right[i].flip(1)[:, 1:]], 1) for i in (1, 2))
+    )
+
+    def add(x: Tensor, y: Tensor) -> None:
+        points.append((x, y, surface(f, x, y)))
+
+    # 17-26: brows, each from left to right
+    bx = torch.linspace(0.95, -0.95, 5, device=one.device)
+    x, y = brow_point(f, bx)
+    add(-x, y)
+    add(x.flip(1), y.flip(1))
+    # 27-35: ridge of the nose, then its base
+    t = torch.linspace(0, 1, 4, device=one.device)
+    y = f.nose_root + 0.03 + (f.nose_y - f.nose_root - 0.03) * t
+    zero = torch.zeros_like(y)
+    add(zero, y)
+    bx = torch.tensor([-0.78, -0.4, 0.0, 0.4, 0.78], device=one.device) * f.nose_w
+    y = f.nose_y + torch.tensor([0.018, 0.034, 0.042, 0.034, 0.018], device=one.device) * one
+    add(bx, y)
+    # 36-47: eyes, corner - upper lid - corner - lower lid, the first eye on the left of the picture
+    ex = torch.tensor([1.0, 0.4, -0.4, -1.0, -0.4, 0.4], device=one.device) * one
+    upper, lower = eye_curves(f, ex)
+    is_low = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0], device=one.device)
+    x, y = eye_point(f, ex * f.eye_w, torch.lerp(upper, lower, is_low.expand_as(upper)))
+    add(-x, y)
+    order = torch.tensor([3, 2, 1, 0, 5, 4], device=one.device)
+    add(x[:, order], y[:, order])
+    # 48-67: outer and inner lips
+    mx = (
+        torch.tensor(
+            [-1.0, -0.62, -0.2, 0.0, 0.2, 0.62, 1.0, 0.62, 0.25, 0.0, -0.25, -0.62], device=one.device
+        )
+        * one
+    )
+    outer_up, _, _, outer_low = lip_curves(f, mx)
+    y = torch.cat([outer_up[:, :7], outer_low[:, 7:]], 1)
+    add(mx * f.mouth_w, f.mouth_y + y)
+    mx = torch.tensor([-0.9, -0.35, 0.0, 0.35, 0.9, 0.35, 0.0, -0.35], device=one.device) * one
+    _, inner_up, inner_low, _ = lip_curves(f, mx)
+    y = torch.cat([inner_up[:, :5], inner_low[:, 5:]], 1)
+    add(mx * f.mouth_w, f.mouth_y + y)
+
+    x, y, z = (torch.cat([p[i] for p in points], 1) for i in range(3))
+    a, b = project(s, x, y, z)
+    return torch.stack([(a + width / height) * height / 2 - 0.5, (b + 1) * height / 2 - 0.5], dim=2)
+
+
+def brow_point(s: SimpleNamespace, bx: Tensor) -> tuple[Tensor, Tensor]:
+    """Middle line of the brow on the right of the picture over bx in [-1, 1] (nose to temple)."""
+    x = s.eye_x + 0.012 + bx * s.brow_w
+    y = s.brow_y + s.brow_arch * (bx - 0.25).square() * 1.1 - s.brow_tilt * bx * s.brow_w - 0.012
+    return x, y
+
+
+def eye_point(s: SimpleNamespace, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """From the tilted frame of the eye on the right of the picture to head coordinates."""
+    return s.eye_x + dx + dy * s.eye_tilt, s.eye_y + dy - dx * s.eye_tilt

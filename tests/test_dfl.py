@@ -1,0 +1,426 @@
+"""dfl: networks, objective, the two engines, the server's rules."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from dfl import convex, losses
+from dfl.baselines import BASELINES, build_method
+from dfl.claims import domain_claims, skew_claims
+from dfl.client import Client, Upload, global_part, local_part, local_round
+from dfl.data import ClientData, Samples, load_data, skewed
+from dfl.engine import Draws, clip
+from dfl.federation import (
+    Federation,
+    average,
+    evaluate,
+    fault,
+    lenders,
+    participants,
+    size_of,
+)
+from dfl.model import Critic, TwoBranch, build_backbone, load_official, official
+from dfl.train import TRIALS, Config
+from shared.bench import count_macs, count_parameters
+from shared.runtime import REPOSITORY, UserError
+
+TOY = Config(clients=3, per_client=40, test_images=60, rounds=2, bank_per_round=None)
+"""Three clients of 40 digits: two batches per epoch."""
+
+
+def federation(config: Config, data=None, **options) -> Federation:
+    data = data or load_data(config, config.seed)
+    return Federation(build_method(config, data), config, data, **options)
+
+
+def trained(config: Config, rounds: int = 2, **options) -> Federation:
+    made = federation(config, **options)
+    for _ in range(rounds):
+        made.run_round()
+    return made
+
+
+def distance(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "width", "parameters", "mmac"),
+    [
+        ("mlp", (3, 8, 8), 32, 14_432, 0.0144),
+        ("digit_cnn", (3, 28, 28), 512, 14_214_080, 47.8),
+        ("alexnet_bn", (3, 256, 256), 4096, 57_022_528, 923),
+        ("resnet18", (3, 224, 224), 512, 11_176_512, 1814),
+    ],
+)
+def test_extractors_have_their_size(name, shape, width, parameters, mmac):
+    net = build_backbone(name, None, shape).eval()
+    assert net.width == width and count_parameters(net) == parameters
+    assert count_macs(net, torch.zeros(1, *shape)) / 1e6 == pytest.approx(mmac, rel=0.01)
+    assert net(torch.zeros(2, *shape)).shape == (2, width)
+
+
+def test_fedbn_names_and_files(tmp_path):
+    expected = {"conv1.weight", "bn1.running_mean", "fc1.bias", "bn5.num_batches_tracked", "fc3.weight"}
+    net = official("digit_cnn")
+    assert expected <= net.state_dict().keys() and count_parameters(net) == 14_219_210
+    assert "features.conv5.weight" in official("alexnet_bn").state_dict()
+    assert count_parameters(official("alexnet_bn")) == 57_063_498
+    torch.nn.init.constant_(net.fc3.bias, 7.0)
+    state = net.state_dict()
+    torch.save({"server_model": state, "model_0": state, "a_iter": 99}, tmp_path / "fedbn")
+    for which in ("server_model", "model_0"):
+        assert load_official("digit_cnn", tmp_path / "fedbn", which).fc3.bias[0] == 7
+    torch.save(state, tmp_path / "bare.pth")
+    assert load_official("digit_cnn", tmp_path / "bare.pth").fc3.bias[0] == 7
+    with pytest.raises(UserError, match="no entry 'model_9'; the checkpoint holds model_0, server_model"):
+        load_official("digit_cnn", tmp_path / "fedbn", "model_9")
+    with pytest.raises(UserError, match="made for another model"):
+        load_official("alexnet_bn", tmp_path / "fedbn")
+    with pytest.raises(UserError, match="no official network"):
+        official("vgg")
+
+
+def test_branches_share_nothing_and_parts_cover_the_state():
+    net = TwoBranch(lambda: build_backbone("digit_cnn", None, (3, 28, 28)), 10, 512)
+    assert (
+        count_parameters(net) - count_parameters(net.critic_min) - count_parameters(net.critic_max)
+        == 28_438_410
+    )
+    specific = {value.data_ptr() for value in net.specific.state_dict().values()}
+    assert not specific & {value.data_ptr() for value in net.invariant.state_dict().values()}
+    state = net.state_dict()
+    for share_head in (True, False):
+        config = replace(TOY, backbone="digit_cnn", share_head=share_head, style="coloured")
+        method = build_method(config, small(28))
+        shared, own = global_part(state, method.shared), local_part(state, method.shared)
+        assert shared.keys() | own.keys() == state.keys() and not shared.keys() & own.keys()
+        assert ("head.weight" in shared) == share_head
+        assert not any(name.startswith(("specific", "critic")) for name in shared)
+        assert not any("num_batches_tracked" in name for name in shared)
+
+
+def small(side: int):
+    """A federation of random images of one size."""
+    return skewed(torch.rand(200, side, side), torch.arange(200) % 10, clients=3, per_client=40, test=60)
+
+
+def test_bn_of_the_invariant_branch_may_stay_local():
+    config = replace(TOY, backbone="digit_cnn", aggregate="invariant_bnlocal")
+    shared = build_method(config, small(28)).shared
+    assert shared("invariant.conv1.weight") and not shared("invariant.bn1.weight")
+    assert not shared("invariant.bn1.running_mean") and shared("head.bias")
+
+
+# --- objective ------------------------------------------------------------------------------------
+
+
+def test_information_closed_forms():
+    zero = torch.zeros(50)
+    assert losses.jsd_bound(zero, zero).item() == pytest.approx(-2 * math.log(2))
+    assert losses.information(zero, zero).item() == pytest.approx(0, abs=1e-6)
+    assert losses.information(zero + 50, zero - 50).item() == pytest.approx(2 * math.log(2))
+    # The hinge: a critic on the wrong side does not push the bound below zero.
+    assert losses.min_information(zero - 5, zero + 5, "jsd") == 0
+    assert losses.min_information(zero + 3, zero + 1, "club").item() == pytest.approx(2)
+
+
+def test_critic_learns_known_information():
+    """b = a or an independent draw, with a uniform on two values: JSD of joint and product is known."""
+    torch.manual_seed(0)
+    a = torch.randint(0, 2, (2000, 1)) * 2.0 - 1
+    rich = torch.cat([a, -a, torch.ones_like(a)], 1)
+    critic = Critic(3, 32)
+    optimiser = torch.optim.Adam(critic.parameters(), 1e-2)
+    for _ in range(150):
+        shift = torch.randint(1, 2000, ())
+        pairs = critic(rich, rich), critic(rich, rich[losses.derangement(2000, shift)])
+        loss = losses.critic_loss(*pairs)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    # joint: mass 1/2 on each equal pair; product: 1/4 on each of four pairs. m = (joint + product) / 2.
+    joint = 2 * 0.5 * math.log(0.5 / 0.375)
+    product = 2 * 0.25 * math.log(0.25 / 0.375) + 2 * 0.25 * math.log(0.25 / 0.125)
+    assert losses.information(*pairs).item() == pytest.approx(joint + product, abs=0.02)
+
+
+def test_derangements_have_no_fixed_point():
+    for shift in range(1, 7):
+        index = losses.derangement(7, torch.tensor(shift))
+        assert sorted(index.tolist()) == list(range(7)) and (index != torch.arange(7)).all()
+
+
+def test_diversity_against_a_loop():
+    torch.manual_seed(0)
+    logits, y = torch.randn(3, 5, 4), torch.tensor([0, 1, 2, 3, 0])
+    expected = sum(nn.functional.cross_entropy(each, y) for each in logits[:2]) / 2
+    assert losses.diversity(logits, y, torch.tensor([0.5, 0.5, 0])).item() == pytest.approx(expected.item())
+
+
+# --- which part moves -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "moves"),
+    [
+        (
+            {},
+            {"S": {"specific", "head", "critic_min"}, "C": {"invariant", "head", "critic_min", "critic_max"}},
+        ),
+        ({"mi": "none"}, {"S": {"specific", "head"}, "C": {"invariant", "head"}}),
+        (
+            {"schedule": "joint"},
+            {"J": {"specific", "invariant", "head", "critic_min", "critic_max"}},
+        ),
+    ],
+)
+def test_each_stage_moves_its_own_parameters(change, moves):
+    config = replace(TOY, **change)
+    made = trained(config, 1)  # a round later the bank is filled
+    method = made.method
+    seen = {}
+    for stage in method.stages:
+        one = replace(method, stages=(stage,))
+        before = made.clients[0].state
+        clients, _ = local_round(
+            one, config, made.net, [made.clients[0]], [made.data.clients[0]], [made.download(0)], made.data
+        )
+        start = {**before, **made.shared}
+        after = clients[0].state
+        seen[stage.name] = {name.split(".")[0] for name in after if not torch.equal(after[name], start[name])}
+    assert seen == moves
+
+
+def test_switches_change_what_they_name_only():
+    base = trained(TOY, 8)  # the hinge of L_min is inactive until its critic has learnt something
+    for trial in ("dfl-no-min-mi", "dfl-no-max-mi", "dfl-no-diversity", "dfl-shuffle", "dfl-local-head"):
+        other = trained(replace(TOY, **TRIALS[trial]), 8)
+        assert distance(base.clients[0].state, other.clients[0].state) > 0, trial
+    # Without a bank there is nothing to lend: round 1 is the same with and without diversity transferring.
+    first, none = (trained(replace(TOY, source=source), 1) for source in ("models", "none"))
+    assert distance(first.shared, none.shared) == 0
+    # Lambda 0 leaves only the other terms, as no estimator does.
+    off = trained(replace(TOY, lambda_min=0.0, lambda_max=0.0))
+    none = trained(replace(TOY, mi="none"))
+    assert distance(off.shared, none.shared) < 1e-6
+
+
+# --- engines --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "trial", [*BASELINES, "dfl", "dfl-shuffle", "dfl-prototypes", "dfl-club", "dfl-one-stage"]
+)
+def test_vectorised_clients_equal_the_plain_loop(trial):
+    config = replace(TOY, **TRIALS[trial])
+    fast = trained(replace(config, engine="vectorised"))
+    slow = trained(replace(config, engine="sequential"))
+    assert distance(fast.shared, slow.shared) < 2e-5 if fast.shared else True
+    for a, b in zip(fast.clients, slow.clients, strict=True):
+        assert distance(a.state, b.state) < 2e-5
+    for name, value in evaluate(fast, full=True).items():
+        assert value == pytest.approx(evaluate(slow, full=True)[name], abs=2)
+
+
+def test_frozen_features_cached_or_not_give_the_same():
+    data = small(8)
+    plain = trained(TOY, data=data)
+    uncached = trained(TOY, data=replace(data, augment=lambda images, view: images))
+    assert distance(plain.shared, uncached.shared) < 1e-5
+
+
+def test_clipping_is_per_client():
+    grads = [torch.ones(2, 3) * torch.tensor([[1.0], [100.0]])]
+    clip(grads, 5.0)
+    assert grads[0][0].tolist() == [1, 1, 1] and grads[0][1].norm().item() == pytest.approx(5, rel=1e-4)
+
+
+def test_draws_cover_each_epoch():
+    draws = Draws.of(10, 4, 3, torch.Generator().manual_seed(0))
+    assert draws.index.shape == (6, 4) and draws.shift.min() >= 1 and draws.shift.max() <= 3
+    for epoch in range(3):
+        assert len(set(draws.index[2 * epoch : 2 * epoch + 2].flatten().tolist())) == 8
+
+
+def test_engine_reaches_a_known_optimum():
+    gaps = convex.run()
+    assert gaps[-1] < 1e-10 and all(b - a < 1e-12 for a, b in zip(gaps, gaps[1:], strict=False))
+    assert convex.run(fraction=0.5, rounds=300)[-1] < 1e-4
+
+
+# --- server ---------------------------------------------------------------------------------------
+
+
+def upload(client: int, samples: int, value: float) -> Upload:
+    return Upload(client, samples, {"w": torch.full((2,), value)})
+
+
+def test_average_is_weighted_over_participants():
+    uploads = [upload(0, 10, 1.0), upload(1, 30, 5.0)]
+    assert average(uploads, "samples")["w"].tolist() == [4, 4]
+    assert average(uploads, "uniform")["w"].tolist() == [3, 3]
+
+
+def test_sampling_is_a_function_of_seed_and_round():
+    draws = [participants(0, round, 8, 0.5) for round in range(1, 200)]
+    assert draws == [participants(0, round, 8, 0.5) for round in range(1, 200)]
+    assert all(len(set(draw)) == 4 for draw in draws) and {k for draw in draws for k in draw} == set(range(8))
+    assert participants(1, 1, 8, 0.01) and len(participants(0, 1, 8, 0.01)) == 1
+    assert lenders(0, 1, 3, range(8), None) == [0, 1, 2, 4, 5, 6, 7]
+    chosen = lenders(0, 1, 3, range(8), 2)
+    assert len(chosen) == 2 and 3 not in chosen
+
+
+def test_absent_clients_keep_their_state_and_stale_entries_stay():
+    made = federation(replace(TOY, fraction=0.34))
+    made.run_round()
+    (present,) = participants(0, 1, 3, 0.34)
+    for k, client in enumerate(made.clients):
+        first = federation(TOY).clients[k].state
+        assert (distance(client.state, first) > 0) == (k == present)
+    assert set(made.bank) == {present}
+
+
+@pytest.mark.parametrize(
+    ("change", "lent"),
+    [
+        ({"source": "models"}, (14_432, 4)),
+        ({"source": "models", "lend_half": True}, (14_432, 2)),
+        ({"source": "prototypes"}, (10 * 32, 4)),
+        ({"source": "none"}, (0, 4)),
+    ],
+)
+def test_exactly_what_the_sharing_option_names_is_sent(change, lent):
+    config = replace(TOY, **change)
+    made = federation(config)
+    first, second = made.run_round(), made.run_round()
+    shared = (14_432 + 650) * 4
+    tensors, size = lent
+    assert first["bytes_up"] == second["bytes_up"] == shared + tensors * size
+    assert first["bytes_down"] == shared  # the bank is empty
+    assert second["bytes_down"] == shared + 2 * tensors * size
+    for k, client in enumerate(made.clients):
+        download = made.download(k)
+        assert k not in download.bank
+        names = {name for state in download.bank.values() for name in state}
+        if change["source"] == "models":
+            assert names == {name.removeprefix("specific.") for name in client.state if "specific" in name}
+        else:
+            assert names == ({"prototypes"} if change["source"] == "prototypes" else set())
+    assert size_of(made.download(0).shared) == shared
+
+
+def test_lending_every_second_round():
+    made = federation(replace(TOY, lend_every=2))
+    sent = [made.run_round()["bytes_lent_up"] for _ in range(4)]
+    assert sent[0] == sent[2] > 0 == sent[1] == sent[3]
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def with_client(data, k: int, train: Samples):
+    clients = list(data.clients)
+    clients[k] = ClientData(k, clients[k].name, train, clients[k].test)
+    return replace(data, clients=clients)
+
+
+def test_a_client_without_data_is_named_and_left_out():
+    data = load_data(TOY, 0)
+    data = with_client(data, 1, data.clients[1].train[:0])
+    messages = []
+    made = federation(TOY, data, report=messages.append)
+    scalars = made.run_round()
+    assert messages == ["round 1: client1 left out: no training data"]
+    assert scalars["clients"] == 2 and scalars["left_out/client1"] == 1
+    assert set(made.bank) == {0, 2}
+
+
+def test_nan_in_one_client_does_not_reach_the_others():
+    data = load_data(TOY, 0)
+    broken = replace(data.clients[1].train, images=data.clients[1].train.images * math.nan)
+    messages = []
+    made = federation(TOY, with_client(data, 1, broken), report=messages.append)
+    made.run_round()
+    assert len(messages) == 1 and "client1 left out: NaN or infinity" in messages[0]
+    assert all(torch.isfinite(value).all() for value in made.shared.values())
+    healthy = federation(TOY, with_client(data, 1, data.clients[1].train[:0]))
+    healthy.run_round()
+    assert distance(made.shared, healthy.shared) < 1e-5
+
+
+def test_a_client_that_fails_in_a_round_is_lost_alone():
+    data = load_data(TOY, 0)
+    labels = data.clients[2].train.labels.clone()
+    labels[:] = 99  # no such class: its loss cannot be computed
+    messages = []
+    made = federation(
+        TOY, with_client(data, 2, replace(data.clients[2].train, labels=labels)), report=messages.append
+    )
+    scalars = made.run_round()
+    assert scalars["clients"] == 2 and len(messages) == 1 and "client2 left out: IndexError" in messages[0]
+
+
+def test_too_few_answers_stop_the_run():
+    data = load_data(TOY, 0)
+    data = with_client(data, 1, data.clients[1].train[:0])
+    made = federation(replace(TOY, min_clients=3), data)
+    with pytest.raises(UserError, match="2 of the 3 clients needed .*client1: no training data"):
+        made.run_round()
+
+
+def test_faults():
+    assert fault(upload(0, 1, 1.0)) is None
+    assert "NaN" in fault(upload(0, 1, math.inf))
+    assert "loss" in fault(replace(upload(0, 1, 1.0), metrics={"loss": math.nan}))
+
+
+def test_claims_hold_at_their_margin_and_need_their_trials():
+    table = {"dfl": {"in_domain": 90.0, "worst": 70.0}, "fedavg": {"in_domain": 86.0, "worst": 71.0}}
+    assert skew_claims(table) == []  # C1 needs fedavg-wide as well
+    table["fedavg-wide"] = {"in_domain": 87.5}
+    (c1,) = skew_claims(table)
+    assert c1.id == "C1" and c1.holds and c1.margin == "dfl - fedavg >= 4; dfl - fedavg-wide >= 2.5"
+    table["fedavg-wide"] = {"in_domain": 87.6}
+    assert not skew_claims(table)[0].holds
+    assert [(claim.id, claim.holds) for claim in domain_claims(table)] == [("D1", True), ("D2", False)]
+
+
+def test_width_is_doubled_for_mlp_only():
+    wide = build_method(replace(TOY, method="fedavg", wide=True), small(8)).build()
+    assert count_parameters(wide) == 192 * 128 + 128 + 128 * 64 + 64 + 64 * 10 + 10
+    with pytest.raises(UserError, match="digit_cnn has fixed ones"):
+        build_method(replace(TOY, method="fedavg", wide=True, backbone="digit_cnn"), small(28))
+
+
+def test_batch_norm_cannot_be_vectorised():
+    with pytest.raises(UserError, match="--norm group or --engine sequential"):
+        trained(replace(TOY, backbone="digit_cnn", engine="vectorised"), 1, data=small(28))
+
+
+def test_a_federation_is_saved_and_restored():
+    made = trained(replace(TOY, **TRIALS["scaffold"]))
+    other = federation(replace(TOY, **TRIALS["scaffold"]))
+    other.load_state_dict(made.state_dict())
+    made.run_round(), other.run_round()
+    assert distance(made.shared, other.shared) == 0 and made.round == other.round == 3
+
+
+def test_readme_names_every_trial():
+    text = (REPOSITORY / "dfl" / "README.md").read_text()
+    assert all(f"| {trial} " in text or f"| **{trial}** " in text for trial in TRIALS)
+
+
+def test_clients_start_alike():
+    made = federation(TOY)
+    states = [client.state for client in made.clients]
+    assert all(distance(states[0], state) == 0 for state in states)
+    assert isinstance(made.clients[0], Client)

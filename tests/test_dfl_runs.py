@@ -1,0 +1,183 @@
+"""dfl as a user runs it: train, eval and predict as subprocesses, kill and resume, two processes."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shared.io import read_image, write_image
+from shared.runtime import REPOSITORY
+
+SMALL = [
+    *("demo", "--trials", "dfl", "fedavg", "--seeds", "1", "--sweep", "--clients", "4", "--per-client", "40"),
+    *("--test-images", "200", "--checkpoint-every", "2"),
+]
+
+
+def script(
+    name: str, *arguments: object, launcher: tuple[str, ...] = (), **options
+) -> subprocess.CompletedProcess:
+    """Run a script of the folder from the folder."""
+    return subprocess.run(
+        [sys.executable, *launcher, name, *map(str, arguments)],
+        cwd=REPOSITORY / "dfl",
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **options},
+    )
+
+
+def outcome(folder: Path) -> tuple[list[dict], dict]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    weights = {
+        f"{path.stem}/{name}": value
+        for path in sorted((folder / "trials").glob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
+    return lines, weights
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "é run"
+    trained = script("train.py", *SMALL, "--rounds", 6, "--out", folder)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.splitlines()[-1] == str(folder)
+    return folder
+
+
+def test_evaluation_prints_and_writes_what_it_found(run):
+    done = script("eval.py", "--run", run)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(run)
+    assert "not available" in done.stdout and "T1: holds" in done.stdout
+    results = json.loads((run / "results.json").read_text())
+    # The other claims need trials that were not run.
+    assert [claim["id"] for claim in results["claims"]] == ["C2", "T1"]
+    assert {metric["method"] for metric in results["metrics"]} == {"dfl", "fedavg"}
+    assert not any(metric["comparable"] for metric in results["metrics"])
+    for name in ("federation", "curves", "accuracies", "probes", "maps"):
+        picture = read_image(run / "samples" / f"{name}.png")
+        assert picture.std() > 0.05
+    values = {metric["metric"]: metric["value"] for metric in results["metrics"] if metric["method"] == "dfl"}
+    log, _ = outcome(run)
+    course = [line["dfl/0/in_domain"] for line in log if "dfl/0/in_domain" in line]
+    assert values["in-domain"] == pytest.approx(sum(course[-3:]) / 3)
+
+
+@pytest.mark.parametrize("mode", ["personal", "transfer", "invariant"])
+def test_predictions_for_own_pictures(run, tmp_path, mode):
+    for i in range(3):
+        write_image(tmp_path / "my digits" / f"{i}.png", torch.rand(1, 20, 14))
+    out = tmp_path / "out"
+    done = script(
+        "predict.py", tmp_path / "my digits", "--run", run, "--mode", mode, "--client", 1, "--out", out
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((out / "predictions.json").read_text())
+    assert [Path(entry["file"]).name for entry in found] == ["0.png", "1.png", "2.png"]
+    for entry in found:
+        assert sum(entry["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+        assert entry["probabilities"][entry["class"]] == max(entry["probabilities"].values())
+    assert read_image(out / "predictions.png").shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing here"], "nothing here: no such file or folder"),
+        ([".", "--client", "9"], "--client 9: the clients are client0, client1, client2, client3"),
+        ([".", "--trial", "moon"], "moon-0.safetensors: no such file"),
+        ([".", "--trial", "fedavg", "--mode", "invariant"], "has no invariant branch"),
+    ],
+)
+def test_prediction_mistakes(run, tmp_path, arguments, message):
+    write_image(tmp_path / "a.png", torch.rand(3, 8, 8))
+    arguments = [tmp_path if argument == "." else argument for argument in arguments]
+    done = script("predict.py", *arguments, "--run", run)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_runs_end_as_the_uninterrupted_one(run, tmp_path, seed):
+    chance = random.Random(seed)
+    expected = outcome(run)
+    folder = tmp_path / "run"
+    command = [sys.executable, "train.py", *SMALL, "--rounds", "6", "--out", str(folder)]
+    kills = 0
+    while kills < 2:
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY / "dfl",
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        wanted = chance.randint(1, 5) + 5 * kills
+        while process.poll() is None:  # kill it when so many lines have been logged
+            if (folder / "log.jsonl").exists() and len(
+                (folder / "log.jsonl").read_text().splitlines()
+            ) >= wanted:
+                time.sleep(chance.random() * 0.05)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        process.wait()
+        kills += 1
+    done = script("train.py", *SMALL, "--rounds", 6, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    log, weights = outcome(folder)
+    assert log == expected[0]
+    assert weights.keys() == expected[1].keys()
+    assert all(torch.equal(weights[name], value) for name, value in expected[1].items())
+
+
+def test_two_processes_give_the_curve_of_one(run, tmp_path):
+    folder = tmp_path / "two"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = script("train.py", *SMALL, "--rounds", 6, "--out", folder, launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log, weights = outcome(folder)
+    expected_log, expected = outcome(run)
+    assert len(log) == len(expected_log)
+    for a, b in zip(log, expected_log, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            tolerance = 1.5 if re.search("in_domain|worst|spread|counterfactual|unseen", name) else 2e-3
+            assert a[name] == pytest.approx(b[name], abs=tolerance), name
+    assert all(torch.allclose(weights[name], value, atol=2e-3) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "nonsense"),
+        (["digits5"], "--data digits5 needs --data-root FOLDER"),
+        (["demo", "--trials", "nonsense"], "unknown trial 'nonsense'; there are dfl, local"),
+        (["demo", "--out", "/proc/nowhere"], "no run folder"),
+        (["demo", "--device", "cuda"], "PyTorch finds no CUDA device"),
+        (["demo", "--backbone", "digit_cnn"], "digit_cnn takes 28x28 images, the data are 8x8"),
+    ],
+)
+def test_mistakes_end_with_one_message_and_code_2(tmp_path, arguments, message):
+    if "cuda" in arguments and torch.cuda.is_available():
+        return
+    done = script("train.py", *arguments, PAPERS_RUNS=str(tmp_path))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert message in done.stderr
+
+
+def test_evaluating_nothing(tmp_path):
+    done = script("eval.py", PAPERS_RUNS=str(tmp_path))
+    assert done.returncode == 2 and "run train.py first" in done.stderr
