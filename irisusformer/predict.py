@@ -1,0 +1,259 @@
+"""Segment the user's own eye images: mask, uncertainty, boundary ellipses, rubber sheet, quality.
+
+    python predict.py --input eye.jpg --output found/
+    python predict.py --input images/ --output found/ --run RUN
+    python predict.py --input eye.mp4 --output found/
+
+Per image: NAME_mask.png, NAME_overlay.png (mask, ellipses, contour of the high-uncertainty region),
+NAME_uncertainty.png (heat map over the image), NAME_polar.png, NAME_polar_mask.png and
+NAME_polar_reliability.png (64x512) and NAME.json; for a video NAME.json with one record a frame, and
+NAME_overlay.mp4. summary.csv has a line per image or frame.
+"""
+
+import csv
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from irisusformer.datasets import ENDINGS, read_eye
+from irisusformer.geometry import Ellipse, fit_boundaries, quality, rubber_sheet
+from irisusformer.model import IrisUsformer, fold_batch_norm
+from irisusformer.pictures import BLUE, GREEN, RED, heat, outlined, tint, with_ellipse
+from irisusformer.train import PAPER, Config, build, variants
+from shared.io import find_run, load_config, load_safetensors, load_weights, progress, to_pil, write_image
+from shared.records import write_json
+from shared.runtime import UserError, parse, pick_device, run_main
+
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+SUMMARY = ("name", "score", "usable", "mean_uncertainty", "iris_pixels")
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """What to segment, and with which network."""
+
+    input: Path
+    """An image, a folder of images, or a video."""
+    output: Path
+    """Folder to write to."""
+    run: Path | None = None
+    """Run folder to take the network from; default: the newest."""
+    network: str | None = None
+    """Which of the run's networks; default: the first."""
+    weights: Path | None = None
+    """Other weights of the same architecture, .safetensors."""
+    tau: float | None = None
+    """Uncertainty above this is the high region; default: the one found in training."""
+    short_side: int | None = None
+    """Images whose shorter side is longer are shrunk to this for the network, and its maps enlarged again.
+    Default: the size the run was trained at where it learned from procedural eyes, otherwise 960."""
+    every: int = 1
+    """Take every n-th frame of a video."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+def load_network(run: Path | None, network: str | None, weights: Path | None) -> tuple[IrisUsformer, Config]:
+    """A run's network for inference, BatchNorm folded, and the run's settings.
+
+    Raises UserError when the run has no network of that name.
+    """
+    folder = find_run(PAPER, run)
+    config = load_config(folder, Config)
+    named = variants(config)
+    name = network or next(iter(named))
+    if name not in named:
+        raise UserError(f"--network {name}: {folder} holds {', '.join(named)}")
+    model = build(named[name])
+    if weights is None:
+        load_weights(folder, {name: model})
+    else:
+        load_safetensors(weights, model)
+    return fold_batch_norm(model), config
+
+
+def working_side(config: Config) -> int:
+    """Shorter side to which larger images are shrunk: the procedural eyes' own, for other data 960."""
+    return min(config.image_size) if config.dataset in ("eyes", "simple") else 960
+
+
+def segment(
+    model: IrisUsformer, image: Tensor, tau: float | None = None, short_side: int = 960
+) -> dict[str, Tensor]:
+    """Maps of one image (3, H, W) in [0, 1]: `prob`, `uncertainty` (H, W), `mask`, `high_region` bool, and
+    `pupil`, `outer` where the network has boundary heads; computed at a shorter side of
+    at most `short_side` pixels."""
+    height, width = image.shape[-2:]
+    scale = min(1.0, short_side / min(height, width))
+    small = (max(1, round(height * scale)), max(1, round(width * scale)))
+    device = model.tau.device
+    batch = image[None].to(device)
+    if scale < 1:
+        batch = F.interpolate(batch, small, mode="bilinear", align_corners=False, antialias=True)
+    maps = {name: value.float().cpu() for name, value in model.predict(batch, tau).items()}
+    if scale < 1:
+        maps = {
+            name: F.interpolate(value, (height, width), mode="bilinear", align_corners=False)
+            for name, value in maps.items()
+        }
+    result = {name: value[0, 0] for name, value in maps.items()}
+    result["mask"] = result["prob"] >= 0.5
+    result["high_region"] = result["high_region"] >= 0.5
+    for name in ("pupil", "outer"):
+        if name in result:
+            result[name] = result[name] >= 0.5
+    return result
+
+
+Ellipses = tuple[Ellipse | None, Ellipse | None]
+Sheet = dict[str, np.ndarray]
+
+
+def measure(image: Tensor, maps: dict[str, Tensor]) -> tuple[dict[str, Any], Sheet | None, Ellipses]:
+    """Geometry and quality of one image: a JSON record, the rubber sheet when both boundaries were found,
+    and the ellipses of pupil and limbus."""
+    mask, uncertainty = maps["mask"].numpy(), maps["uncertainty"].numpy()
+    # ellipses need no more than about 640 pixels
+    shrink = min(1.0, 640 / max(mask.shape))
+    regions = [mask, *(maps[name].numpy() for name in ("pupil", "outer") if name in maps)]
+    if shrink < 1:
+        size = (round(mask.shape[1] * shrink), round(mask.shape[0] * shrink))
+        regions = [
+            cv2.resize(region.astype(np.float32), size, interpolation=cv2.INTER_AREA) >= 0.5
+            for region in regions
+        ]
+    pupil, limbus = (None if e is None else e.scaled(1 / shrink) for e in fit_boundaries(*regions))
+    sheet = None
+    if pupil is not None and limbus is not None:
+        sheet = rubber_sheet(image.permute(1, 2, 0).numpy(), mask, uncertainty, pupil, limbus)
+    record = {
+        "width": mask.shape[1],
+        "height": mask.shape[0],
+        "iris_pixels": int(mask.sum()),
+        "mean_uncertainty": float(uncertainty.mean()),
+        "high_share": float(maps["high_region"].float().mean()),
+        "quality": quality(mask, uncertainty, sheet and sheet["mask"]),
+        "pupil": pupil and asdict(pupil),
+        "limbus": limbus and asdict(limbus),
+    }
+    return record, sheet, (pupil, limbus)
+
+
+def overlay(image: Tensor, maps: dict[str, Tensor], ellipses: Ellipses) -> Tensor:
+    picture = tint(image, maps["mask"], GREEN, 0.3)
+    picture = outlined(picture, maps["high_region"], RED)
+    for ellipse in ellipses:
+        picture = with_ellipse(picture, ellipse, BLUE)
+    return picture
+
+
+def write_maps(
+    folder: Path, name: str, image: Tensor, maps: dict[str, Tensor], sheet: Sheet | None, ellipses: Ellipses
+) -> None:
+    write_image(folder / f"{name}_mask.png", maps["mask"][None].float())
+    write_image(folder / f"{name}_overlay.png", overlay(image, maps, ellipses))
+    warm = heat(maps["uncertainty"])
+    write_image(folder / f"{name}_uncertainty.png", 0.5 * image + 0.5 * warm)
+    if sheet is not None:
+        write_image(folder / f"{name}_polar.png", torch.from_numpy(sheet["image"]).permute(2, 0, 1))
+        for part in ("mask", "reliability"):
+            write_image(
+                folder / f"{name}_polar_{part}.png", torch.from_numpy(sheet[part].astype(np.float32))[None]
+            )
+
+
+def frames(path: Path, every: int) -> tuple[float, Iterator[Tensor]]:
+    """Rate (1/s) and frames (3, H, W) of a video. UserError when it cannot be decoded."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # its complaints go past Python to stderr
+    video = cv2.VideoCapture(str(path))
+    first, frame = video.read()
+    if not first:
+        raise UserError(f"{path}: no frame could be decoded; convert it to H.264 .mp4")
+
+    def read() -> Iterator[Tensor]:
+        number, more, current = 0, True, frame
+        while more:
+            if number % every == 0:
+                yield torch.from_numpy(current[:, :, ::-1].copy()).permute(2, 0, 1).float() / 255
+            more, current = video.read()
+            number += 1
+
+    return video.get(cv2.CAP_PROP_FPS) or 25.0, read()
+
+
+def summary_row(name: str, record: dict[str, Any]) -> list:
+    q = record["quality"]
+    return [name, q["score"], q["usable"], record["mean_uncertainty"], record["iris_pixels"]]
+
+
+def predict_video(model: IrisUsformer, config: PredictConfig, short_side: int) -> list[list]:
+    records, rows, writer = [], [], None
+    path, name = config.input, config.input.stem
+    rate, images = frames(path, config.every)
+    for number, image in enumerate(progress(images, name)):
+        maps = segment(model, image, config.tau, short_side)
+        record, _, ellipses = measure(image, maps)
+        records.append({"frame": number * config.every, **record})
+        rows.append(summary_row(f"{name}#{number * config.every}", record))
+        picture = np.asarray(to_pil(overlay(image, maps, ellipses)))[:, :, ::-1]
+        if writer is None:
+            target, code = str(config.output / f"{name}_overlay.mp4"), cv2.VideoWriter_fourcc(*"mp4v")
+            writer = cv2.VideoWriter(target, code, rate / config.every, picture.shape[1::-1])
+        writer.write(picture)
+    writer.release()
+    write_json(config.output / f"{name}.json", records)
+    return rows
+
+
+def predict_images(model: IrisUsformer, config: PredictConfig, short_side: int) -> list[list]:
+    source = config.input
+    paths = (
+        [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix.lower() in ENDINGS)
+    )
+    if not paths:
+        raise UserError(f"{source}: no image in it (endings {', '.join(ENDINGS)})")
+    base = source.parent if source.is_file() else source
+    rows = []
+    for path in progress(paths, "segmenting"):
+        image = read_eye(path)
+        name = "_".join(path.relative_to(base).with_suffix("").parts)
+        if any(row[0] == name for row in rows):
+            name = "_".join(path.relative_to(base).parts)  # same stem, another ending
+        maps = segment(model, image, config.tau, short_side)
+        record, sheet, ellipses = measure(image, maps)
+        write_maps(config.output, name, image, maps, sheet, ellipses)
+        write_json(config.output / f"{name}.json", {"file": str(path), **record})
+        rows.append(summary_row(name, record))
+    return rows
+
+
+def main() -> None:
+    config = parse(PredictConfig, __doc__)
+    if not config.input.exists():
+        raise UserError(f"--input {config.input}: no such file or folder")
+    if config.every < 1 or (config.short_side is not None and config.short_side < 32):
+        raise UserError("--every must be at least 1 and --short-side at least 32")
+    model, trained = load_network(config.run, config.network, config.weights)
+    short_side = config.short_side or working_side(trained)
+    model.to(pick_device(config.device), memory_format=torch.channels_last)
+    config.output.mkdir(parents=True, exist_ok=True)
+    video = config.input.suffix.lower() in VIDEOS
+    rows = predict_video(model, config, short_side) if video else predict_images(model, config, short_side)
+    with open(config.output / "summary.csv", "w", newline="") as file:
+        csv.writer(file).writerows([SUMMARY, *rows])
+    print(
+        f"{len(rows)} {'frames' if video else 'images'}, mean quality {np.mean([row[1] for row in rows]):.3f}"
+    )
+    print(config.output)
+
+
+if __name__ == "__main__":
+    run_main(main)

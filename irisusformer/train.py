@@ -1,0 +1,369 @@
+"""Train IrisUsformer: iris masks and an uncertainty map learned from the prediction's discrepancy.
+
+python train.py                      # demo: procedural eyes, 2 CPU cores, minutes
+python train.py study                # the whole comparison of the README, over its seeds
+python train.py paper --dataset ubiris --data-root /datasets/ubiris
+python train.py paper --init RUN_OR_FILE --labels 20 --steps 500 ...   # fine-tune with few labels
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from irisusformer.data import Augmentation, EyeWorld, IrisFiles
+from irisusformer.datasets import find_pairs
+from irisusformer.eyes import LOOKS, Look
+from irisusformer.losses import objective
+from irisusformer.model import IrisUsformer
+from irisusformer.pictures import overview
+from shared.io import Run, find_run, load_config, load_safetensors, load_weights, progress
+from shared.runtime import (
+    RunConfig,
+    StepBatches,
+    UserError,
+    maybe_compile,
+    parse_presets,
+    run_main,
+    seed_everything,
+    start,
+)
+
+PAPER = "irisusformer"
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of a run; the defaults are the paper-scale ones."""
+
+    dataset: str = "ubiris"
+    """eyes or simple (procedural), or a data set of datasets.py: ubiris, miche, casia-distance, folder..."""
+    data_root: Path | None = None
+    """Folder of the data set (csv: the file)."""
+    operator: str = "A"
+    """Whose annotation of IRISSEG-EP to take."""
+    labels: int | None = None
+    """Use the first so many training images only."""
+    init: Path | None = None
+    """Begin with the weights of this run folder or .safetensors file."""
+
+    train_images: int = 300
+    """Procedural eyes to train on."""
+    test_images: int = 200
+    """Procedural eyes to test on."""
+    image_size: tuple[int, int] = (64, 64)
+    """Height and width of procedural eyes, pixels."""
+    looks: tuple[Look, ...] = LOOKS
+    """Sensors of the procedural eyes."""
+
+    size: Literal["tiny", "small", "lite", "base"] = "base"
+    """Width of the network; base has the paper's 35 % of IrisParseNet's MACs."""
+    arch: Literal["irisusformer", "bitrans"] = "irisusformer"
+    """bitrans: the second version of the paper."""
+    position_sensitive: bool = True
+    """False: the plain transformer, whose operations do not know positions."""
+    aux_at: Literal["fine", "d2"] = "fine"
+    """Where the auxiliary head sits: full resolution, or the quarter-resolution decoder map."""
+    mixer: Literal["attention", "conv"] = "attention"
+    """conv: depthwise 7x7 convolutions instead of attention."""
+    pos_embed: Literal["none", "learned"] = "none"
+    """Learned position embeddings, for the plain transformer."""
+    boundaries: bool = False
+    """Add the pupil and outer-boundary heads."""
+    fast_up: bool = False
+    """Convolve before up-sampling in the decoder: cheaper, another function."""
+    dropout: float = 0.0
+    """Channel dropout in the decoder, for MC dropout."""
+
+    mode: Literal["learned", "two_head", "free", "ce"] = "learned"
+    """What the auxiliary head learns, see losses.py."""
+    weighting: Literal["attenuate", "emphasize", "none"] = "attenuate"
+    """How uncertainty weighs the segmentation loss."""
+    beta: float = 1.0
+    """Strength of the weighting."""
+    lambda_unc: float = 0.4
+    """Weight of the auxiliary head's own loss."""
+    lambda_reg: float = 0.0
+    """Weight of mean uncertainty (the regulariser of the paper's second version: 0.01)."""
+    lambda_d: float = 0.1
+    """Weight of the discrepancy in mode two_head."""
+    lambda_dice: float = 0.0
+    """Weight of soft Dice."""
+    plain_start: float = 0.1
+    """Share of the steps before the weighting begins."""
+    annotation: Literal["mask", "noisy", "with_pupil"] = "mask"
+    """Which annotation of procedural eyes to learn from."""
+
+    steps: int = 30_000
+    """Training steps."""
+    batch_size: int = 8
+    """Images per step, over all processes."""
+    crop: int = 320
+    """Side of the training window for data from files."""
+    lr: float = 5e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.01
+    """Decay of matrices and kernels; norms and biases have none."""
+    warmup: int = 500
+    """Steps of linear warm-up, then polynomial decay of power 0.9 to 0."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    ema: float = 0.999
+    """Decay of the weights' average that is evaluated; 0: the weights themselves."""
+
+    variants: tuple[str, ...] = ("learned",)
+    """What to train side by side, on the same batches: keys of VARIANTS."""
+    seeds: int = 1
+    """Initialisations of each variant."""
+    ensemble: int = 1
+    """At least so many initialisations of variant ce, the ensemble that uncertainty is compared with."""
+    log_every: int = 20
+    """Steps between log lines."""
+    save_every: int = 1000
+    """Steps between checkpoints and pictures."""
+
+
+# Differences from the run's own settings. "learned" is the method.
+VARIANTS: dict[str, dict] = {
+    "learned": {},
+    "ce": {"mode": "ce", "weighting": "none"},
+    "plain": {"mode": "ce", "weighting": "none", "position_sensitive": False},
+    "plain_pos": {"mode": "ce", "weighting": "none", "position_sensitive": False, "pos_embed": "learned"},
+    "conv": {"mixer": "conv"},
+    "bitrans": {"arch": "bitrans"},
+    "d2": {"aux_at": "d2"},
+    "two_head": {"mode": "two_head"},
+    "free": {"mode": "free"},
+    "dropout": {"dropout": 0.1},
+    "regularised": {"lambda_reg": 0.01},
+    "learned_noisy": {"annotation": "noisy"},
+    "d2_noisy": {"annotation": "noisy", "aux_at": "d2"},
+    "emphasize_noisy": {"annotation": "noisy", "weighting": "emphasize"},
+    "ce_noisy": {"mode": "ce", "weighting": "none", "annotation": "noisy"},
+    "two_head_noisy": {"mode": "two_head", "annotation": "noisy"},
+    "two_head_1_noisy": {"mode": "two_head", "lambda_d": 1.0, "annotation": "noisy"},
+    "ce_attenuate_noisy": {"mode": "ce", "weighting": "attenuate", "annotation": "noisy"},
+    "ce_emphasize_noisy": {"mode": "ce", "weighting": "emphasize", "annotation": "noisy"},
+    "free_noisy": {"mode": "free", "annotation": "noisy"},
+    "learned_pupil": {"annotation": "with_pupil"},
+    "ce_pupil": {"mode": "ce", "weighting": "none", "annotation": "with_pupil"},
+}
+DEMO = Config(
+    dataset="eyes",
+    size="tiny",
+    steps=400,
+    lr=2e-3,
+    warmup=20,
+    ema=0.0,
+    save_every=100,
+    variants=("learned", "ce", "plain", "learned_noisy"),
+    ensemble=3,
+)
+PRESETS = {
+    "demo": DEMO,
+    "study": dataclasses.replace(DEMO, variants=tuple(VARIANTS), seeds=2, save_every=200),
+    "study-simple": dataclasses.replace(
+        DEMO, dataset="simple", variants=tuple(VARIANTS), seeds=2, save_every=200
+    ),
+    "paper": Config(),
+}
+
+
+def build(config: Config) -> IrisUsformer:
+    """The network that a configuration describes."""
+    return IrisUsformer(
+        config.size,
+        config.mode,
+        arch=config.arch,
+        position_sensitive=config.position_sensitive,
+        aux_at=config.aux_at,
+        mixer=config.mixer,
+        pos_embed=config.pos_embed,
+        boundaries=config.boundaries,
+        fast_up=config.fast_up,
+        dropout=config.dropout,
+    )
+
+
+def variants(config: Config) -> dict[str, Config]:
+    """The networks of a run: name -> its configuration; further seeds are called NAME-1, NAME-2..."""
+    unknown = [name for name in config.variants if name not in VARIANTS]
+    if unknown or not config.variants:
+        raise UserError(f"--variants {' '.join(unknown)}: choose from {', '.join(VARIANTS)}")
+    return {
+        name if not k else f"{name}-{k}": dataclasses.replace(config, **VARIANTS[name], seed=config.seed + k)
+        for name in config.variants
+        for k in range(max(config.seeds, config.ensemble) if name == "ce" else config.seeds)
+    }
+
+
+def training_set(config: Config) -> Dataset:
+    if config.dataset in ("eyes", "simple"):
+        count = config.labels or config.train_images
+        return EyeWorld(config.dataset, "train", count, config.image_size, config.looks, config.seed)
+    pairs = find_pairs(config.dataset, config.data_root, "train", config.operator)
+    return IrisFiles(pairs[: config.labels], Augmentation(config.crop, config.seed))
+
+
+def test_set(config: Config) -> Dataset:
+    if config.dataset in ("eyes", "simple"):
+        return EyeWorld(
+            config.dataset, "test", config.test_images, config.image_size, config.looks, config.seed
+        )
+    return IrisFiles(find_pairs(config.dataset, config.data_root, "test", config.operator))
+
+
+def load_init(path: Path, model: nn.Module, name: str) -> None:
+    """Weights to begin with: a file, or the same (otherwise the first) network of a run folder."""
+    if path.is_file():
+        load_safetensors(path, model)
+        return
+    folder = find_run(PAPER, path)
+    names = variants(load_config(folder, Config))
+    load_weights(folder, {name if name in names else next(iter(names)): model})
+
+
+def learning_rate(config: Config, step: int) -> float:
+    warm = min(1.0, (step + 1) / max(config.warmup, 1))
+    return config.lr * warm * (1 - step / config.steps) ** 0.9
+
+
+class Learner:
+    """One network with its optimiser and the average of its weights."""
+
+    def __init__(self, name: str, config: Config, device: torch.device):
+        seed_everything(config.seed)
+        self.name, self.config = name, config
+        self.model = build(config)
+        if config.init:
+            load_init(config.init, self.model, name)
+        self.model.to(device, memory_format=torch.channels_last)
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others}]
+        self.optimizer = torch.optim.AdamW(groups, config.lr, weight_decay=0.0, fused=True)
+
+    @property
+    def result(self) -> IrisUsformer:
+        """The network to evaluate."""
+        return self.average if self.average is not None else self.model
+
+    def update(
+        self, forward: Callable, batch: dict[str, Tensor], step: int, accelerator: Accelerator
+    ) -> dict[str, Tensor]:
+        """One step through `forward` (the model, perhaps wrapped): weigh, descend, average. Returns the terms
+        of the loss and the gradient's norm."""
+        c = self.config
+        self.model.train()
+        weighting = c.weighting if step >= c.plain_start * c.steps else "none"
+        with accelerator.autocast():
+            out = forward(batch["image"])
+        terms = objective(
+            out,
+            batch[c.annotation],
+            c.mode,
+            weighting,
+            beta=c.beta,
+            lambda_unc=c.lambda_unc,
+            lambda_reg=c.lambda_reg,
+            lambda_d=c.lambda_d,
+            lambda_dice=c.lambda_dice,
+            regions=batch["regions"],
+        )
+        self.optimizer.zero_grad()
+        accelerator.backward(terms["loss"])
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(c, step)
+        self.optimizer.step()
+        if self.average is not None:
+            self.follow(min(c.ema, (step + 1) / (step + 10)))
+        return {name: value.detach() for name, value in (*terms.items(), ("norm", norm))}
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Average the weights; early steps count more, buffers are copied."""
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        for mine, its in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            mine.copy_(its)
+
+
+@torch.no_grad()
+def set_tau(model: IrisUsformer, batches: Iterator[Tensor]) -> None:
+    """tau: half the 99th percentile of the uncertainty on training images."""
+    model.eval()
+    values = torch.cat([model.predict(image)["uncertainty"].flatten().cpu() for image in batches])
+    model.tau.fill_(0.5 * values.kthvalue(max(1, int(0.99 * len(values)))).values)
+
+
+def train(config: Config) -> Path:
+    """Train every variant of a run side by side and return the run folder.
+
+    Raises UserError for unknown variants and for what is wrong with the data.
+    """
+    named = variants(config)
+    data = training_set(config)
+    accelerator = start(config)
+    run = Run(PAPER, config, accelerator.is_main_process)
+    learners = [Learner(name, c, accelerator.device) for name, c in named.items()]
+    models = {learner.name: learner.result for learner in learners}
+    objects = {f"{learner.name}-optimizer": learner.optimizer for learner in learners}
+    objects |= {f"{learner.name}-model": learner.model for learner in learners if learner.average is not None}
+    saved = run.load(models, objects) or {"step": 0}
+    forwards = [
+        accelerator.prepare_model(maybe_compile(learner.model, config.compile)) for learner in learners
+    ]
+
+    sampler = StepBatches(
+        len(data),
+        config.batch_size,
+        config.seed,
+        config.steps,
+        saved["step"],
+        accelerator.process_index,
+        accelerator.num_processes,
+        draws=True,
+    )
+    loader = DataLoader(
+        data, batch_sampler=sampler, num_workers=config.workers, pin_memory=torch.cuda.is_available()
+    )
+    bar = progress(loader, "training", len(sampler))
+    for step, batch in enumerate(bar, saved["step"]):
+        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
+        pairs = zip(learners, forwards, strict=True)
+        terms = {
+            learner.name: learner.update(forward, batch, step, accelerator) for learner, forward in pairs
+        }
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            run.log(done, **{f"{name}/{term}": v for name, t in terms.items() for term, v in t.items()})
+        if done % config.save_every == 0 or done == config.steps:
+            if done == config.steps:
+                for learner in learners:
+                    set_tau(learner.result, tau_batches(data, config, accelerator.device))
+            first = learners[0].result.eval()
+            run.picture(
+                f"step-{done:06d}", overview(batch["image"], batch["mask"], first.predict(batch["image"]))
+            )
+            run.save(models, objects, {"step": done})
+    run.close()
+    return run.folder
+
+
+def tau_batches(data: Dataset, config: Config, device: torch.device) -> Iterator[Tensor]:
+    """Images of up to 32 training batches, the same whatever was trained before."""
+    for batch in StepBatches(len(data), config.batch_size, config.seed, 32, draws=True):
+        yield torch.stack([data[key]["image"] for key in batch]).to(device)
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(train(parse_presets(PRESETS, __doc__))))

@@ -1,0 +1,336 @@
+"""IrisUsformer's scripts: training, resuming, evaluation, prediction, export, the cross-database matrix."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from irisusformer import eval as evaluation
+from irisusformer.bench import BenchConfig, rows_of
+from irisusformer.cross_database import matrix
+from irisusformer.export import export, largest_difference
+from irisusformer.eyes import draw_eye
+from irisusformer.iris import identity
+from irisusformer.model import IrisUsformer
+from irisusformer.predict import segment
+from irisusformer.protocol import evaluate
+from irisusformer.train import (
+    DEMO,
+    PRESETS,
+    VARIANTS,
+    Learner,
+    build,
+    learning_rate,
+    load_init,
+    test_set,
+    train,
+    training_set,
+    variants,
+)
+from shared.io import load_weights
+from shared.published import load_published
+from shared.runtime import UserError
+
+test_set.__test__ = False  # a function of train.py, no test
+SCRIPTS = ["train", "eval", "predict", "export", "cross_database", "recognition", "draw", "bench"]
+FOLDER = Path(__file__).resolve().parent.parent / "irisusformer"
+TINY = ["--train-images", "12", "--test-images", "6", "--batch-size", "2", "--log-every", "1"]
+TINY += ["--variants", "learned", "ce", "--ensemble", "2"]
+
+
+def command(script, *arguments):
+    return [sys.executable, f"{script}.py", *map(str, arguments)]
+
+
+def run(script, *arguments, code=0):
+    done = subprocess.run(
+        command(script, *arguments), cwd=FOLDER, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 12 steps that was not interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = run("train", "demo", *TINY, "--steps", 12, "--save-every", 4, "--out", out)
+    assert done.stdout.splitlines()[-1] == str(out)
+    return out
+
+
+@pytest.fixture
+def eyes(tmp_path):
+    folder = tmp_path / "eyes"
+    folder.mkdir()
+    for i in range(2):
+        picture = draw_eye(identity(i), 0, 60, 80, "visible", 1).image
+        Image.fromarray((picture * 255).astype(np.uint8)).save(folder / f"eye{i}.png")
+    return folder
+
+
+def test_killed_run_resumes_to_the_same_numbers(trained, tmp_path):
+    out = tmp_path / "killed"
+    arguments = ["demo", *TINY, "--steps", 12, "--save-every", 4, "--out", out]
+    process = subprocess.Popen(command("train", *arguments), cwd=FOLDER, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out / "samples" / "step-000004.png").exists():
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    run("train", *arguments)
+    assert (out / "log.jsonl").read_text() == (trained / "log.jsonl").read_text()
+    for name in ("learned", "ce", "ce-1"):
+        mine, its = ((f / "checkpoint" / f"{name}.safetensors").read_bytes() for f in (out, trained))
+        assert mine == its
+
+
+def test_eval_prints_claims_and_writes_results(trained):
+    done = run("eval", "--run", trained)
+    assert done.stdout.splitlines()[-1] == str(trained)
+    for text in ("AUROC", "ensemble of ce", "MC dropout", "flip disagreement", "temperature", "cost: holds"):
+        assert text in done.stdout
+    results = json.loads((trained / "results.json").read_text())
+    claims = {claim["id"]: claim for claim in results["claims"]}
+    assert claims["cost"]["holds"] and "position-sensitive" not in claims  # needs the plain network
+    assert set(results["segmentation"]) == {"learned", "ce", "ce-1"}
+    assert all(not metric["comparable"] for metric in results["metrics"])
+    assert (trained / "samples" / "curves.png").exists() and (trained / "samples" / "test.png").exists()
+
+
+def test_predict_writes_maps_geometry_and_summary(trained, eyes, tmp_path):
+    out = tmp_path / "out"
+    run("predict", "--run", trained, "--input", eyes, "--output", out, "--tau", 0.3)
+    with open(out / "summary.csv") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == ["eye0", "eye1"]
+    record = json.loads((out / "eye0.json").read_text())
+    assert (record["width"], record["height"]) == (80, 60) and 0 <= record["quality"]["score"] <= 1
+    for kind in ("mask", "overlay", "uncertainty"):
+        assert Image.open(out / f"eye0_{kind}.png").size == (80, 60)
+
+
+def test_predict_reads_videos(trained, tmp_path):
+    film = tmp_path / "film.avi"
+    writer = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"MJPG"), 10, (80, 60))
+    for seed in range(4):
+        writer.write((draw_eye(identity(1), seed, 60, 80, "visible", 1).image * 255).astype(np.uint8))
+    writer.release()
+    run("predict", "--run", trained, "--input", film, "--output", tmp_path / "out", "--every", 2)
+    assert [r["frame"] for r in json.loads((tmp_path / "out/film.json").read_text())] == [0, 2]
+    assert cv2.VideoCapture(str(tmp_path / "out/film_overlay.mp4")).read()[0]
+
+
+def test_users_mistakes_have_one_message_and_code_2(trained, tmp_path):
+    (tmp_path / "film.mp4").write_bytes(b"no film")
+    dot = tmp_path / "dot.png"
+    Image.fromarray(np.zeros((1, 1, 3), np.uint8)).save(dot)
+    out = ["--output", tmp_path / "out", "--run", trained]
+    for script, arguments, message in (
+        ("train", ["paper", "--data-root", tmp_path / "nowhere"], "does not exist; get it: UBIRIS.v2"),
+        ("predict", ["--input", tmp_path / "film.mp4", *out], "no frame could be decoded"),
+        ("predict", ["--input", dot, *out], "1x1 pixels are too few"),
+    ):
+        done = run(script, *arguments, code=2)
+        assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script):
+    assert "usage" in run(script, "--help").stdout
+
+
+def test_onnx_reproduces_the_network_at_any_size(tmp_path):
+    torch.manual_seed(0)
+    for options in ({}, {"boundaries": True, "mode": "two_head", "arch": "bitrans"}):
+        model = IrisUsformer("tiny", **options).eval()
+        graph = export(model, tmp_path / "iris.onnx")
+        for shape in ((1, 3, 64, 64), (2, 3, 41, 90)):
+            assert largest_difference(graph, tmp_path / "iris.onnx", shape) < 1e-4
+
+
+def test_large_images_are_shrunk_for_the_network_only():
+    torch.manual_seed(0)
+    maps = segment(IrisUsformer("tiny", boundaries=True).eval(), torch.rand(3, 300, 500), short_side=64)
+    assert {tuple(value.shape) for value in maps.values()} == {(300, 500)}
+    assert maps["mask"].dtype == maps["high_region"].dtype == maps["pupil"].dtype == torch.bool
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+SMALL = replace(
+    DEMO,
+    train_images=8,
+    test_images=4,
+    batch_size=4,
+    steps=3,
+    log_every=1,
+    save_every=3,
+    variants=("learned",),
+    ensemble=1,
+)
+
+
+def test_every_variant_differs_from_the_method_in_what_its_name_says():
+    named = variants(replace(DEMO, variants=tuple(VARIANTS)))
+    assert set(named) == set(VARIANTS) | {"ce-1", "ce-2"}
+    assert named["learned"] == replace(DEMO, variants=tuple(VARIANTS))
+    assert not named["plain"].position_sensitive and named["d2"].aux_at == "d2"
+    assert named["learned_noisy"].annotation == "noisy" and named["ce-2"].seed == 2
+    with pytest.raises(UserError, match="choose from learned"):
+        variants(replace(DEMO, variants=("nonsense",)))
+
+
+def test_study_trains_everything_on_both_worlds():
+    assert set(PRESETS["study"].variants) == set(VARIANTS) and PRESETS["study"].seeds == 2
+    assert PRESETS["study-simple"].dataset == "simple"
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = replace(DEMO, lr=1.0, warmup=10, steps=100)
+    assert learning_rate(config, 0) == pytest.approx(0.1)
+    assert learning_rate(config, 50) == pytest.approx(0.5**0.9)
+    assert learning_rate(config, 100) == 0
+
+
+def test_weight_decay_spares_norms_and_biases():
+    learner = Learner("learned", SMALL, torch.device("cpu"))
+    decayed, others = learner.optimizer.param_groups
+    assert decayed["weight_decay"] == 0.01 and others["weight_decay"] == 0
+    assert {p.ndim for p in others["params"]} == {1} and min(p.ndim for p in decayed["params"]) == 4
+
+
+def test_weighting_begins_after_the_plain_start(monkeypatch):
+    seen = []
+
+    def spy(out, target, mode, weighting, **rest):
+        seen.append(weighting)
+        return original(out, target, mode, weighting, **rest)
+
+    from irisusformer import train as module
+
+    original = module.objective
+    monkeypatch.setattr(module, "objective", spy)
+    learner = Learner("learned", replace(SMALL, steps=10, plain_start=0.2), torch.device("cpu"))
+    batch = {"image": torch.rand(2, 3, 32, 32), "mask": torch.ones(2, 1, 32, 32, dtype=torch.uint8)}
+    batch["regions"] = batch["mask"].repeat(1, 2, 1, 1)
+    from accelerate import Accelerator
+
+    for step in range(4):
+        learner.update(learner.model, batch, step, Accelerator(cpu=True))
+    assert seen == ["none", "none", "attenuate", "attenuate"]
+
+
+def test_average_of_the_weights_follows_them():
+    learner = Learner("learned", replace(SMALL, ema=0.9), torch.device("cpu"))
+    parameter, average = next(learner.model.parameters()), next(learner.average.parameters())
+    before = average.clone()
+    parameter.data += 1
+    learner.follow(0.75)
+    torch.testing.assert_close(average, before + 0.25)
+    assert learner.result is learner.average
+
+
+def test_training_sets_tau_from_the_training_images(tmp_path):
+    folder = train(replace(SMALL, out=tmp_path / "run", ema=0.5))
+    model = build(SMALL)
+    assert load_weights(folder, {"learned": model}) == {"step": 3}
+    data = training_set(SMALL)
+    values = model.eval().predict(torch.stack([data[i]["image"] for i in range(8)]))["uncertainty"].flatten()
+    assert model.tau.item() == pytest.approx(0.5 * values.quantile(0.99).item(), rel=0.05)
+
+
+def test_fine_tuning_begins_with_the_given_weights_and_few_labels(tmp_path):
+    folder = train(replace(SMALL, out=tmp_path / "first"))
+    model = build(SMALL)
+    load_init(folder, model, "learned")
+    other = build(SMALL)
+    load_init(folder / "checkpoint" / "learned.safetensors", other, "learned")
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    config = replace(SMALL, init=folder, labels=3, out=tmp_path / "second")
+    assert len(training_set(config)) == 3
+    torch.testing.assert_close(
+        Learner("learned", config, torch.device("cpu")).model.state_dict(), model.state_dict()
+    )
+    train(config)
+
+
+def test_training_on_files_with_boundary_heads(tmp_path, capsys):
+    for split in ("train", "test"):
+        for i in range(2):
+            eye = draw_eye(identity(i), 0, 60, 80, "nir", 1)
+            layers = {"image": (eye.image * 255).astype(np.uint8), "SegmentationClass": eye.mask}
+            layers |= {"pupil_edge_mask": eye.pupil, "iris_edge_mask": eye.outer}
+            for name, array in layers.items():
+                folder = tmp_path / "data" / split / name
+                folder.mkdir(parents=True, exist_ok=True)
+                array = array if array.dtype == np.uint8 else array.astype(np.uint8) * 255
+                Image.fromarray(array).save(folder / f"{i}.png")
+    config = replace(
+        SMALL, dataset="casia-distance", data_root=tmp_path / "data", crop=64, boundaries=True, steps=2
+    )
+    folder = train(replace(config, out=tmp_path / "run"))
+    assert "learned/regions" in json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    model = build(config)
+    load_weights(folder, {"learned": model})
+    result = evaluate(model, test_set(config), torch.device("cpu"))
+    assert len(result.boundaries) == 2 and set(result.localisation()) >= {"inner_hdis", "dice_outer"}
+    rows = evaluation.metrics_of(config, {"learned": result})
+    assert not any(row.comparable for row in rows) and rows[0].dataset == "CASIA-Iris-Distance"
+    result.images *= 50  # as many as the published split has
+    result.mean_uncertainty *= 50
+    assert all(row.comparable for row in evaluation.metrics_of(config, {"learned": result}))
+    evaluation.print_beside(config, {"learned": result}, load_published("irisusformer"), nice=False)
+    printed = capsys.readouterr().out
+    assert "IrisParseNet (published)  0.41" in printed and "learned (measured)" in printed
+
+
+def test_cross_database_matrix(tmp_path):
+    folders = [
+        train(replace(SMALL, out=tmp_path / "nir", looks=("nir",))),
+        train(replace(SMALL, out=tmp_path / "simple", dataset="simple")),
+    ]
+    found = matrix(folders, "cpu")
+    assert set(found) == {"eyes:nir", "simple"} and set(found["simple"]) == {"eyes:nir", "simple"}
+    assert all(0 <= cell["e1"] <= 100 for row in found.values() for cell in row.values())
+    with pytest.raises(UserError, match="same data"):
+        matrix([folders[0], folders[0]], "cpu")
+
+
+def test_bench_measures_everything_in_one_run(tmp_path):
+    options = ["--size", "tiny", "--height", 64, "--width", 64, "--seconds", 0.01]
+    env = {**os.environ, "PAPERS_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    arguments = command("bench", *options, "--no-compile", "--no-onnx")
+    subprocess.run(arguments, cwd=FOLDER, env=env, check=True, capture_output=True, timeout=300)
+    rows = {r["network"]: r for r in json.loads((tmp_path / "irisusformer/bench.json").read_text())["rows"]}
+    assert {"ours, naive", "ours", "ours, fast_up", "ours, bf16", "U-Net", "IrisParseNet"} <= set(rows)
+    assert rows["ours"]["GMACs"] < rows["U-Net"]["GMACs"] < rows["IrisParseNet"]["GMACs"]
+    assert all(row["images/s"] > 0 and row["peak memory, MiB"] > 0 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_base_is_faster_than_its_naive_version():
+    config = BenchConfig(compile=False, onnx=False)
+    rows = {row["network"]: row for row in rows_of(config, Path())}
+    assert rows["ours"]["x naive"] >= 1.5
+
+
+@pytest.mark.slow
+def test_the_demo_learns(tmp_path):
+    config = replace(
+        DEMO, out=tmp_path / "run", variants=("learned",), steps=250, train_images=150, test_images=60
+    )
+    model = build(config)
+    load_weights(train(config), {"learned": model})
+    result = evaluate(model, test_set(config), torch.device("cpu"), 20)
+    assert result.segmentation()["e1"] < 3 and result.uncertainty()["auroc"] > 0.92
