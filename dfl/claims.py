@@ -48,7 +48,7 @@ def skew_claims(table: Table) -> list[Claim]:
     return [
         *claim(
             "C1",
-            "Under attributes skew DFL is more accurate on the clients' own domains than one mean network.",
+            "Under attributes skew DFL is more accurate on the clients' own domains than FedAvg.",
             {
                 "dfl": ("dfl", "in_domain"),
                 "fedavg": ("fedavg", "in_domain"),

@@ -79,9 +79,9 @@ MAX_SIZE = 2048
 class Faces:
     """B drawn faces.
 
-    image (B, 3, H, W) float32 RGB in [0, 1]; semantics (B, H, W) uint8, indices into `CLASSES` ("l_": left half
-    of an upright picture); landmarks (B, 68, 2) float32, x and y in pixels, (0, 0) the centre of the first
-    pixel, iBUG order; params: what was drawn.
+    image (B, 3, H, W) float32 RGB in [0, 1]; semantics (B, H, W) uint8, indices into `CLASSES` ("l_": left
+    half of an upright picture); landmarks (B, 68, 2) float32, x and y in pixels, (0, 0) the centre of the
+    first pixel, iBUG order; params: what was drawn.
     """
 
     image: Tensor
