@@ -1,0 +1,1 @@
+"""Perturbation Inactivation (PIN): a purifying defence for face recognition, with attacks and evaluation."""

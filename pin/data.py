@@ -1,0 +1,349 @@
+"""Where images and pairs come from: procedural faces, identity folders, LFW, FaceScrub, CelebA, pair
+files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pin.world import draw_people
+from shared.faces import draw, make_params, sample_ages, sample_attributes, sample_identities
+from shared.io import read_image, to_pil
+from shared.runtime import UserError
+from shared.weights import load_pickle
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+TEMPLATE = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]],
+    np.float32,
+)
+"""ArcFace's places of eyes, nose and mouth corners in a 112 x 112 crop, (x, y) in pixels."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Verification pairs: indices (P,) of first and second image in a set, same (P,) bool, fold (P,)."""
+
+    first: Tensor
+    second: Tensor
+    same: Tensor
+    fold: Tensor
+
+
+def preprocess(path: Path, size: int = 112, landmarks: np.ndarray | None = None) -> Tensor:
+    """Image file -> grey (1, size, size) in [-1, 1], as the official code prepares it.
+
+    Grey or colour files; bilinear to exactly size x size (the aspect is not kept), ITU-R 601 luma. With
+    landmarks (5, 2) the face is first moved to ArcFace's template. Raises UserError on a damaged file.
+    """
+    picture = to_pil(read_image(path))
+    if landmarks is None:
+        picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+    else:
+        picture = Image.fromarray(align(np.asarray(picture), landmarks, size))
+    grey = np.asarray(picture.convert("L"), dtype=np.float32)
+    return torch.from_numpy(grey)[None].div(127.5).sub(1)
+
+
+def align(image: np.ndarray, landmarks: np.ndarray, size: int = 112) -> np.ndarray:
+    """Crop (size, size, C) by the least-squares similarity from `landmarks` (5, 2) to the template
+    (Umeyama)."""
+    target = TEMPLATE * (size / 112)
+    source_mean, target_mean = landmarks.mean(0), target.mean(0)
+    source, moved = landmarks - source_mean, target - target_mean
+    u, s, vt = np.linalg.svd(moved.T @ source)
+    signs = np.array([1.0, np.sign(np.linalg.det(u @ vt))])
+    rotation = u @ np.diag(signs) @ vt
+    scale = (s * signs).sum() / np.square(source).sum()
+    matrix = np.column_stack([scale * rotation, target_mean - scale * rotation @ source_mean])
+    return cv2.warpAffine(image, matrix.astype(np.float64), (size, size), flags=cv2.INTER_LINEAR)
+
+
+def read_landmarks(path: Path) -> dict[str, np.ndarray]:
+    """`file x1 y1 ... x5 y5` lines (CelebA's landmark lists, or your own) -> file -> (5, 2) pixels."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: landmark list not readable ({error.strerror})") from None
+    found = {}
+    for line in lines:
+        fields = line.split()
+        if len(fields) == 11:
+            try:
+                found[fields[0]] = np.array(fields[1:], np.float32).reshape(5, 2)
+            except ValueError:
+                raise UserError(f"{path}: no ten numbers after {fields[0]}") from None
+    if not found:
+        raise UserError(f"{path}: no line of a file name and ten numbers (x y of eyes, nose, mouth corners)")
+    return found
+
+
+class TensorFaces(Dataset):
+    """Images held in memory: images (N, 1, S, S) in [-1, 1], labels (N,)."""
+
+    def __init__(self, images: Tensor, labels: Tensor):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+
+class ImageFiles(Dataset):
+    """Image files, read when asked for: (1, size, size) in [-1, 1] and the label."""
+
+    def __init__(
+        self, paths: list[Path], labels: list[int], size: int, landmarks: dict | None = None, root=None
+    ):
+        self.paths, self.labels, self.size = paths, torch.tensor(labels), size
+        self.landmarks, self.root = landmarks, root
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        path = self.paths[index]
+        points = None
+        if self.landmarks is not None:
+            name = str(path.relative_to(self.root))
+            points = self.landmarks.get(name, self.landmarks.get(path.name))
+            if points is None:
+                raise UserError(f"no landmarks for {name}: add its line to the list")
+        return preprocess(path, self.size, points), self.labels[index]
+
+
+# --- procedural -----------------------------------------------------------------------------------
+
+
+def procedural(
+    world: str, people: int, per_person: int, size: int, seed: int, transposed: float = 0.0
+) -> TensorFaces:
+    """Embedded faces. world: "simple" (soft-edged cartoons) or "faces" (the project's shaded faces)."""
+    generator = torch.Generator().manual_seed(seed)
+    if world == "simple":
+        return TensorFaces(*draw_people(people, per_person, size, generator, transposed))
+    return TensorFaces(*_shaded_people(people, per_person, size, seed))
+
+
+def _shaded_people(people: int, per_person: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Adults of shared/faces.py in grey, half the usual spread of pose and light, nothing worn."""
+    identity = sample_identities(people, seed).repeat_interleave(per_person, 0)
+    age = sample_ages(people, seed).repeat_interleave(per_person)
+    attributes = sample_attributes(len(identity), seed, strength=0.5, worn=0.0)
+    image = draw(make_params(identity, attributes, age, seed), size).image
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    labels = torch.arange(people).repeat_interleave(per_person)
+    return (image * luma).sum(1, keepdim=True) * 2 - 1, labels
+
+
+def random_pairs(labels: Tensor, same: int, different: int, seed: int, folds: int = 10) -> Pairs:
+    """Distinct random pairs of images, `same` of one person and `different` of two, dealt out to the folds.
+
+    Raises UserError when the set has too few people or pictures.
+    """
+    generator = np.random.default_rng(seed)
+    labels_ = labels.numpy()
+    first, second = np.triu_indices(len(labels_), 1)
+    equal = labels_[first] == labels_[second]
+    chosen = []
+    for wanted, candidates in ((same, np.flatnonzero(equal)), (different, np.flatnonzero(~equal))):
+        if len(candidates) < wanted:
+            raise UserError(
+                f"{wanted} pairs wanted and only {len(candidates)} possible: give more images or people"
+            )
+        chosen.append(generator.choice(candidates, wanted, replace=False))
+    picked = np.concatenate(chosen)
+    fold = np.concatenate([np.arange(same) % folds, np.arange(different) % folds])
+    return Pairs(*(torch.from_numpy(part) for part in (first[picked], second[picked], equal[picked], fold)))
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def identity_folder(root: Path, size: int, landmarks: Path | None = None) -> ImageFiles:
+    """`root/<person>/<any>.jpg`: FaceScrub, LFW, CASIA-WebFace, AT&T, your own. Raises UserError if empty."""
+    if not root.is_dir():
+        raise UserError(
+            f"{root}: no such folder; expected {root}/<person>/<image>.jpg, one folder per person"
+        )
+    paths, labels = [], []
+    people = sorted(entry for entry in root.iterdir() if entry.is_dir())
+    for number, person in enumerate(people):
+        files = sorted(path for path in person.iterdir() if path.suffix.lower() in ENDINGS)
+        paths += files
+        labels += [number] * len(files)
+    if not paths:
+        raise UserError(f"{root}: no images in subfolders; expected {root}/<person>/<image>.jpg")
+    return ImageFiles(paths, labels, size, landmarks and read_landmarks(landmarks), root)
+
+
+def celeba(root: Path, size: int, landmarks: Path | None = None) -> ImageFiles:
+    """CelebA: `root/img_align_celeba/*.jpg` (or the images in `root` itself), with `identity_CelebA.txt`
+    beside.
+
+    Without the identity file every label is -1: enough for basis, DAE and ESN, which need none.
+    """
+    folder = root / "img_align_celeba" if (root / "img_align_celeba").is_dir() else root
+    paths = (
+        sorted(path for path in folder.glob("*") if path.suffix.lower() in ENDINGS) if folder.is_dir() else []
+    )
+    if not paths:
+        raise UserError(
+            f"{root}: no CelebA here; expected {root}/img_align_celeba/000001.jpg (mmlab.ie.cuhk.edu.hk)"
+        )
+    record = root / "identity_CelebA.txt"
+    identities = dict(line.split() for line in record.read_text().splitlines()) if record.is_file() else {}
+    labels = [int(identities.get(path.name, -1)) for path in paths]
+    return ImageFiles(paths, labels, size, landmarks and read_landmarks(landmarks), folder)
+
+
+def split_people(files: ImageFiles, share: float = 0.75) -> tuple[TensorFaces, TensorFaces]:
+    """Load a small set into memory and give the first `share` of its people to training, the rest to the
+    test."""
+    images = torch.stack([files[i][0] for i in range(len(files))])
+    people = int(files.labels.max()) + 1
+    training = files.labels < round(share * people)
+    if training.all() or not training.any():
+        raise UserError(f"{people} people cannot be split into training and test: at least 2 are needed")
+    return TensorFaces(images[training], files.labels[training]), TensorFaces(
+        images[~training], files.labels[~training]
+    )
+
+
+# --- pairs on disk --------------------------------------------------------------------------------
+
+
+def lfw_pairs(root: Path, pairs: Path | None = None, size: int = 112, landmarks: Path | None = None):
+    """LFW: `root/<Name>/<Name>_0001.jpg` and its `pairs.txt` -> (ImageFiles, Pairs).
+
+    pairs.txt: first line folds and pairs per fold, then `name i j` (same) or `name i name2 j` (different).
+    Also reads lists of `file1 file2 label` (MegaFace's form), files relative to root. Raises UserError that
+    counts missing images instead of leaving pairs out.
+    """
+    pairs = pairs or root / "pairs.txt"
+    try:
+        lines = [line.split() for line in pairs.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(
+            f"{pairs}: pair list not readable ({error.strerror}); LFW's pairs.txt comes from "
+            f"vis-www.cs.umass.edu/lfw"
+        ) from None
+    header = lines[0] if lines and all(field.isdigit() for field in lines[0]) else None
+    entries = [_pair(root, fields, pairs) for fields in lines[1 if header else 0 :]]
+    if not entries:
+        raise UserError(f"{pairs}: holds no pairs")
+    index: dict[Path, int] = {}
+    for one, two, _ in entries:
+        index.setdefault(one, len(index))
+        index.setdefault(two, len(index))
+    missing = [path for path in index if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(index)} images of {pairs} are missing, the first is {missing[0]}; "
+            f"expected "
+            f"{root}/<Name>/<Name>_0001.jpg"
+        )
+    folds = int(header[0]) if header else 10
+    per_fold = 2 * int(header[1]) if header and len(header) > 1 else None
+    same = torch.tensor([label for *_, label in entries])
+    order = torch.arange(len(entries))
+    if per_fold:
+        fold = (order // per_fold).clamp_max(folds - 1)
+    else:  # deal both kinds out evenly
+        rank = torch.where(same, same.cumsum(0), (~same).cumsum(0))
+        fold = rank % folds
+    files = ImageFiles(list(index), [-1] * len(index), size, landmarks and read_landmarks(landmarks), root)
+    first = torch.tensor([index[one] for one, _, _ in entries])
+    second = torch.tensor([index[two] for _, two, _ in entries])
+    return files, Pairs(first, second, same, fold)
+
+
+def _pair(root: Path, fields: list[str], source: Path) -> tuple[Path, Path, bool]:
+    def lfw(name: str, number: str) -> Path:
+        stem = root / name / f"{name}_{int(number):04d}"
+        return next(
+            (stem.with_suffix(e) for e in (".jpg", ".png") if stem.with_suffix(e).is_file()),
+            stem.with_suffix(".jpg"),
+        )
+
+    if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
+        return lfw(fields[0], fields[1]), lfw(fields[0], fields[2]), True
+    if len(fields) == 4 and fields[1].isdigit() and fields[3].isdigit():
+        return lfw(fields[0], fields[1]), lfw(fields[2], fields[3]), False
+    if len(fields) == 3 and fields[2] in ("0", "1"):
+        return root / fields[0], root / fields[1], fields[2] == "1"
+    raise UserError(f"{source}: cannot read the pair {' '.join(fields)!r}")
+
+
+def insightface_bin(path: Path, size: int = 112) -> tuple[TensorFaces, Pairs]:
+    """CFP-FP, AgeDB-30, CALFW, CPLFW, LFW as InsightFace's `.bin`: JPEG bytes 2i and 2i + 1 form pair i."""
+    content = load_pickle(path, allowed={"_codecs.encode", "numpy.core.multiarray._reconstruct"})
+    if not (
+        isinstance(content, (tuple, list)) and len(content) == 2 and len(content[0]) == 2 * len(content[1])
+    ):
+        raise UserError(f"{path}: no InsightFace .bin, which holds a list of images and half as many answers")
+    images = []
+    for number, data in enumerate(content[0]):
+        raw = data.encode("latin1") if isinstance(data, str) else bytes(data)
+        decoded = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR)
+        if decoded is None:
+            raise UserError(f"{path}: image {number} is damaged")
+        picture = Image.fromarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)).resize(
+            (size, size), Image.Resampling.BILINEAR
+        )
+        images.append(
+            torch.from_numpy(np.asarray(picture.convert("L"), dtype=np.float32))[None].div(127.5).sub(1)
+        )
+    same = torch.tensor([bool(answer) for answer in content[1]])
+    first = torch.arange(0, len(images), 2)
+    rank = torch.where(same, same.cumsum(0), (~same).cumsum(0))
+    return TensorFaces(torch.stack(images), torch.full((len(images),), -1)), Pairs(
+        first, first + 1, same, rank % 10
+    )
+
+
+# --- what a run uses ------------------------------------------------------------------------------
+
+
+def training_faces(config) -> Dataset:
+    """The images to train on, from the data fields of a training Config."""
+    if config.data in ("simple", "faces"):
+        return procedural(
+            config.data,
+            config.people,
+            config.images_per_person,
+            config.size,
+            2 * config.seed,
+            config.transposed,
+        )
+    files = image_files(config)
+    return split_people(files)[0] if config.recognizers else files
+
+
+def test_faces(config) -> TensorFaces:
+    """Faces of people whom no network of the run has seen."""
+    if config.data in ("simple", "faces"):
+        return procedural(
+            config.data,
+            config.test_people,
+            config.test_images,
+            config.size,
+            2 * config.seed + 1,
+            config.transposed,
+        )
+    return split_people(image_files(config))[1]
+
+
+def image_files(config) -> Dataset:
+    """The image files under `data_root`."""
+    if config.data_root is None:
+        raise UserError(f"--data {config.data} needs --data-root: the folder that holds the images")
+    reader = celeba if config.data == "celeba" else identity_folder
+    return reader(config.data_root, config.size, config.landmarks)

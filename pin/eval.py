@@ -1,0 +1,226 @@
+"""Evaluate PIN: verification under attacks that know the recogniser, another one, only its answers, or the
+defence."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pin import defenses
+from pin.attacks import pgd
+from pin.basis import load_basis
+from pin.claims import Table, check_claims, compare_with_fixed
+from pin.data import Pairs, insightface_bin, lfw_pairs, random_pairs, test_faces, training_faces
+from pin.experiments import (
+    LEVEL,
+    Lab,
+    adaptive_attacks,
+    craft,
+    defence_table,
+    plug_and_play,
+    premise,
+    query_attack,
+    selection_quality,
+    smallest_changes,
+)
+from pin.figures import draw_figures
+from pin.model import load_official, make_esn
+from pin.protocol import detection_auc, in_batches, perturbation_size, purified_quality
+from pin.recognizers import adapt
+from pin.train import Config, build_networks
+from shared.io import find_run, load_config, load_weights
+from shared.published import (
+    Metric,
+    environment,
+    format_table,
+    load_published,
+    print_claims,
+    print_metrics,
+    write_results,
+)
+from shared.runtime import UserError, parse, pick_device, run_main
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of an evaluation."""
+
+    run: Path | None = None
+    """Run folder; default: the newest."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    pairs: int = 200
+    """Embedded data and folders without a pair list: pairs of the same person, and as many of different
+    people."""
+    repeats: int = 5
+    """Seeds of the random masks that are averaged."""
+    full: bool = False
+    """All attacks and defences; the `study` preset does so by itself. Minutes instead of one."""
+    queries: int = 100
+    """Queries of the Square attack (ten times as many with --full)."""
+    lfw: Path | None = None
+    """LFW folder: evaluate on its pairs instead of the run's own test people."""
+    pair_list: Path | None = None
+    """Pair list for --lfw when it is not LFW/pairs.txt."""
+    bin: Path | None = None
+    """InsightFace .bin file (CFP-FP, AgeDB-30, CALFW, CPLFW) instead."""
+    landmarks: Path | None = None
+    """Five landmarks per image of --lfw, for ArcFace alignment."""
+    recognizer: Path | None = None
+    """Official recogniser weights, for runs that train none (112 x 112)."""
+    recognizer_name: str = "arcface_ir_se50"
+    """Which network they belong to."""
+    legacy: bool = False
+    """Feed Light CNN [-1, 1] as PIN's code does instead of [0, 1]."""
+
+
+def evaluation_pairs(options: Options, config: Config) -> tuple[Tensor, Tensor, Pairs, str]:
+    """First and second images (P, 1, H, W), the pairs, and the name of the data."""
+    if options.bin is not None:
+        faces, pairs = insightface_bin(options.bin, config.size)
+        name = options.bin.stem
+    elif options.lfw is not None:
+        faces, pairs = lfw_pairs(options.lfw, options.pair_list, config.size, options.landmarks)
+        name = "LFW pairs"
+    elif config.data in ("folder", "celeba") and not config.recognizers:
+        raise UserError("this run trained no recogniser: give --recognizer and pairs by --lfw or --bin")
+    else:
+        faces = test_faces(config)
+        pairs = random_pairs(faces.labels, options.pairs, options.pairs, config.seed)
+        name = f"embedded ({config.data})" if config.data in ("simple", "faces") else config.data_root.name
+    images = torch.stack([faces[i][0] for i in range(len(faces))])
+    return images[pairs.first], images[pairs.second], pairs, name
+
+
+def open_lab(options: Options, folder: Path, config: Config) -> tuple[Lab, str]:
+    """A trained run and its test pairs; the basis is checked against the hash in the checkpoint."""
+    device = pick_device(options.device)
+    first, second, pairs, data = evaluation_pairs(options, config)
+    train = training_faces(config)
+    standing = load_weights(folder, {})
+    networks = build_networks(config, standing["facts"]["classes"])
+    unfinished = networks.keys() - set(standing["done"])
+    if unfinished:
+        raise UserError(
+            f"{folder}: not trained to the end ({', '.join(sorted(unfinished))}); run train.py again"
+        )
+    load_weights(folder, networks)
+    basis = load_basis(folder / "basis.safetensors", config.components)
+    basis.check(standing["facts"]["basis"], f"the checkpoint in {folder}")
+    for network in networks.values():
+        network.eval().requires_grad_(False).to(device)
+    recognizers = {name: networks[name] for name in config.recognizers}
+    if options.recognizer is not None:
+        network = load_official(options.recognizer_name, options.recognizer).requires_grad_(False)
+        recognizers = {"recognizer": adapt(options.recognizer_name, network, options.legacy).to(device)}
+    if "recognizer" not in recognizers:
+        raise UserError("no recogniser to attack: give official weights with --recognizer FILE")
+    some = torch.linspace(0, len(train) - 1, min(len(train), 1000)).long()
+    lab = Lab(
+        recognizers=recognizers,
+        basis=basis.to(device),
+        dae=networks["dae"],
+        esns={
+            name.removeprefix("esn-"): network
+            for name, network in networks.items()
+            if name.startswith("esn-")
+        },
+        prices={variant: standing["facts"][f"lambda-{variant}"] for variant in config.variants},
+        first=first.to(device),
+        second=second.to(device),
+        pairs=pairs,
+        train=torch.stack([train[int(i)][0] for i in some]),
+        noise=config.noise,
+        seed=config.seed,
+    )
+    return lab, data
+
+
+def to_metrics(table: Table, data: str, name: str) -> list[Metric]:
+    """Outcomes as rows of results.json."""
+    rows = []
+    for defense, by_attack in table.items():
+        for attack, outcome in by_attack.items():
+            for metric, value in vars(outcome).items():
+                rows.append(Metric(name, attack, metric, "fraction", value, data, False, defense))
+    return rows
+
+
+def print_table(title: str, table: Table) -> None:
+    """Accuracy of every defence under every attack."""
+    attacks = list(dict.fromkeys(attack for by_attack in table.values() for attack in by_attack))
+    rows = [
+        [name, *(f"{by[attack].accuracy:.3f}" if attack in by else "-" for attack in attacks)]
+        for name, by in table.items()
+    ]
+    print(f"\n{title}")
+    print(format_table(["defence", *attacks], rows))
+
+
+def evaluate(options: Options) -> Path:
+    """Run the experiments on a run and write results.json and pictures; returns the run folder."""
+    begin = time.perf_counter()
+    folder = find_run("pin", options.run)
+    config = load_config(folder, Config)
+    lab, data = open_lab(options, folder, config)
+    full = options.full or config.preset == "study"
+    torch.manual_seed(config.seed)
+    untrained = make_esn(config.size, config.components, config.esn_widths, config.hidden).to(lab.device)
+    quality = {variant: selection_quality(lab, variant, untrained) for variant in lab.esns}
+    lab.attacked = craft(lab, full=full)
+    kept = {variant: max(round(numbers["kept"]), 1) for variant, numbers in quality.items()}
+    table = defence_table(lab, kept, options.repeats, slow=full)
+    other = plug_and_play(lab, options.repeats) if "surrogate" in lab.recognizers else {}
+    adaptive = adaptive_attacks(lab, full)
+    goal = lab.verifier(defenses.identity).goal()
+    attack = partial(pgd, eps=8 * LEVEL, steps=10, step=2 * LEVEL, generator=lab.generator(1))
+    shift = premise(lab, min(60, lab.basis.size[1] // 2), goal, attack)
+    queries = query_attack(lab, options.queries * (10 if full else 1), 50)
+    changes = smallest_changes(lab, 2000, 50) if full else {}
+    threshold = lab.pin("pin", "threshold")
+    detection = detection_auc(lab.recognizer, threshold, lab.first, lab.attacked["PGD 8"])
+    fidelity = purified_quality(in_batches(threshold, lab.first), lab.first)
+    sizes = {name: perturbation_size(images, lab.first) for name, images in lab.attacked.items()}
+
+    metrics = to_metrics(table, data, "defences") + to_metrics(adaptive, data, "adaptive attacks")
+    metrics += to_metrics(other, data, "second recogniser")
+    for name, values in {
+        **{f"selection, {variant}": numbers for variant, numbers in quality.items()},
+        "feature shift": shift,
+        **{f"Square, {name}": numbers for name, numbers in queries.items()},
+        **{f"smallest change, {name}": numbers for name, numbers in changes.items()},
+        "attack detection AUC, PGD 8": detection,
+        "purified, clean": fidelity,
+        **{f"size of {name}": numbers for name, numbers in sizes.items()},
+    }.items():
+        metrics += [
+            Metric("analysis", name, key, "", value, data, False, "PIN") for key, value in values.items()
+        ]
+
+    print_table(
+        f"accuracy on {data}, 10 folds, defence on both images, attacker sees the bare recogniser", table
+    )
+    print_table("attackers who know the defence", adaptive)
+    print()
+    print_metrics([metric for metric in metrics if metric.table == "analysis"], load_published("pin"))
+    print()
+    embedded = config.data in ("simple", "faces")
+    claims = check_claims(table, quality, shift, adaptive, other) if embedded else []
+    print_claims(claims)
+    gains = compare_with_fixed(table)
+    print("sampled masks against as many leading eigenfaces, the same for every face:")
+    for variant, by_attack in gains.items():
+        print(f"    {variant}: " + ", ".join(f"{attack} {gain:+.3f}" for attack, gain in by_attack.items()))
+    draw_figures(lab, table, quality, folder / "samples")
+    record = environment(dataclasses.replace(config, device=options.device), time.perf_counter() - begin)
+    write_results(folder, claims, metrics, record, {"gain over fixed top-K": gains})
+    return folder
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(evaluate(parse(Options, __doc__))))

@@ -1,0 +1,52 @@
+"""Export DAE, ESN and projection as one ONNX file, to put in front of any recogniser."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pin.predict import Options as Purify
+from pin.predict import load_defense
+from shared.runtime import parse, run_main
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of an export."""
+
+    output: Path = Path("pin.onnx")
+    """File to write. Input `x`, output `purified`: (B, 1, H, W) in [-1, 1], B free."""
+    run: Path | None = None
+    """Run folder; default: the newest."""
+    variant: str = "pin"
+    """Which of the run's selection networks."""
+    mode: Literal["threshold", "expected"] = "threshold"
+    """Hard or soft mask; a random one cannot be exported."""
+
+
+def export(options: Options) -> Path:
+    """Write the file and return its path."""
+    purify = Purify(images=(), run=options.run, variant=options.variant, mode=options.mode)
+    defense, _ = load_defense(purify, torch.device("cpu"))
+    side = round(defense.basis.size[0] ** 0.5)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        # The older exporter keeps the batch free; the check of the image size that it warns of is fixed
+        # rightly.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            defense,
+            (torch.zeros(2, 1, side, side),),
+            str(options.output),
+            input_names=["x"],
+            output_names=["purified"],
+            dynamic_axes={"x": {0: "batch"}, "purified": {0: "batch"}},
+            dynamo=False,
+        )
+    return options.output
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(export(parse(Options, __doc__))))

@@ -1,0 +1,103 @@
+"""Pictures of what PIN does: the picture row, probabilities, eigenfaces, and the price of robustness."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from pin.basis import Basis
+from pin.claims import Table
+from pin.experiments import Lab
+from pin.model import PIN
+from pin.protocol import in_batches
+from shared.io import image_grid, write_image
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1], cut."""
+    return ((x + 1) / 2).clamp(0, 1)
+
+
+def eigenface_picture(vectors: Tensor, size: int) -> Tensor:
+    """Eigenfaces as grey pictures: (D, N) -> (N, 1, size, size), each scaled to its own extent, 0.5 =
+    zero."""
+    faces = vectors.T.reshape(-1, 1, size, size)
+    extent = faces.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-8)
+    return 0.5 + 0.5 * faces / extent
+
+
+def picture_row(
+    basis: Basis, x: Tensor, attacked: Tensor, purified: Tensor, q: Tensor, shown: int = 4
+) -> list[Tensor]:
+    """One image (1, H, W): input, attacked, purified, perturbation x10 before and after, eigenfaces it kept
+    most of.
+
+    purified: of the attacked image. q: (K,) its mask. Returns 5 + `shown` pictures (1, H, W) in [0, 1].
+    """
+    weight = (basis.coefficients(attacked[None])[0].abs() * q).topk(min(shown, len(q))).indices
+    faces = eigenface_picture(basis.eig_vec[:, weight], x.shape[-1])
+    change, left = 10 * (attacked - x) / 2 + 0.5, 10 * (purified - x) / 2 + 0.5
+    return [to_unit(x), to_unit(attacked), to_unit(purified), change.clamp(0, 1), left.clamp(0, 1), *faces]
+
+
+ROW = ["input", "attacked", "purified", "change x10", "left x10", "kept:", "", "", ""]
+
+
+def purification_rows(pin: PIN, x: Tensor, attacked: Tensor) -> Tensor:
+    """A sheet with one `picture_row` for each image of a batch (B, 1, H, W)."""
+    with torch.no_grad():
+        q = pin.mask(pin.probabilities(attacked))
+        purified = pin.project(attacked, q)
+    tiles = [
+        tile for row in zip(x, attacked, purified, q, strict=True) for tile in picture_row(pin.basis, *row)
+    ]
+    return image_grid(tiles, columns=len(tiles) // len(x), column_labels=ROW, scale=max(1, 96 // x.shape[-1]))
+
+
+@torch.no_grad()
+def draw_figures(lab: Lab, table: Table, quality: dict[str, dict[str, float]], folder: Path) -> None:
+    """Write all pictures of an evaluation into `folder`."""
+    pin = lab.pin("pin", "threshold")
+    chosen = torch.linspace(0, len(lab.first) - 1, 6).long()
+    rows = purification_rows(pin, lab.first[chosen], lab.attacked["PGD 8"][chosen])
+    write_image(folder / "purified.png", rows)
+    size = lab.first.shape[-1]
+    sheet = eigenface_picture(lab.basis.eig_vec[:, :64], size)
+    write_image(folder / "eigenfaces.png", image_grid(sheet, columns=16, scale=max(1, 48 // size)))
+    draw_probabilities(lab, folder / "probabilities.png")
+    draw_trade_off(table, quality, folder / "trade-off.png")
+
+
+def draw_probabilities(lab: Lab, path: Path) -> None:
+    """Mean keep-probability over the eigenface index, with its spread over the test images, per ESN."""
+    figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
+    for variant in lab.esns:
+        if not variant.startswith("lambda-"):
+            p = in_batches(lab.pin(variant).probabilities, lab.first).cpu()
+            mean, spread, index = p.mean(0), p.std(0), range(p.shape[1])
+            axes.plot(index, mean, label=variant, linewidth=1)
+            axes.fill_between(index, mean - spread, mean + spread, alpha=0.3)
+    axes.set(xlabel="eigenface", ylabel="keep-probability p", ylim=(0, 1))
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_trade_off(table: Table, quality: dict[str, dict[str, float]], path: Path) -> None:
+    """Clean and attacked accuracy of every ESN over its lambda: what robustness costs."""
+    points = sorted(
+        (numbers["lambda"], table["PIN sample" if variant == "pin" else f"PIN {variant}, sample"])
+        for variant, numbers in quality.items()
+        if variant in ("exact", "official-lambda") or variant.startswith("lambda-")
+    )
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for attack in ("clean", "PGD 8", "PGD 16"):
+        axes.plot([lamb for lamb, _ in points], [by[attack].accuracy for _, by in points], "o-", label=attack)
+    axes.set(xscale="log", xlabel="lambda", ylabel="verification accuracy", ylim=(0, 1))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,149 @@
+"""Purify your own face images with a trained PIN, and say which of them look attacked."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pin.basis import Basis, load_basis
+from pin.data import ENDINGS, preprocess, read_landmarks
+from pin.experiments import WITHOUT_DAE
+from pin.figures import ROW, picture_row, to_unit
+from pin.model import ESN, PIN, load_official
+from pin.protocol import attack_scores
+from pin.recognizers import adapt
+from pin.train import Config, build_networks
+from shared.io import find_run, image_grid, load_config, load_weights, progress, write_image
+from shared.records import write_json
+from shared.runtime import UserError, parse, pick_device, run_main
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a purification."""
+
+    images: tuple[Path, ...]
+    """Image files, or folders of them."""
+    output: Path = Path("purified")
+    """Folder for the results."""
+    run: Path | None = None
+    """Run folder; default: the newest. Ignored with the official weights."""
+    variant: str = "pin"
+    """Which of the run's selection networks."""
+    mode: Literal["sample", "threshold", "mean", "expected", "topk"] = "threshold"
+    """How probabilities become a mask. sample is the official default."""
+    k: int | None = None
+    """Eigenfaces kept in mode topk."""
+    seed: int = 0
+    """Seed of mode sample."""
+    landmarks: Path | None = None
+    """Five landmarks per image, for ArcFace alignment."""
+    clean: Path | None = None
+    """Folder with the unattacked images under the same names: the perturbation is then the true one."""
+    eigenfaces: Path | None = None
+    """Official lfw_eig.pth; with --dae, --encoder and --pca-layer instead of a run."""
+    dae: Path | None = None
+    """Official dae2_200.pth."""
+    encoder: Path | None = None
+    """Official encoder_*.pth."""
+    pca_layer: Path | None = None
+    """Official pca_layer_*.pth."""
+    recognizer: Path | None = None
+    """Official recogniser weights for the cosine score; default: the run's own recogniser."""
+    recognizer_name: str = "arcface_ir_se50"
+    """Which network they belong to."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+def load_defense(options: Options, device: torch.device) -> tuple[PIN, torch.nn.Module | None]:
+    """The defence and, where there is one, a recogniser. UserError when the parts are incomplete."""
+    official = (options.eigenfaces, options.dae, options.encoder, options.pca_layer)
+    recognizer = None
+    if any(part is not None for part in official):
+        if not all(part is not None for part in official):
+            raise UserError(
+                "official weights come as four files: --eigenfaces, --dae, --encoder and --pca-layer"
+            )
+        basis: Basis = load_basis(options.eigenfaces, 2500)
+        dae = load_official("dae", options.dae)
+        esn = ESN(load_official("encoder", options.encoder), load_official("pca_layer", options.pca_layer))
+    else:
+        folder = find_run("pin", options.run)
+        config = load_config(folder, Config)
+        if options.variant not in config.variants:
+            raise UserError(
+                f"{folder}: no variant {options.variant!r}; it holds {', '.join(config.variants)}"
+            )
+        facts = load_weights(folder, {})["facts"]
+        networks = build_networks(config, facts["classes"])
+        wanted = ["dae", f"esn-{options.variant}", *config.recognizers[:1]]
+        load_weights(folder, {name: networks[name] for name in wanted})
+        basis = load_basis(folder / "basis.safetensors", config.components)
+        basis.check(facts["basis"], f"the checkpoint in {folder}")
+        dae, esn = (
+            None if options.variant in WITHOUT_DAE else networks["dae"],
+            networks[f"esn-{options.variant}"],
+        )
+        recognizer = networks[config.recognizers[0]] if config.recognizers else None
+    if options.recognizer is not None:
+        recognizer = adapt(
+            options.recognizer_name, load_official(options.recognizer_name, options.recognizer)
+        )
+    generator = torch.Generator().manual_seed(options.seed)
+    pin = PIN(basis, dae, esn, options.mode, options.k, generator=generator).eval().to(device)
+    return pin, recognizer.eval().to(device) if recognizer is not None else None
+
+
+def find_images(paths: tuple[Path, ...]) -> list[Path]:
+    """Files as given and the images inside folders, sorted. UserError when there are none."""
+    found = []
+    for path in paths:
+        inside = path.iterdir() if path.is_dir() else [path]
+        found += sorted(entry for entry in inside if entry.suffix.lower() in ENDINGS or not path.is_dir())
+    if not found:
+        raise UserError(
+            f"no images in {', '.join(map(str, paths))}; endings read: {', '.join(sorted(ENDINGS))}"
+        )
+    return found
+
+
+@torch.no_grad()
+def predict(options: Options) -> Path:
+    """Write purified images, a picture row for each, and scores.csv / scores.json; returns the folder."""
+    device = pick_device(options.device)
+    pin, recognizer = load_defense(options, device)
+    size = round(pin.basis.size[0] ** 0.5)
+    points = read_landmarks(options.landmarks) if options.landmarks else {}
+    records, tiles = [], []
+    for path in progress(find_images(options.images), "purify"):
+        if options.landmarks and path.name not in points:
+            raise UserError(f"{options.landmarks}: no line for {path.name}")
+        x = preprocess(path, size, points.get(path.name))[None].to(device)
+        q = pin.mask(pin.probabilities(x))
+        purified = pin.project(x, q)
+        scores = {"distance": (purified - x).norm().item(), "kept": q.sum().item()}
+        if recognizer is not None:
+            scores["cosine"] = attack_scores(recognizer, lambda _, result=purified: result, x)[
+                "cosine"
+            ].item()
+        records.append({"image": str(path), **scores})
+        write_image(options.output / f"{path.stem}.png", to_unit(purified[0]), synthetic="purified by PIN")
+        clean = x if options.clean is None else preprocess(options.clean / path.name, size)[None].to(device)
+        # Without the clean image the perturbation is unknown: "left" then shows what PIN took away.
+        tiles += picture_row(pin.basis, clean[0], x[0], purified[0], q[0])
+    columns = len(tiles) // len(records)
+    sheet = image_grid(tiles, columns=columns, column_labels=ROW[:columns], scale=max(1, 96 // size))
+    write_image(options.output / "rows.png", sheet)
+    write_json(options.output / "scores.json", {"mode": options.mode, "images": records})
+    with open(options.output / "scores.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, records[0])
+        writer.writeheader()
+        writer.writerows(records)
+    return options.output
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(predict(parse(Options, __doc__))))

@@ -1,0 +1,283 @@
+"""Face recognisers under attack: ArcFace's IR / IR-SE backbones, Light CNN, and a small one for 32 x 32
+images."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DEPTHS = {50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 152: (3, 8, 36, 3)}
+Variant = Literal["pin", "insightface_pytorch"]
+
+
+class SEModule(nn.Module):
+    """Squeeze and excitation: each channel times a gate computed from all channel means."""
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, channels // reduction, 1, bias=False)
+        self.fc2 = nn.Conv2d(channels // reduction, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+
+
+class Bottleneck(nn.Module):
+    """Improved residual unit: BN, conv, [BN,] PReLU, conv, BN, [SE].
+
+    variant "pin" has the bracketed BN and a convolution in every shortcut of stride 2;
+    "insightface_pytorch" has neither: its shortcut is the identity wherever channels stay the same.
+    """
+
+    def __init__(self, inputs: int, depth: int, stride: int, se: bool, variant: Variant):
+        super().__init__()
+        identity = stride == 1 if variant == "pin" else inputs == depth
+        if identity:
+            self.shortcut_layer = nn.MaxPool2d(1, stride)
+        else:
+            self.shortcut_layer = nn.Sequential(
+                nn.Conv2d(inputs, depth, 1, stride, bias=False), nn.BatchNorm2d(depth)
+            )
+        self.res_layer = nn.Sequential(
+            nn.BatchNorm2d(inputs),
+            nn.Conv2d(inputs, depth, 3, 1, 1, bias=False),
+            *([nn.BatchNorm2d(depth)] if variant == "pin" else []),
+            nn.PReLU(depth),
+            nn.Conv2d(depth, depth, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(depth),
+            *([SEModule(depth)] if se else []),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.res_layer(x) + self.shortcut_layer(x)
+
+
+class Backbone(nn.Module):
+    """ArcFace's IR or IR-SE network: (B, 3, 112, 112) in [-1, 1] -> unit vectors (B, 512)."""
+
+    def __init__(
+        self,
+        layers: int = 50,
+        dropout: float = 0.4,
+        mode: str = "ir_se",
+        variant: Variant = "pin",
+        width: int = 512,
+    ):
+        super().__init__()
+        self.input_layer = nn.Sequential(
+            nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64)
+        )
+        self.output_layer = nn.Sequential(
+            nn.BatchNorm2d(512),
+            nn.Dropout(dropout),
+            nn.Flatten(),
+            nn.Linear(512 * 7 * 7, width),
+            nn.BatchNorm1d(width),
+        )
+        blocks, inputs = [], 64
+        for depth, count in zip((64, 128, 256, 512), DEPTHS[layers], strict=True):
+            for i in range(count):
+                blocks.append(Bottleneck(inputs, depth, 2 if i == 0 else 1, mode == "ir_se", variant))
+                inputs = depth
+        self.body = nn.Sequential(*blocks)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Feature map (B, 512, 7, 7)."""
+        return self.body(self.input_layer(x))
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Feature map -> unit vectors (B, 512)."""
+        return F.normalize(self.output_layer(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class MFM(nn.Module):
+    """Max-feature-map: a convolution (or linear layer) to twice the channels, maximum of the two halves."""
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, padding: int = 1, linear=False
+    ):
+        super().__init__()
+        if linear:
+            self.filter = nn.Linear(inputs, 2 * outputs)
+        else:
+            self.filter = nn.Conv2d(inputs, 2 * outputs, kernel, stride, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.filter(x).chunk(2, dim=1)
+        return torch.maximum(a, b)
+
+
+class Group(nn.Module):
+    """MFM 1x1, then MFM 3x3 to the new width."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv_a = MFM(inputs, inputs, 1, 1, 0)
+        self.conv = MFM(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv_a(x))
+
+
+class ResBlock(nn.Module):
+    """Two MFM 3x3 and the identity."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = MFM(channels, channels)
+        self.conv2 = MFM(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x)) + x
+
+
+def _max_pool(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 2, ceil_mode=True)
+
+
+class LightCNN9(nn.Module):
+    """Light CNN-9: (B, 1, 128, 128) -> features (B, 256). `forward_head` gives the training logits."""
+
+    def __init__(self, classes: int = 79077):
+        super().__init__()
+        pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.features = nn.Sequential(
+            MFM(1, 48, 5, 1, 2),
+            pool,
+            Group(48, 96),
+            pool,
+            Group(96, 192),
+            pool,
+            Group(192, 128),
+            Group(128, 128),
+            pool,
+        )
+        self.fc1 = MFM(8 * 8 * 128, 256, linear=True)
+        self.fc2 = nn.Linear(256, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.fc1(self.features(x).flatten(1)), training=self.training)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """(B, 256) -> class logits."""
+        return self.fc2(features)
+
+
+class LightCNN29(nn.Module):
+    """Light CNN-29 or 29-v2: (B, 1, 128, 128) -> features (B, 256), not normalised.
+
+    v2 pools by maximum plus average and ends in a plain linear layer.
+    """
+
+    def __init__(self, classes: int = 79077, v2: bool = False):
+        super().__init__()
+        self.v2 = v2
+        self.conv1 = MFM(1, 48, 5, 1, 2)
+        self.block1, self.group1 = nn.Sequential(ResBlock(48)), Group(48, 96)
+        self.block2, self.group2 = nn.Sequential(*(ResBlock(96) for _ in range(2))), Group(96, 192)
+        self.block3, self.group3 = nn.Sequential(*(ResBlock(192) for _ in range(3))), Group(192, 128)
+        self.block4, self.group4 = nn.Sequential(*(ResBlock(128) for _ in range(4))), Group(128, 128)
+        self.fc = nn.Linear(8 * 8 * 128, 256) if v2 else MFM(8 * 8 * 128, 256, linear=True)
+        self.fc2 = nn.Linear(256, classes, bias=not v2)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 2) + F.avg_pool2d(x, 2) if self.v2 else _max_pool(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._pool(self.conv1(x))
+        x = self._pool(self.group1(self.block1(x)))
+        x = self._pool(self.group2(self.block2(x)))
+        x = self.group4(self.block4(self.group3(self.block3(x))))
+        return F.dropout(self.fc(self._pool(x).flatten(1)), training=self.training)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """(B, 256) -> class logits."""
+        return self.fc2(features)
+
+
+class SmallRecognizer(nn.Module):
+    """The demo's recogniser: (B, 1, S, S) in [-1, 1] -> unit vectors (B, features).
+
+    kernel: (features, classes), the training head's class directions.
+    """
+
+    def __init__(self, size: int = 32, classes: int = 90, width: int = 16, features: int = 64):
+        super().__init__()
+        layers, inputs = [], 1
+        for outputs, stride in ((width, 1), (width, 2), (2 * width, 1), (2 * width, 2), (4 * width, 2)):
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.PReLU(outputs),
+            ]
+            inputs = outputs
+        side = -(-size // 8)
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(inputs * side * side, features, bias=False), nn.BatchNorm1d(features)
+        )
+        self.kernel = nn.Parameter(torch.randn(features, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.head(self.body(x)))
+
+
+class Adapter(nn.Module):
+    """Fit PIN's grey [-1, 1] images to what a recogniser was trained on.
+
+    size: side it expects (None: as given). channels: 3 repeats the grey channel. unit_range: map to [0, 1].
+    network may be any callable; features of different lengths are fine.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[Tensor], Tensor],
+        size: int | None = None,
+        channels: int = 1,
+        unit_range: bool = False,
+    ):
+        super().__init__()
+        self.network, self.size, self.channels, self.unit_range = network, size, channels, unit_range
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.size is not None and x.shape[-1] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
+        if self.unit_range:
+            x = (x + 1) / 2
+        return self.network(x.expand(-1, self.channels, -1, -1))
+
+
+def adapt(name: str, network: nn.Module, legacy: bool = False) -> Adapter:
+    """Adapter for an official network by its `official()` name.
+
+    Light CNN was trained on [0, 1] (recalled from its README); PIN's code feeds it [-1, 1]: `legacy=True`.
+    """
+    if name.startswith("lightcnn"):
+        return Adapter(network, size=128, unit_range=not legacy)
+    return Adapter(network, size=112, channels=3)
+
+
+class OnnxRecognizer:
+    """An ONNX face recogniser (for example InsightFace's) as a callable; no gradients, so query attacks only.
+
+    path: model with one image input (N, C, H, W) in [-1, 1]; the grey channel is repeated when C = 3.
+    """
+
+    def __init__(self, path):
+        import onnxruntime
+
+        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self.input = self.session.get_inputs()[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        channels, side = self.input.shape[1], self.input.shape[2]
+        if isinstance(side, int) and side != x.shape[-1]:
+            x = F.interpolate(x, (side, side), mode="bilinear", align_corners=False)
+        x = x.expand(-1, channels if isinstance(channels, int) else -1, -1, -1)
+        (features,) = self.session.run(None, {self.input.name: x.detach().cpu().numpy()})[:1]
+        return torch.from_numpy(features).to(x.device)

@@ -1,0 +1,390 @@
+"""Train PIN: eigenfaces, denoising autoencoder, eigenvector selection network; and the demo's recognisers.
+
+Stages, each resumable and skipped when its result is there: basis, dae, one ESN per variant, recognisers.
+"""
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from pin.basis import Basis, load_basis, pick_solver
+from pin.data import identity_folder, training_faces
+from pin.immune import make_ais, train_ais
+from pin.job import Job
+from pin.losses import add_noise, calibrate_lambda, distill, exact, mask_cost, mask_entropy, reinforce
+from pin.model import DAE, PIN, make_esn
+from pin.recognition import train_recognizer
+from pin.recognizers import SmallRecognizer
+from shared.io import Run, image_grid
+from shared.runtime import RunConfig, UserError, maybe_compile, parse_presets, run_main, start, step_generator
+
+DAE_NOISE, ESN_NOISE, LAMBDA_IMAGES, LAMBDA_NOISE = 1, 2, 3, 4  # streams of randomness of their own
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Perturbation inactivation on embedded faces, with the recognisers that it defends."""
+
+    # --- data ---
+    data: Literal["simple", "faces", "folder", "celeba"] = "simple"
+    """Training images: embedded cartoons, embedded shaded faces, root/<person>/<image>, or CelebA."""
+    data_root: Path | None = None
+    """Folder of the images for `folder` and `celeba`."""
+    basis_root: Path | None = None
+    """Identity folder for the eigenfaces when it is another one (officially LFW)."""
+    basis: Path | None = None
+    """Ready eigenfaces instead of computing them: our basis.safetensors or the official .pth."""
+    landmarks: Path | None = None
+    """List of five landmarks per image: crops are then moved to ArcFace's template."""
+    size: int = 32
+    """Side of the square grey images, in pixels."""
+    people: int = 90
+    """Embedded data: people to train on."""
+    images_per_person: int = 30
+    """Embedded data: training images of each."""
+    test_people: int = 30
+    """Embedded data: other people to test on."""
+    test_images: int = 16
+    """Embedded data: test images of each."""
+    transposed: float = 0.0
+    """Embedded data: share of people shown transposed, a second population with its own eigenfaces."""
+
+    # --- eigenfaces ---
+    components: int = 256
+    """Eigenfaces in the basis, K."""
+    solver: Literal["auto", "covariance", "gram", "randomized"] = "auto"
+    """How to compute them. auto: gram when there are fewer images than pixels, covariance otherwise."""
+    basis_batch: int = 256
+    """Images per block of the pass over the data."""
+
+    # --- networks ---
+    dae_widths: tuple[int, ...] = (8, 16)
+    """Channels of the DAE's levels, each half the size of the one before."""
+    second_stage: Literal["shared", "separate"] = "shared"
+    """DAE: run the first stage twice (official), or train a second one."""
+    dae: bool = True
+    """Whether the ESN sees the DAE's output or the noisy image itself."""
+    esn_widths: tuple[int, ...] = (16, 32, 64)
+    """Channels of the ESN's levels, two blocks each."""
+    hidden: int = 128
+    """Width of the ESN's hidden layer."""
+
+    # --- noise and objective ---
+    noise: float = 0.04
+    """Length of the noise as a share of the image's."""
+    noise_norm: Literal["batch", "image"] = "batch"
+    """Lengths taken over the whole batch (official) or over each image."""
+    estimator: Literal["reinforce", "exact", "distill"] = "reinforce"
+    """Sampled policy gradient (official), its closed form, or cross-entropy to the oracle's mask."""
+    baseline: Literal["batch", "image"] = "batch"
+    """Baseline of the policy gradient: one for the batch (official) or one for each image."""
+    samples: int = 30
+    """Masks per image, S."""
+    lamb_sparse: Literal["auto"] | float = "auto"
+    """Price lambda of one kept eigenface (official 0.015). auto: so that about `keep` of them pay."""
+    keep: int = 48
+    """Eigenfaces to keep under `--lamb-sparse auto`, K*."""
+    entropy: float = 0.0
+    """Weight of an entropy bonus against saturated probabilities."""
+
+    # --- optimisation ---
+    dae_steps: int = 400
+    """Training steps of the DAE."""
+    dae_batch: int = 64
+    """Its batch size."""
+    dae_rate: float = 1e-3
+    """Its learning rate (Adam, cosine to a hundredth)."""
+    dae_epochs: int = 0
+    """Train the DAE for so many epochs instead of `dae_steps`."""
+    esn_steps: int = 600
+    """Training steps of each ESN."""
+    esn_batch: int = 32
+    """Its batch size."""
+    esn_epochs: int = 0
+    """Train the ESN for so many epochs instead of `esn_steps`."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Optimiser of the ESN: SGD with momentum 0.9 (official) or Adam."""
+    esn_rate: float = 0.01
+    """Its learning rate."""
+    halve_epochs: int = 0
+    """Halve the ESN's rate every so many epochs, counted as the official code counts; 0 for never."""
+    clip: float = 0.0
+    """Clip the ESN's gradient to this norm; 0 for never."""
+    variants: tuple[str, ...] = ("pin", "exact", "distill", "official-lambda")
+    """ESNs to train on the same basis and DAE: keys of VARIANTS, each a change of these settings."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+
+    # --- recognisers of the demo ---
+    recognizers: tuple[str, ...] = ("recognizer", "surrogate", "robust")
+    """Recognisers to train: the attacked one, a second one, and one hardened by adversarial training."""
+    recognizer_epochs: int = 8
+    """Epochs of each."""
+    head: Literal["additive", "arcface"] = "additive"
+    """Their margin softmax."""
+    adversarial: Literal["pgd", "trades"] = "pgd"
+    """How the robust one is trained."""
+    adversarial_eps: float = 16 / 255
+    """Its perturbations in [-1, 1]; 16/255 is 8 grey levels."""
+    adversarial_steps: int = 3
+    """Their PGD steps."""
+
+
+VARIANTS: dict[str, dict] = {
+    "pin": {},
+    "image": {"baseline": "image", "optimizer": "adam", "esn_rate": 1e-3},
+    "exact": {"estimator": "exact", "optimizer": "adam", "esn_rate": 1e-3},
+    "distill": {"estimator": "distill", "optimizer": "adam", "esn_rate": 1e-3},
+    "official-lambda": {"estimator": "exact", "optimizer": "adam", "esn_rate": 1e-3, "lamb_sparse": 0.015},
+    "no-dae": {"dae": False},
+    "samples-1": {"samples": 1},
+    "samples-5": {"samples": 5},
+    "noise-0.16": {"noise": 0.16},
+    "entropy": {"entropy": 0.01},
+    "ais": {},
+}
+SWEEP = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 1e-2)
+VARIANTS |= {
+    f"lambda-{lamb:g}": {"estimator": "exact", "optimizer": "adam", "esn_rate": 1e-3, "lamb_sparse": lamb}
+    for lamb in SWEEP
+}
+
+FULL = Config(
+    data="folder",
+    size=112,
+    components=2500,
+    dae_widths=(64, 128, 256),
+    esn_widths=(64, 128, 256, 512),
+    hidden=512,
+    keep=1000,
+    dae_epochs=200,
+    esn_batch=20,
+    esn_epochs=200,
+    halve_epochs=20,
+    lamb_sparse=0.015,
+    variants=("pin",),
+    recognizers=(),
+    save_every=2000,
+    workers=8,
+)
+PRESETS = {
+    "demo": Config(),
+    "study": Config(variants=tuple(VARIANTS)),
+    "two-populations": Config(transposed=0.5),
+    "paper": FULL,
+    "calibrated": dataclasses.replace(
+        FULL,
+        lamb_sparse="auto",
+        estimator="exact",
+        optimizer="adam",
+        esn_rate=1e-3,
+        esn_batch=128,
+        esn_epochs=10,
+        dae_epochs=20,
+    ),
+    "real": Config(data="folder", components=200, recognizer_epochs=60),
+}
+
+
+def build_networks(config: Config, classes: int) -> dict[str, nn.Module]:
+    """Every network of a run by its name in the checkpoint: dae, esn-<variant>, the recognisers."""
+    networks: dict[str, nn.Module] = {"dae": DAE(config.dae_widths, config.second_stage)}
+    for variant in config.variants:
+        if variant not in VARIANTS:
+            raise UserError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}")
+        make = make_ais if variant == "ais" else make_esn
+        networks[f"esn-{variant}"] = make(config.size, config.components, config.esn_widths, config.hidden)
+    for name in config.recognizers:
+        networks[name] = SmallRecognizer(config.size, classes)
+    return networks
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+def make_basis(job: Job, faces: Dataset) -> Basis:
+    """Stage `basis`: eigenfaces by one pass over the images (three when randomised), in bounded memory."""
+    config, path = job.config, job.run.folder / "basis.safetensors"
+    if not job.done("basis") and job.accelerator.is_main_process:
+        if config.basis is not None:
+            basis = load_basis(config.basis, config.components)
+        else:
+            if config.basis_root is not None:
+                faces = identity_folder(config.basis_root, config.size, config.landmarks)
+            pixels = config.size**2
+            solver = pick_solver(config.solver, len(faces), pixels, config.components, job.accelerator.device)
+            per_pass = math.ceil(len(faces) / config.basis_batch)
+            total = per_pass * solver.passes
+            for step, (x, _) in job.steps(
+                "basis", total, faces, config.basis_batch, in_order=True, solver=solver
+            ):
+                solver.add(x, step // per_pass)
+            basis = solver.solve()
+        basis.save(path)
+    job.accelerator.wait_for_everyone()
+    basis = load_basis(path, config.components)
+    if not job.done("basis"):
+        job.facts["basis"] = basis.fingerprint()
+        job.finish("basis", 0)
+    basis.check(job.facts["basis"], f"the checkpoint in {job.run.folder}")
+    return basis.to(job.accelerator.device)
+
+
+def train_dae(job: Job, faces: Dataset) -> None:
+    """Stage `dae`: remove the ESN's own training noise, in both of the cascaded stages (our
+    reconstruction)."""
+    if job.done("dae"):
+        return
+    config, dae = job.config, job.networks["dae"]
+    model = job.accelerator.prepare(maybe_compile(dae, config.compile))
+    trained = [parameter for parameter in dae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, config.dae_rate)
+    total = config.dae_steps if not config.dae_epochs else config.dae_epochs * len(faces) // config.dae_batch
+    for step, (x, _) in job.steps("dae", total, faces, config.dae_batch, optimizer=optimizer):
+        set_rate(optimizer, config.dae_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * step / total)) / 2))
+        noisy = add_noise(x, config.noise, step_generator(config.seed, step, DAE_NOISE), config.noise_norm)
+        with job.accelerator.autocast():
+            x1, x2 = model(noisy)
+        loss = F.mse_loss(x1.float(), x) + F.mse_loss(x2.float(), x)
+        optimizer.zero_grad()
+        job.accelerator.backward(loss)
+        optimizer.step()
+        job.log(step, total, **{"dae/loss": loss.detach()})
+    job.finish("dae", total)
+
+
+def train_esn(job: Job, variant: str, faces: Dataset, basis: Basis) -> None:
+    """Stage `esn-<variant>`: learn which eigenfaces to keep, from clean faces and Gaussian noise alone."""
+    stage = f"esn-{variant}"
+    if job.done(stage):
+        return
+    config = dataclasses.replace(job.config, **VARIANTS[variant])
+    lamb = choose_lambda(job, config, variant, faces, basis)
+    esn, dae = job.networks[stage], job.networks["dae"].eval().to(job.accelerator.device)
+    model = job.accelerator.prepare(maybe_compile(esn, config.compile))
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(esn.parameters(), config.esn_rate, momentum=0.9)
+    else:
+        optimizer = torch.optim.Adam(esn.parameters(), config.esn_rate)
+    per_epoch = math.ceil(len(faces) / config.esn_batch)
+    total = config.esn_epochs * per_epoch or config.esn_steps
+    for step, (x, _) in job.steps(stage, total, faces, config.esn_batch, optimizer=optimizer):
+        if config.halve_epochs:
+            # The official scheduler is told the number of the epoch that has ended: each halving comes one
+            # later.
+            set_rate(
+                optimizer, config.esn_rate * 0.5 ** (max(step // per_epoch - 1, 0) // config.halve_epochs)
+            )
+        generator = step_generator(config.seed, step, ESN_NOISE)
+        noisy = add_noise(x, config.noise, generator, config.noise_norm)
+        with job.accelerator.autocast():
+            with torch.no_grad():
+                seen = dae(noisy)[1] if config.dae else noisy
+            p = model(seen)
+        cost = mask_cost(basis, x, noisy, lamb)
+        if config.estimator == "reinforce":
+            loss, value = reinforce(p, cost, config.samples, config.baseline, generator)
+        elif config.estimator == "exact":
+            loss, value = exact(p, cost, config.samples)
+        else:
+            loss, value = distill(p, cost)
+        if config.entropy:
+            loss = loss - config.entropy * mask_entropy(p)
+        optimizer.zero_grad()
+        job.accelerator.backward(loss)
+        if config.clip:
+            job.accelerator.clip_grad_norm_(esn.parameters(), config.clip)
+        optimizer.step()
+        with torch.no_grad():
+            spread, kept = p.std(0).mean(), p.sum(1).mean()
+            best = cost(cost.oracle()).mean()
+        job.log(
+            step,
+            total,
+            **{f"{stage}/cost": value, f"{stage}/oracle": best, f"{stage}/kept": kept, f"{stage}/sd": spread},
+        )
+    if kept < 0.02 * config.components:
+        warn(
+            f"{stage} keeps only {kept:.1f} of {config.components} eigenfaces: lambda {lamb:.3g} is too high"
+        )
+    job.finish(stage, total)
+    job.run.picture(
+        stage, purification_sheet(PIN(basis, dae if config.dae else None, esn.eval(), "threshold"), faces)
+    )
+
+
+def choose_lambda(job: Job, config: Config, variant: str, faces: Dataset, basis: Basis) -> float:
+    """The price of an eigenface: as given, or calibrated on up to 2,048 training images."""
+    if config.lamb_sparse != "auto":
+        lamb = float(config.lamb_sparse)
+    else:
+        order = torch.randperm(len(faces), generator=step_generator(config.seed, 0, LAMBDA_IMAGES))[:2048]
+        clean, noise = [], []
+        for number, (x, _) in enumerate(DataLoader(Subset(faces, order.tolist()), config.esn_batch)):
+            x = x.to(job.accelerator.device)
+            noisy = add_noise(
+                x, config.noise, step_generator(config.seed, number, LAMBDA_NOISE), config.noise_norm
+            )
+            clean.append(basis.coefficients(x))
+            noise.append(basis.coefficients(noisy) - clean[-1])
+        lamb = calibrate_lambda(torch.cat(clean), torch.cat(noise), config.size**2, config.keep)
+    job.facts[f"lambda-{variant}"] = lamb
+    return lamb
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+@torch.no_grad()
+def purification_sheet(pin: PIN, faces: Dataset) -> Tensor:
+    """Six faces, purified, and what was taken away (times 5)."""
+    x = torch.stack([faces[i * len(faces) // 6][0] for i in range(6)]).to(pin.basis.avg_face.device)
+    purified = pin(x)
+    rows = [(x + 1) / 2, (purified + 1) / 2, (5 * (x - purified) + 1) / 2]
+    return image_grid(
+        torch.cat(rows),
+        columns=6,
+        row_labels=["input", "purified", "removed x5"],
+        scale=max(1, 96 // x.shape[-1]),
+    )
+
+
+def train(config: Config) -> Path:
+    """All stages in order; returns the run folder."""
+    accelerator = start(config)
+    faces = training_faces(config)
+    run = Run("pin", config, accelerator.is_main_process)
+    classes = int(faces.labels.max()) + 1
+    job = Job(config, accelerator, run, build_networks(config, classes))
+    job.facts["classes"] = classes
+    basis = make_basis(job, faces)
+    train_dae(job, faces)
+    for number, name in enumerate(config.recognizers):
+        train_recognizer(job, name, faces, seed=number)
+    for variant in config.variants:
+        if variant == "ais":
+            train_ais(job, faces, basis, choose_lambda(job, config, variant, faces, basis))
+        else:
+            train_esn(job, variant, faces, basis)
+    run.close()
+    return run.folder
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(train(parse_presets(PRESETS, __doc__))))

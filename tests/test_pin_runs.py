@@ -1,0 +1,252 @@
+"""PIN: the scripts as a user runs them, resume after a kill, and what they say about mistakes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pin
+from pin.ais import AISEncoder, AISSelection
+from pin.basis import load_basis
+from pin.eval import Options as Evaluation
+from pin.eval import evaluate
+from pin.export import Options as Export
+from pin.export import export
+from pin.immune import identity_cost
+from pin.predict import Options as Purify
+from pin.predict import load_defense
+from pin.recognizers import OnnxRecognizer
+from pin.train import PRESETS, train
+from shared.io import write_image
+from shared.runtime import UserError, parse_presets
+
+FOLDER = Path(pin.__file__).parent
+TINY = [
+    *(
+        "--people",
+        "8",
+        "--images-per-person",
+        "6",
+        "--test-people",
+        "6",
+        "--test-images",
+        "5",
+        "--size",
+        "16",
+    ),
+    *(
+        "--components",
+        "20",
+        "--keep",
+        "8",
+        "--dae-widths",
+        "4",
+        "8",
+        "--esn-widths",
+        "4",
+        "8",
+        "--hidden",
+        "16",
+    ),
+    *("--dae-steps", "6", "--esn-steps", "6", "--recognizer-epochs", "2", "--save-every", "2"),
+]
+
+
+def script(name: str, *arguments: str, check: int = 0) -> str:
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
+    done = subprocess.run(
+        [sys.executable, f"{name}.py", *map(str, arguments)],
+        cwd=FOLDER,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == check, done.stdout + done.stderr
+    return done.stdout if check == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pin") / "run"
+    printed = script("train", "demo", *TINY, "--out", out)
+    assert printed.splitlines()[-1] == str(out)
+    return out
+
+
+def test_a_trained_run_is_skipped_stage_by_stage(run):
+    before = {path.name: path.read_bytes() for path in (run / "checkpoint").glob("*.safetensors")}
+    script("train", "demo", *TINY, "--out", run)
+    after = {path.name: path.read_bytes() for path in (run / "checkpoint").glob("*.safetensors")}
+    assert before == after and "esn-distill.safetensors" in after
+
+
+def test_a_killed_run_ends_the_same(run, tmp_path):
+    out = tmp_path / "killed"
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
+    command = [sys.executable, "train.py", "demo", *TINY, "--out", str(out)]
+    process = subprocess.Popen(command, cwd=FOLDER, env=environment, stdout=subprocess.DEVNULL)
+    while not (out / "log.jsonl").exists() or "esn-pin" not in (out / "log.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    script("train", "demo", *TINY, "--out", out)
+    assert (out / "log.jsonl").read_text() == (run / "log.jsonl").read_text()
+    for path in (run / "checkpoint").glob("*.safetensors"):
+        assert path.read_bytes() == (out / "checkpoint" / path.name).read_bytes(), path.name
+
+
+def test_evaluation_and_results(run):
+    printed = script("eval", "--run", run, "--pairs", "10", "--repeats", "1", "--queries", "5")
+    assert printed.splitlines()[-1] == str(run)
+    results = json.loads((run / "results.json").read_text())
+    assert [claim["id"][:2] for claim in results["claims"]] == [f"C{i}" for i in range(1, 9)]
+    assert not any(metric["comparable"] for metric in results["metrics"])
+    for picture in ("purified", "eigenfaces", "probabilities", "trade-off"):
+        assert (run / "samples" / f"{picture}.png").stat().st_size > 0
+
+
+def test_prediction(run, tmp_path):
+    for number in range(2):
+        write_image(tmp_path / "faces" / f"{number}.png", torch.rand(3, 20, 24))
+    script("predict", "--run", run, "--images", tmp_path / "faces", "--output", tmp_path / "out")
+    scores = json.loads((tmp_path / "out/scores.json").read_text())["images"]
+    assert len(scores) == 2 and set(scores[0]) == {"image", "distance", "kept", "cosine"}
+    assert (tmp_path / "out/rows.png").exists() and (tmp_path / "out/0.png").exists()
+    assert (tmp_path / "out/scores.csv").read_text().count("\n") == 3
+
+
+def test_an_esn_with_another_basis_is_refused(run, tmp_path):
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+    basis = load_basis(broken / "basis.safetensors")
+    basis.eig_vec.copy_(basis.eig_vec[:, torch.arange(20).flip(0)])
+    basis.save(broken / "basis.safetensors")
+    with pytest.raises(UserError, match="another basis"):
+        load_defense(Purify(images=(), run=broken), torch.device("cpu"))
+    with pytest.raises(UserError, match="another basis"):
+        train(parsed(tmp_path))
+    with pytest.raises(UserError, match="another basis"):
+        evaluate(Evaluation(run=broken, pairs=10))
+
+
+def parsed(tmp_path, *arguments):
+    return parse_presets(PRESETS, "", ["demo", *TINY, *map(str, arguments), "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--components", 60], "60 eigenfaces cannot be had from 48 images"),
+        (["--variants", "best"], "no variant 'best'"),
+        (["--data", "folder"], "needs --data-root"),
+        (["--data", "folder", "--data-root", "/nowhere"], "/nowhere: no such folder"),
+        (["--basis", "/nowhere/eig.pth"], "/nowhere/eig.pth: no such file"),
+        (["--variants", "ais", "--recognizers"], "needs a recogniser"),
+    ],
+)
+def test_mistakes_get_one_message(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        train(parsed(tmp_path, *arguments))
+
+
+def test_mistakes_end_with_code_2(tmp_path):
+    error = script("train", "demo", *TINY, "--data", "folder", "--out", tmp_path / "run", check=2)
+    assert error.startswith("error: --data folder needs --data-root")
+
+
+def test_switches_change_what_is_trained(tmp_path):
+    """Every ablation switch reaches the result."""
+    weights = {}
+    for name, arguments in {
+        "pin": [],
+        "baseline": ["--baseline", "image"],
+        "samples": ["--samples", 1],
+        "noise": ["--noise", 0.2],
+        "noise-norm": ["--noise-norm", "image"],
+        "lambda": ["--lamb-sparse", 0.1],
+        "estimator": ["--estimator", "exact"],
+        "dae": ["--no-dae"],
+        "entropy": ["--entropy", 5],
+        "clip": ["--clip", 0.01],
+    }.items():
+        small = ("--esn-steps", 6, "--esn-batch", 8, "--variants", "pin", "--recognizers")
+        folder = train(parsed(tmp_path / name, *arguments, *small))
+        weights[name] = load_file(folder / "checkpoint/esn-pin.safetensors")["pca_layer.fc2.0.weight"]
+    names = list(weights)
+    for i, one in enumerate(names):
+        for two in names[i + 1 :]:
+            assert not torch.equal(weights[one], weights[two]), (one, two)
+
+
+def test_ready_eigenfaces_and_an_image_folder(tmp_path, run):
+    for person in range(4):
+        for number in range(12):
+            write_image(tmp_path / f"faces/p{person}/{number}.png", torch.rand(1, 16, 16))
+    folder = train(
+        parsed(
+            tmp_path,
+            "--data",
+            "folder",
+            "--data-root",
+            tmp_path / "faces",
+            "--basis",
+            run / "basis.safetensors",
+        )
+    )
+    assert (folder / "basis.safetensors").read_bytes() == (run / "basis.safetensors").read_bytes()
+
+
+def test_onnx_file_does_what_the_defence_does(run, tmp_path):
+    path = export(Export(tmp_path / "pin.onnx", run))
+    x = torch.rand(5, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    defense, recognizer = load_defense(Purify(images=(), run=run), torch.device("cpu"))
+    (purified,) = onnxruntime.InferenceSession(str(path)).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(purified), defense(x).detach(), atol=1e-5, rtol=1e-4)
+    other = OnnxRecognizer(path)  # any image-to-vector file will do: the grey channel goes in as it is
+    assert other(x).shape == x.shape
+    assert recognizer(x).norm(dim=1).mean().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_identity_cost_of_ais(run):
+    defense, recognizer = load_defense(Purify(images=(), run=run), torch.device("cpu"))
+    x = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    masks = (torch.rand(4, 3, 20) > 0.5).float()
+    costs = identity_cost(recognizer, defense.basis, x, x, masks)
+    for s in range(4):
+        features = recognizer(defense.project(x, masks[s]))
+        expected = 8 * (1 - torch.nn.functional.cosine_similarity(features, recognizer(x)))
+        torch.testing.assert_close(costs[s], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_ais_memory_follows_and_replaces():
+    torch.manual_seed(0)
+    head = AISSelection(64, 16, 10, items=4)
+    encoder = AISEncoder((4, 8))
+    features = encoder(torch.randn(6, 1, 8, 8))
+    assert features.shape == (6, 8, 2, 2)
+    memory = head.memory
+    z = torch.randn(6, 16)
+    before = memory.units.weight.clone()
+    output = memory(z)
+    cosine = torch.nn.functional.cosine_similarity(z[:, None], before[None], dim=2)
+    nearest = cosine.argmax(1)
+    expected = before.clone()
+    for item in nearest.unique():
+        expected[item] = 0.999 * before[item] + 0.001 * z[nearest == item].mean(0)
+    torch.testing.assert_close(memory.units.weight, expected)
+    weights = torch.nn.functional.cosine_similarity(z[:, None], expected[None], dim=2).softmax(1)
+    torch.testing.assert_close(output, weights @ expected)
+    memory.decay_unused = True
+    untouched = [item for item in range(4) if item not in nearest.tolist()]
+    memory(z)
+    torch.testing.assert_close(memory.units.weight[untouched], 0.999 * expected[untouched])
