@@ -1,0 +1,160 @@
+"""What the trainer and the evaluation read: tensors of images with identity, camera and source domain."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from meta_reid import walkers
+from meta_reid.items import Item, Split
+from shared.io import read_image
+from shared.runtime import UserError, step_generator
+
+TRAIN_PEOPLE, TRAIN_VIEWS, TEST_PEOPLE, TEST_VIEWS, QUERIES = 40, 8, 60, 6, 2
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of all training images, (N,) each."""
+
+    domain: Tensor
+    """Source domain, 0..K-1."""
+    local: Tensor
+    """Identity within the domain, 0..classes[domain]-1, whatever gaps the original numbers have."""
+    union: Tensor
+    """Identity in the union of all domains."""
+    names: list[str]
+    """Names of the domains."""
+
+    @property
+    def classes(self) -> list[int]:
+        """Identities of each domain."""
+        return [int(self.local[self.domain == k].max()) + 1 for k in range(len(self.names))]
+
+
+def label(identities: Sequence[Sequence[int]], names: Sequence[str]) -> Labels:
+    """Number the identities of each domain without gaps, in ascending order, and those of the union."""
+    domain, local, union, offset = [], [], [], 0
+    for k, original in enumerate(identities):
+        number = {identity: i for i, identity in enumerate(sorted(set(original)))}
+        local += [number[identity] for identity in original]
+        union += [number[identity] + offset for identity in original]
+        domain += [k] * len(original)
+        offset += len(number)
+    return Labels(torch.tensor(domain), torch.tensor(local), torch.tensor(union), list(names))
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) uint8 -> (3, *size) uint8, bicubic, aspect not kept."""
+    return v2.functional.resize(image, list(size), v2.InterpolationMode.BICUBIC, antialias=True)
+
+
+def augmentation(size: tuple[int, int]) -> v2.Transform:
+    """Training augmentation of a (3, H, W) uint8 image, in the official order; no random erasing.
+
+    torchvision's ImageNet AutoAugment stands in for the official policy of the same name.
+    """
+    return v2.Compose(
+        [
+            v2.RandomApply([v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=128)], p=0.1),
+            v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.RandomHorizontalFlip(0.5),
+            v2.Pad(10),
+            v2.RandomCrop(size),
+            v2.RandomApply([v2.ColorJitter(brightness=0.15, contrast=0.1)], p=0.5),
+        ]
+    )
+
+
+class Files(Dataset):
+    """Images on disk -> ((3, H, W) float32 in 0..255, index).
+
+    An index alone gives the resized image; an (index, draw) pair the augmented one, whose randomness
+    depends on (seed, draw) alone. A missing or damaged image raises UserError that names its file.
+    """
+
+    def __init__(self, items: Sequence[Item], size: tuple[int, int] = (256, 128), seed: int = 0):
+        self.items, self.size, self.seed = items, size, seed
+        self.augment = augmentation(size)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        index, draw = key if isinstance(key, tuple) else (key, None)
+        image = read_image(self.items[index].path).mul(255).round().byte()
+        if draw is None:
+            return resize(image, self.size).float(), index
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(step_generator(self.seed, draw, stream=1).initial_seed())
+            return self.augment(image).float(), index
+
+
+def batches(loader: DataLoader) -> Iterator:
+    """The loader's batches; a UserError from a worker keeps its message alone."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
+
+
+class Tensors(Dataset):
+    """Images in memory, (N, 3, H, W) uint8, with the interface of `Files` and no augmentation."""
+
+    def __init__(self, images: Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        index = key[0] if isinstance(key, tuple) else key
+        return self.images[index].float(), index
+
+
+@dataclass(frozen=True)
+class Target:
+    """A test: images once, and for each split which of them are queries and which the gallery."""
+
+    name: str
+    images: Dataset
+    identities: Tensor
+    cameras: Tensor
+    splits: list[tuple[Tensor, Tensor]]
+
+
+def file_target(name: str, splits: Sequence[Split], size: tuple[int, int]) -> Target:
+    """Splits of a public set -> `Target`; an image that several splits use is embedded once."""
+    position: dict[Item, int] = {}
+    numbered = []
+    for split in splits:
+        parts = (split.query, split.gallery)
+        numbered.append(
+            tuple(torch.tensor([position.setdefault(i, len(position)) for i in part]) for part in parts)
+        )
+    items = list(position)
+    identities = torch.tensor([item.identity for item in items])
+    cameras = torch.tensor([item.camera for item in items])
+    return Target(name, Files(items, size), identities, cameras, numbered)
+
+
+def walker_sources(seed: int) -> tuple[Tensors, Labels]:
+    """The demo's training images: 40 identities x 8 views at each of the sites A, B and C."""
+    drawn = [
+        walkers.draw(site, TRAIN_PEOPLE, TRAIN_VIEWS, seed=1000 * seed + k) for k, site in enumerate("ABC")
+    ]
+    images = torch.cat([part.images for part in drawn])
+    return Tensors(images), label([part.identities.tolist() for part in drawn], list("ABC"))
+
+
+def walker_target(site: str, seed: int) -> Target:
+    """60 new identities x 6 views at a site; the first two views of each are queries."""
+    drawn = walkers.draw(site, TEST_PEOPLE, TEST_VIEWS, seed=1000 * seed + 100 + "ABCT".index(site))
+    is_query = torch.arange(len(drawn.images)) % TEST_VIEWS < QUERIES
+    split = (is_query.nonzero().squeeze(1), (~is_query).nonzero().squeeze(1))
+    # Views of one camera count as matches too: the walkers' cameras differ too little to demand a change.
+    cameras = torch.arange(len(drawn.images))
+    return Target(site, Tensors(drawn.images), drawn.identities, cameras, [split])

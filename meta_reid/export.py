@@ -1,0 +1,93 @@
+"""Export the evaluation path of a trained META, images in, embeddings out, any batch size.
+
+The ending of --out decides: .onnx for ONNX, .pt for TorchScript. The file is read back and compared.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from meta_reid.aggregation import Aggregation
+from meta_reid.model import META
+from meta_reid.predict import Options as PredictOptions
+from meta_reid.predict import load_model
+from shared.runtime import UserError, parse, run_main
+
+
+@dataclass(frozen=True)
+class Options:
+    """Weights and target file."""
+
+    out: Path = Path("meta.pt")
+    """File to write, .pt or .onnx."""
+    run: Path | None = None
+    """Run folder with the weights. Default: the newest."""
+    official: Path | None = None
+    """Checkpoint of the official trainer, instead of a run."""
+    row: str | None = None
+    """Which row of the run. Default: its first META row."""
+    aggregation: Aggregation | None = None
+    """Aggregation mode. Default: the network's own."""
+
+
+class Embedding(nn.Module):
+    """`META.embed` as a module of its own."""
+
+    def __init__(self, model: META, mode: Aggregation | None):
+        super().__init__()
+        self.model, self.mode = model, mode
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) RGB in 0..255 -> (B, 2C)."""
+        return self.model.embed(images, self.mode)
+
+
+def export(model: META, size: tuple[int, int], path: Path, mode: Aggregation | None = None) -> float:
+    """Trace a network, write it, and return the largest difference of the file's output on other images.
+
+    Raises UserError on another ending, and when the written file does not reproduce the network.
+    """
+    if path.suffix not in (".pt", ".onnx"):
+        raise UserError(f"{path}: the ending must be .pt (TorchScript) or .onnx")
+    embedding = Embedding(model, mode).eval()
+    example, images = torch.rand(2, 3, *size) * 255, torch.rand(3, 3, *size) * 255
+    with torch.no_grad(), warnings.catch_warnings():
+        # Both exporters warn of their successors, and of sizes that are constants here on purpose.
+        warnings.simplefilter("ignore")
+        if path.suffix == ".pt":
+            torch.jit.save(torch.jit.trace(embedding, example, check_trace=False), str(path))
+            found = torch.jit.load(str(path))(images)
+        else:
+            torch.onnx.export(
+                embedding,
+                (example,),
+                str(path),
+                dynamo=False,
+                input_names=["images"],
+                output_names=["embedding"],
+                dynamic_axes={"images": {0: "batch"}, "embedding": {0: "batch"}},
+            )
+            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+            found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        expected = embedding.eval()(images)
+    gap = float((expected - found).abs().max())
+    if gap > 1e-3 * float(expected.abs().max()):
+        raise UserError(f"{path}: the exported network differs by {gap:.3g}; this PyTorch cannot trace it")
+    return gap
+
+
+def main() -> None:
+    """Export one network."""
+    options = parse(Options, __doc__)
+    chosen = PredictOptions(run=options.run, official=options.official, row=options.row)
+    model, _, size, weights = load_model(chosen)
+    gap = export(model, size, options.out, options.aggregation)
+    print(f"{weights}: written to {options.out}, largest difference {gap:.2g}")
+
+
+if __name__ == "__main__":
+    run_main(main)

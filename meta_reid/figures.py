@@ -1,0 +1,79 @@
+"""Pictures of an evaluation: ranking lists, weights per domain, a map of the embeddings."""
+
+from pathlib import Path
+
+import matplotlib
+import torch
+from sklearn.manifold import TSNE
+from torch import Tensor
+from torch.nn.functional import normalize, pad
+
+from meta_reid.data import Target
+from shared.io import image_grid
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 - the backend must be chosen first
+
+GREEN, RED, BLUE = (0.1, 0.7, 0.2), (0.85, 0.1, 0.1), (0.2, 0.3, 0.8)
+
+
+def framed(image: Tensor, colour: tuple[float, float, float], width: int = 2) -> Tensor:
+    """(3, H, W) in [0, 1] -> the image inside a coloured frame."""
+    framed = pad(image, (width,) * 4)
+    mask = pad(torch.zeros(image.shape[-2:]), (width,) * 4, value=1.0)
+    return framed + mask * torch.tensor(colour)[:, None, None]
+
+
+def ranking_lists(
+    features: Tensor, target: Target, queries: Tensor, gallery: Tensor, top: int = 10
+) -> Tensor:
+    """One row per query: the query in blue, then its nearest gallery images, right ones in green.
+
+    features: embeddings of all the target's images; queries, gallery: their indices. Items of the query's
+    identity and camera are left out, as in the metrics.
+    """
+    scale = 2 if target.images[0][0].shape[-1] < 64 else 1
+    similarity = normalize(features[queries]) @ normalize(features[gallery]).T
+    same = target.identities[queries, None] == target.identities[gallery]
+    own = same & (target.cameras[queries, None] == target.cameras[gallery])
+    order = similarity.masked_fill(own, -2).argsort(dim=1, descending=True, stable=True)[:, :top]
+    tiles = []
+    for row, query in enumerate(queries.tolist()):
+        tiles.append(framed(target.images[query][0] / 255, BLUE))
+        for column in order[row].tolist():
+            colour = GREEN if same[row, column] else RED
+            tiles.append(framed(target.images[int(gallery[column])][0] / 255, colour))
+    return image_grid(tiles, columns=order.shape[1] + 1, scale=scale)
+
+
+def weight_bars(weights: dict[str, Tensor], experts: list[str], path: Path) -> None:
+    """Mean weight of each expert on the images of each domain, domain name -> (K,), as bars."""
+    figure, axes = plt.subplots(figsize=(1.5 + 1.2 * len(weights), 3), layout="constrained")
+    width = 0.8 / len(experts)
+    for k, name in enumerate(experts):
+        places = [i + (k - (len(experts) - 1) / 2) * width for i in range(len(weights))]
+        axes.bar(places, [float(w[k]) for w in weights.values()], width, label=f"expert {name}")
+    axes.set_xticks(range(len(weights)), [f"images of {name}" for name in weights])
+    axes.set_ylabel("mean weight")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def embedding_plot(features: dict[str, Tensor], path: Path, most: int = 150) -> None:
+    """t-SNE of the embeddings of several domains, domain name -> (N, D); at most `most` of each."""
+    parts = {name: normalize(feature[:most]) for name, feature in features.items()}
+    joined = torch.cat(list(parts.values())).numpy()
+    perplexity = min(30, (len(joined) - 1) // 3)
+    points = TSNE(perplexity=perplexity, init="pca", random_state=0, max_iter=300).fit_transform(joined)
+    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    start = 0
+    for name, part in parts.items():
+        chosen = points[start : start + len(part)]
+        axes.scatter(chosen[:, 0], chosen[:, 1], s=8, label=name)
+        start += len(part)
+    axes.legend(title="site")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,80 @@
+"""A searchable index of a gallery: cosine search in torch, or in FAISS when it is installed and asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from shared.runtime import UserError
+
+
+@dataclass(frozen=True)
+class Index:
+    """Embeddings of a gallery and the files they belong to."""
+
+    features: Tensor
+    """(N, D), length 1."""
+    paths: list[str]
+    model: str
+    """Which weights made them."""
+
+    @classmethod
+    def of(cls, embeddings: Tensor, paths: list[str], model: str) -> "Index":
+        """Index of embeddings (N, D) of any length."""
+        return cls(normalize(embeddings.float()), paths, model)
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, through a temporary name."""
+        temporary = path.with_name(f".{path.name}.part")
+        metadata = {"model": self.model, "paths": "\n".join(self.paths)}
+        save_file({"features": self.features.contiguous()}, temporary, metadata)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Index":
+        """Read an index. Raises UserError on a missing, damaged or foreign file."""
+        if not path.is_file():
+            raise UserError(f"{path}: no such index; build one with --gallery")
+        try:
+            with safe_open(path, "pt") as file:
+                facts = file.metadata() or {}
+                features = file.get_tensor("features")
+            paths = facts["paths"].split("\n")
+        except (SafetensorError, OSError, KeyError) as error:
+            raise UserError(f"{path}: damaged or not a gallery index ({error})") from None
+        if len(paths) != len(features):
+            raise UserError(f"{path}: damaged, {len(paths)} paths for {len(features)} embeddings")
+        return cls(features, paths, facts["model"])
+
+    def search(self, queries: Tensor, top: int = 10, faiss: bool = False) -> tuple[Tensor, Tensor]:
+        """Nearest gallery items by cosine, queries (Q, D) -> similarity and index, (Q, min(top, N)) each.
+
+        Raises UserError when the queries' length differs from the index's, or FAISS is asked for and absent.
+        """
+        if queries.shape[1] != self.features.shape[1]:
+            raise UserError(
+                f"the index holds embeddings of {self.features.shape[1]} numbers, the network gives "
+                f"{queries.shape[1]}: build the index with the same weights"
+            )
+        queries, top = normalize(queries.float()), min(top, len(self.features))
+        if faiss:
+            index = faiss_module().IndexFlatIP(self.features.shape[1])
+            index.add(self.features.numpy())
+            return tuple(torch.from_numpy(part) for part in index.search(queries.numpy(), top))
+        return (queries @ self.features.T).topk(top)
+
+
+def faiss_module() -> ModuleType:
+    """The FAISS package. Raises UserError when it is not installed."""
+    try:
+        import faiss
+    except ModuleNotFoundError:
+        raise UserError(
+            "--faiss: FAISS is not installed (pip install faiss-cpu); exact search needs it not"
+        ) from None
+    return faiss

@@ -1,0 +1,148 @@
+"""Find persons in your own pictures: index a gallery folder, then search it with query images.
+
+python predict.py --gallery DIR --index site.safetensors builds an index; with --query it is searched, and
+ranked lists are written as pictures and JSON, with the source domain that each query looks like most.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from meta_reid.aggregation import Aggregation
+from meta_reid.data import Files
+from meta_reid.figures import BLUE, framed
+from meta_reid.gallery import Index
+from meta_reid.items import Item
+from meta_reid.model import META, load_official
+from meta_reid.protocols import embed, prepare
+from meta_reid.train import Config, load_sources, plan, run_seeds
+from shared.io import find_run, image_grid, load_config, load_weights, write_image
+from shared.records import write_json
+from shared.runtime import UserError, parse, pick_device, run_main
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".bmp"}
+OFFICIAL_SOURCES = ["CUHK03", "CUHK-SYSU", "Market1501"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Gallery, queries and weights."""
+
+    gallery: Path | None = None
+    """Folder of person crops to index (searched through all its folders)."""
+    query: Path | None = None
+    """Image or folder of images to look for."""
+    index: Path = Path("gallery.safetensors")
+    """Index file: written with --gallery, otherwise read."""
+    out: Path = Path("results")
+    """Folder for ranked lists: one picture for each query, and results.json."""
+    run: Path | None = None
+    """Run folder with the weights. Default: the newest."""
+    official: Path | None = None
+    """Checkpoint of the official trainer, instead of a run."""
+    row: str | None = None
+    """Which row of the run. Default: its first META row."""
+    aggregation: Aggregation | None = None
+    """Aggregation mode. Default: the network's own."""
+    top: int = 10
+    """Length of the ranked lists."""
+    faiss: bool = False
+    """Search with FAISS (must be installed)."""
+    batch: int = 64
+    """Images per forward pass."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+def load_model(options: Options) -> tuple[META, list[str], tuple[int, int], str]:
+    """Network, names of its sources, image size, and where the weights are from."""
+    if options.official is not None:
+        model = load_official("meta_r50_3experts", options.official)
+        return model, OFFICIAL_SOURCES, (256, 128), str(options.official)
+    folder = find_run("meta_reid", options.run)
+    config: Config = load_config(folder, Config)
+    labels = {seed: load_sources(config, seed)[1] for seed in run_seeds(config)}
+    rows = plan(config, {seed: label.classes for seed, label in labels.items()})
+    load_weights(folder, {row.name: row.model for row in rows})
+    chosen = [row for row in rows if row.config.method == "meta" and options.row in (None, row.name)]
+    if not chosen:
+        raise UserError(f"--row {options.row}: the run has {', '.join(row.name for row in rows)}")
+    names = labels[chosen[0].config.seed].names
+    return chosen[0].model, names, (config.height, config.width), f"{folder} {chosen[0].name}"
+
+
+def images_in(path: Path) -> list[Path]:
+    """An image, or all images of a folder. Raises UserError when there are none."""
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
+        if not found:
+            raise UserError(f"{path}: no images ({', '.join(sorted(ENDINGS))}) in this folder")
+        return found
+    if not path.is_file():
+        raise UserError(f"{path}: no such image or folder")
+    return [path]
+
+
+def describe_files(
+    model: META, paths: list[Path], size: tuple[int, int], options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings (N, 2C), weights of the experts (N, K) and summed relevance distances (N, K) of files."""
+
+    def everything(images: Tensor) -> tuple[Tensor, ...]:
+        described = model.describe(images)
+        embedding = torch.cat(model.parts(described, options.aggregation), 1)
+        return embedding, model.expert_weights(described, options.aggregation), described.relevance.sum(-1)
+
+    files = Files([Item(path, 0, 0) for path in paths], size)
+    return embed(everything, files, pick_device(options.device), options.batch)
+
+
+def main() -> None:
+    """Index, search, or both."""
+    options = parse(Options, __doc__)
+    if options.gallery is None and options.query is None:
+        raise UserError("nothing to do: give --gallery to build an index, --query to search one, or both")
+    if options.top < 1:
+        raise UserError(f"--top {options.top}: must be at least 1")
+    model, names, size, weights_from = load_model(options)
+    prepare(model, pick_device(options.device))
+    if options.gallery is not None:
+        paths = images_in(options.gallery)
+        embeddings = describe_files(model, paths, size, options)[0]
+        Index.of(embeddings, [str(path) for path in paths], weights_from).save(options.index)
+        print(f"{len(paths)} images indexed in {options.index}")
+    if options.query is None:
+        return
+    index, queries = Index.load(options.index), images_in(options.query)
+    embeddings, weights, distances = describe_files(model, queries, size, options)
+    similarity, order = index.search(embeddings, options.top, options.faiss)
+    options.out.mkdir(parents=True, exist_ok=True)
+    answers = []
+    for number, path in enumerate(queries):
+        found = [index.paths[column] for column in order[number].tolist()]
+        files = Files([Item(Path(file), 0, 0) for file in [str(path), *found]], size)
+        tiles = [framed(files[i][0] / 255, BLUE if i == 0 else (1.0, 1.0, 1.0)) for i in range(len(files))]
+        labels = ["query", *(f"{value:.2f}" for value in similarity[number].tolist())]
+        scale = 2 if size[1] < 64 else 1
+        picture = options.out / f"{number:04d}-{path.stem}.png"
+        write_image(picture, image_grid(tiles, len(tiles), column_labels=labels, scale=scale))
+        answers.append(
+            {
+                "query": str(path),
+                "looks_like": names[int(distances[number].argmin())],
+                "distance": dict(zip(names, distances[number].tolist(), strict=True)),
+                "weight": dict(zip(names, weights[number].tolist(), strict=True)),
+                "found": [
+                    {"path": file, "similarity": value}
+                    for file, value in zip(found, similarity[number].tolist(), strict=True)
+                ],
+            }
+        )
+    write_json(options.out / "results.json", {"weights": weights_from, "queries": answers})
+    print(options.out)
+
+
+if __name__ == "__main__":
+    run_main(main)

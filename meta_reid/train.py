@@ -1,0 +1,354 @@
+"""Train META, its ablations and plain baselines for generalizable person re-identification.
+
+The default preset, `demo`, draws its own walkers and needs nothing else. `paper` is Protocol 2 or 3 with
+three sources (--protocol, --target), `protocol1` the one with four. Several GPUs: torchrun
+--nproc-per-node 4 train.py paper --data-root DIR.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from meta_reid.baselines import Plain
+from meta_reid.data import Labels, batches, walker_sources
+from meta_reid.losses import objective, smoothed_cross_entropy, triplet
+from meta_reid.model import META
+from meta_reid.pretrained import URLS, init_imagenet
+from meta_reid.protocols import file_sources, manifest_sources, source_items
+from meta_reid.samplers import DomainBatches
+from shared.io import Run, progress
+from shared.runtime import RunConfig, UserError, maybe_compile, parse_presets, run_main, start
+from shared.weights import download_url, load_torch, pretrained_path
+
+VARIANTS: dict[str, dict] = {
+    "meta": {},
+    "no-consistency": {"consistency": 0.0},
+    "no-in": {"instance_norm": False},
+    "episodic-grad": {"episodic_grad": True, "clip": 5.0},
+    "uniformity": {"uniformity": 1.0},
+    "baseline": {"method": "plain"},
+    "baseline-ibn": {"method": "plain", "norm": "ibn"},
+    "baseline-in": {"method": "plain", "norm": "in"},
+}
+"""Row of the result table -> what it changes in the configuration."""
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of META and of the rows of the result table to train."""
+
+    protocol: Literal["walkers", "1", "2", "3", "manifest"] = "walkers"
+    """Which data: drawn walkers, a published protocol, or the user's own domains from a CSV."""
+    target: str = "M"
+    """Held-out test set of Protocols 2 and 3 (C3, MS or M), or the manifest's held-out domain."""
+    data_root: Path | None = None
+    """Folder that holds the public sets (Protocols 1 to 3)."""
+    manifest: Path | None = None
+    """CSV with the columns path, id, camera, domain (protocol `manifest`)."""
+    market_background: bool = False
+    """Protocols 1 and 3: count Market-1501's background boxes as one more person, as the release does."""
+
+    variants: tuple[str, ...] = ("meta",)
+    """Rows to train, by their names in VARIANTS."""
+    seeds: int = 1
+    """Every row is trained with so many seeds, beginning with `seed`."""
+    method: Literal["meta", "plain"] = "meta"
+    """META, or one plain network on mixed batches. Variants set it."""
+    norm: Literal["bn", "ibn", "in"] = "bn"
+    """Norms of the plain network."""
+    architecture: Literal["r18", "r34", "r50", "r101", "r152", "mini"] = "r50"
+    """Backbone."""
+    height: int = 256
+    """Image height in pixels."""
+    width: int = 128
+    """Image width in pixels."""
+    pretrained: bool = True
+    """Start from torchvision's ImageNet weights."""
+    weights: Path | None = None
+    """File with those weights; default: torchvision's own download."""
+
+    instance_norm: bool = True
+    """IN in the last stage of the global branch; False is the ablation with BN there."""
+    scoring: Literal["shared", "separate", "both"] = "shared"
+    """Scoring network: one for all experts, one each as released, or both side by side."""
+    scoring_relu: bool = False
+    """ReLU between the two layers of the scoring networks."""
+    consistency: float = 1.0
+    """Weight of the consistency loss."""
+    episodic_grad: bool = False
+    """Let the consistency loss reach the shared convolutions through the other experts."""
+
+    uniformity: float = 0.0
+    """Weight of a uniformity loss on the global branch's feature (not in META)."""
+
+    people: int = 16
+    """Identities P in a batch of one process."""
+    images: int = 4
+    """Images of each identity in a batch."""
+    epochs: int = 120
+    """Passes over as many images as the sources have."""
+    steps: int | None = None
+    """Iterations; instead of `epochs`."""
+    lr: float = 0.04
+    """Base learning rate of SGD with Nesterov momentum."""
+    final_lr: float = 4e-5
+    """Learning rate at the end of the cosine."""
+    momentum: float = 0.9
+    """Momentum."""
+    weight_decay: float = 5e-4
+    """Weight decay of everything but biases."""
+    warmup: int = 500
+    """Iterations of linear warm-up from a tenth of the rate."""
+    freeze: int = 500
+    """Iterations with frozen shared convolutions and global BN set."""
+    clip: float | None = None
+    """Largest gradient norm; None does not clip."""
+    save_every: int = 1000
+    """Iterations between checkpoints."""
+
+
+WALKERS = Config(
+    architecture="mini", height=48, width=24, pretrained=False, scoring="both", people=8, steps=200, lr=0.05,
+    final_lr=5e-5, warmup=30, freeze=0, save_every=100,
+    variants=("meta", "no-consistency", "no-in", "baseline"),
+)  # fmt: skip
+
+PRESETS = {
+    "demo": WALKERS,
+    "study": dataclasses.replace(WALKERS, seeds=3, variants=tuple(VARIANTS)),
+    "paper": Config(protocol="2", workers=8),
+    "protocol1": Config(protocol="1", workers=8),
+    "manifest": Config(protocol="manifest", workers=8),
+}
+
+
+def load_sources(config: Config, seed: int) -> tuple[Dataset, Labels]:
+    """Training images and labels of a configuration. Raises UserError when data are missing."""
+    size = (config.height, config.width)
+    if config.protocol == "walkers":
+        return walker_sources(seed)
+    if config.protocol == "manifest":
+        if config.manifest is None:
+            raise UserError("--manifest is missing: a CSV with the columns path, id, camera, domain")
+        return manifest_sources(config.manifest, config.target, size, seed)
+    if config.data_root is None:
+        raise UserError("--data-root is missing: the folder that holds the public sets (see README.md)")
+    names, items = source_items(
+        int(config.protocol), config.target, config.data_root, config.market_background
+    )
+    return file_sources(names, items, size, seed)
+
+
+def build(config: Config, classes: list[int], seed: int) -> nn.Module:
+    """The untrained network of a row, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.method == "plain":
+            return Plain(sum(classes), config.architecture, config.norm)
+        return META(
+            classes,
+            config.architecture,
+            config.scoring,
+            config.instance_norm,
+            config.episodic_grad,
+            config.scoring_relu,
+        )
+
+
+def start_from_imagenet(model: nn.Module, config: Config) -> None:
+    """ImageNet weights into trunk and global branch (or the plain network)."""
+    if not config.pretrained:
+        return
+    if config.architecture not in URLS:
+        raise UserError(f"no ImageNet weights for '{config.architecture}'; use --no-pretrained")
+    where = f"download {URLS[config.architecture]} and pass it with --weights, or use --no-pretrained"
+    path = pretrained_path("ImageNet ResNet", config.weights, where, download_url(URLS[config.architecture]))
+    state = load_torch(path)
+    for backbone in (model.backbone, model.backbone_agg) if isinstance(model, META) else (model,):
+        init_imagenet(backbone, state, str(path))
+
+
+def optimiser(model: nn.Module, config: Config) -> torch.optim.SGD:
+    """SGD with Nesterov momentum; no weight decay on names with "bias". Sets without gradient stay still."""
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups["bias" in name].append(parameter)
+    return torch.optim.SGD(
+        [{"params": groups[False], "weight_decay": config.weight_decay}, {"params": groups[True]}],
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=True,
+    )
+
+
+def learning_rate(step: int, steps: int, per_epoch: int, config: Config) -> float:
+    """Linear warm-up per iteration, then the cosine per epoch.
+
+    The warm-up goes from 0.1 of the base rate and stops one iteration short of all of it, as the official
+    schedule does; the cosine counts the epochs after the warm-up.
+    """
+    if step < config.warmup:
+        return config.lr * (0.1 + 0.9 * step / config.warmup)
+    epochs = math.ceil(steps / per_epoch) - math.ceil(config.warmup / per_epoch)
+    epoch = max(step // per_epoch - math.ceil(config.warmup / per_epoch) + 1, 0)
+    share = min(epoch / max(epochs, 1), 1.0)
+    return config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+@dataclass
+class Row:
+    """One training: a row of the table with one seed."""
+
+    name: str
+    config: Config
+    model: nn.Module
+
+
+def plan(config: Config, classes_of: dict[int, list[int]]) -> list[Row]:
+    """All rows of a run in their order, untrained. Raises UserError for an unknown one."""
+    unknown = [name for name in config.variants if name not in VARIANTS]
+    if unknown:
+        raise UserError(f"unknown variant '{unknown[0]}'; there are {', '.join(VARIANTS)}")
+    rows = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        for name in config.variants:
+            changed = dataclasses.replace(config, seed=seed, **VARIANTS[name])
+            rows.append(Row(f"{name}-{seed}", changed, build(changed, classes_of[seed], seed)))
+    return rows
+
+
+def run_seeds(config: Config) -> range:
+    """Seeds of a run."""
+    return range(config.seed, config.seed + config.seeds)
+
+
+def losses_of(
+    net: nn.Module, config: Config, labels: Labels, images: Tensor, index: Tensor, domain: int, warm: bool
+) -> dict[str, Tensor]:
+    """Forward one batch and return the terms of its objective."""
+    union = labels.union[index].to(images.device)
+    if config.method == "plain":
+        pooled, logits = net(images)
+        return {"ce": smoothed_cross_entropy(logits, union), "triplet": triplet(pooled, union)}
+    local = labels.local[index].to(images.device)
+    return objective(net(images, domain, warm), local, union, config.consistency, config.uniformity)
+
+
+def train_row(
+    row: Row,
+    data: tuple[Dataset, Labels],
+    accelerator: Accelerator,
+    run: Run,
+    rows: list[Row],
+    position: dict[str, int],
+    saved: dict | None,
+) -> None:
+    """META's training of one row: a domain in each iteration plays the unseen one."""
+    config, model = row.config, row.model
+    images, labels = data
+    model.to(accelerator.device, memory_format=torch.channels_last).train()
+    optim = optimiser(model, config)
+    if saved is not None:
+        optim.load_state_dict(saved)
+    else:
+        start_from_imagenet(model, config)
+    mixed = config.method == "plain"
+    batch = config.people * config.images * accelerator.num_processes
+    per_epoch = max(len(images) // batch, 1)
+    steps = config.steps or config.epochs * per_epoch
+    sampler = DomainBatches(
+        labels.union.tolist(),
+        [0] * len(images) if mixed else labels.domain.tolist(),
+        config.people,
+        config.images,
+        config.seed,
+        steps,
+        position["step"],
+        accelerator.process_index,
+        accelerator.num_processes,
+        ["all"] if mixed else labels.names,
+    )
+    loader = DataLoader(
+        images,
+        batch_sampler=sampler,
+        num_workers=config.workers,
+        pin_memory=accelerator.device.type == "cuda",
+        persistent_workers=config.workers > 0,
+    )
+    net = accelerator.prepare_model(maybe_compile(model, config.compile))
+    if isinstance(model, META):  # after the wrapping, which must know every parameter that will learn
+        model.set_warm(position["step"] < config.freeze)
+    logged: dict[str, Tensor] = {}
+    feed = progress(batches(loader), row.name, len(loader))
+    for step, (pixels, index) in enumerate(feed, position["step"]):
+        warm = step < config.freeze
+        if step == config.freeze and isinstance(model, META):
+            model.set_warm(False)
+        for group in optim.param_groups:
+            group["lr"] = learning_rate(step, steps, per_epoch, config)
+        pixels = pixels.to(accelerator.device, non_blocking=True, memory_format=torch.channels_last)
+        domain = int(labels.domain[index[0]])
+        with accelerator.autocast():
+            terms = losses_of(net, config, labels, pixels, index, domain, warm)
+        optim.zero_grad(set_to_none=True)
+        accelerator.backward(sum(terms.values()))
+        if config.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optim.step()
+        for name, value in terms.items():
+            logged[name] = logged.get(name, 0) + value.detach()
+        done = step + 1
+        if done % 20 == 0 or done == steps:
+            count = (done - 1) % 20 + 1
+            scalars = {f"{row.name}/{name}": value / count for name, value in logged.items()}
+            run.log(position["row"] * steps + done, **scalars)
+            logged.clear()
+        if done == steps:
+            position.update(row=position["row"] + 1, step=0)
+        if done == steps or done % config.save_every == 0:
+            position["step"] = 0 if done == steps else done
+            models = {other.name: other.model for other in rows}
+            run.save(models, {"optimiser": optim}, dict(position))
+
+
+class Saved:
+    """Holds the optimiser's state of a checkpoint until its row is built."""
+
+    def __init__(self) -> None:
+        self.state: dict | None = None
+
+    def load_state_dict(self, state: dict) -> None:
+        """Keep a state."""
+        self.state = state
+
+
+def train(config: Config) -> Path:
+    """Train all rows of `config`; returns the run folder. Continues a run that was interrupted."""
+    if config.save_every % 20:
+        raise UserError(f"--save-every {config.save_every}: must be a multiple of 20, the logging interval")
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = start(config, kwargs_handlers=[parallel])
+    data = {seed: load_sources(config, seed) for seed in run_seeds(config)}
+    rows = plan(config, {seed: labels.classes for seed, (_, labels) in data.items()})
+    run = Run("meta_reid", config, accelerator.is_main_process)
+    saved = Saved()
+    models = {row.name: row.model for row in rows}
+    position = run.load(models, {"optimiser": saved}) or {"row": 0, "step": 0}
+    while position["row"] < len(rows):
+        row = rows[position["row"]]
+        state = saved.state if position["step"] else None
+        train_row(row, data[row.config.seed], accelerator, run, rows, position, state)
+    run.close()
+    return run.folder
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(train(parse_presets(PRESETS, __doc__))))

@@ -1,0 +1,376 @@
+"""META: networks against a plain loop over experts, official names, aggregation, losses, initialisation."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from meta_reid.aggregation import MODES, moments, relevance, weights
+from meta_reid.backbone import ARCHITECTURES, GlobalTail, Trunk
+from meta_reid.baselines import Plain
+from meta_reid.losses import batch_hard, consistency, objective, smoothed_cross_entropy, triplet, uniformity
+from meta_reid.model import META, RELEASED_CLASSES, load_official, official
+from meta_reid.pretrained import imagenet_name, init_imagenet
+from meta_reid.sequential import Sequential
+from shared.bench import count_macs
+from shared.runtime import UserError
+
+KEYS = json.loads((Path(__file__).parents[1] / "meta_reid" / "keys.json").read_text())
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Different statistics in every BN set, as after training."""
+    rng = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            size = module.num_features
+            module.running_mean.copy_(torch.randn(size, generator=rng) * 0.2)
+            module.running_var.copy_(torch.rand(size, generator=rng) + 0.5)
+            with torch.no_grad():
+                module.weight.copy_(torch.rand(size, generator=rng) + 0.5)
+                module.bias.copy_(torch.randn(size, generator=rng) * 0.1)
+    return model
+
+
+def tiny(k: int = 3, **options) -> META:
+    torch.manual_seed(0)
+    return randomise(META([5 + i for i in range(k)], "mini", scoring="both", **options)).double()
+
+
+def pictures(batch: int = 6) -> torch.Tensor:
+    return torch.rand(batch, 3, 48, 24, generator=torch.Generator().manual_seed(1)).double() * 255
+
+
+def expected_keys() -> dict[str, list[int]]:
+    """keys.json folds numbers that run: name with {k} -> shape and the numbers."""
+    return {name.replace("#", number): shape for name, numbers, shape in KEYS for number in numbers}
+
+
+def test_official_names_shapes_and_sizes():
+    with torch.device("meta"):
+        model = official("meta_r50_3experts")
+    found = {name: list(value.shape) for name, value in model.state_dict().items()}
+    assert found == expected_keys() and len(found) == 1291
+    assert sum(p.numel() for p in model.parameters()) == 196_926_659
+    assert sum(p.numel() for p in model.backbone.parameters()) == 23_629_504
+    assert sum(p.numel() for p in model.backbone_agg.parameters()) == 20_550_656
+    assert len(model.backbone.units) == 53 and sum(model.backbone.channels) == 26_560
+    assert model.aggregation == "official"
+    with pytest.raises(ValueError, match="meta_r50_3experts"):
+        official("meta_r101")
+
+
+def test_cost_and_output_of_the_full_network():
+    with torch.device("meta"):
+        model = META(RELEASED_CLASSES, scoring="separate").eval()
+        model.aggregation = "official"
+        images = torch.empty(2, 3, 256, 128)
+        assert model(images).shape == (2, 4096)
+        described = model.describe(images)
+        assert described.experts.shape == (3, 2, 2048, 16, 8) and described.relevance.shape == (2, 3, 53)
+        # 16.21 G with four stems; the stem is shared here.
+        assert count_macs(model.embed, images) / 2e9 == pytest.approx(15.98, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "name, units", [("r18", 20), ("r34", 36), ("r101", 104), ("r152", 155), ("mini", 12)]
+)
+def test_depths(name, units):
+    with torch.device("meta"):
+        trunk = Trunk(ARCHITECTURES[name], 2)
+        assert len(trunk.units) == units
+        assert GlobalTail(ARCHITECTURES[name]).blocks
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_batched_experts_equal_the_plain_loop_in_evaluation(k):
+    model = tiny(k).eval()
+    with torch.no_grad():
+        fast, plain = model.describe(pictures()), Sequential(model).describe(pictures())
+        for name in ("experts", "universal", "relevance"):
+            torch.testing.assert_close(getattr(fast, name), getattr(plain, name), rtol=1e-9, atol=1e-9)
+        model.aggregation = "shared"
+        torch.testing.assert_close(model(pictures()), Sequential(model).embed(pictures()))
+        single = torch.cat([model(image[None]) for image in pictures()])
+        torch.testing.assert_close(model(pictures()), single)
+
+
+def test_batched_experts_equal_the_plain_loop_in_single_precision():
+    model = tiny().float().eval()
+    images = pictures().float().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        fast, plain = model.describe(images), Sequential(model).describe(images.contiguous())
+    for name in ("experts", "universal", "relevance"):
+        torch.testing.assert_close(getattr(fast, name), getattr(plain, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("domain", [0, 1, 2])
+def test_batched_training_step_equals_the_plain_loop_forward_and_gradients(domain):
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    found = []
+    for form in (lambda m: m.forward, lambda m: Sequential(m).train_step):
+        model = tiny().train()
+        out = form(model)(pictures(), domain)
+        sum(objective(out, labels, labels).values()).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        statistics = {name: b for name, b in model.named_buffers() if "running" in name}
+        found.append((out, gradients, statistics))
+    (fast, fast_grads, fast_stats), (plain, plain_grads, plain_stats) = found
+    for a, b in zip(fast[:4], plain[:4], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(fast.mixtures, plain.mixtures, rtol=1e-6, atol=1e-6)
+    for name, gradient in plain_grads.items():
+        assert (gradient is None) == (fast_grads[name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(fast_grads[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
+    torch.testing.assert_close(fast_stats, plain_stats, rtol=1e-8, atol=1e-8)
+
+
+def test_where_gradients_reach_and_statistics_move():
+    model = tiny().train()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    out = model(pictures(), 1)
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    student = sum(consistency(out.expert, q, labels) for q in out.mixtures.values())
+    student.backward(retain_graph=True)
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert reached and all(name.startswith("affine") for name in reached)
+    assert not any("Expert2" in name for name in reached)  # the domain's own expert is not scored
+    sum(objective(out, labels, labels).values()).backward()
+    trunk_sets = {name for name, p in model.named_parameters() if p.grad is not None and ".bn1" in name}
+    assert {name.split(".")[-2][-1] for name in trunk_sets if name.startswith("backbone.")} == {"2", "4"}
+    assert model.heads_Expert2.classifier.weight.grad is not None
+    assert model.heads_Expert1.classifier.weight.grad is None
+    moved = {name for name, b in model.named_buffers() if not torch.equal(b, before[name])}
+    assert "backbone.bn12.running_mean" in moved and "backbone.bn14.running_mean" in moved
+    assert "backbone.bn11.running_mean" not in moved and "backbone.bn13.running_mean" not in moved
+
+
+def test_warm_up_freezes_all_of_the_trunk_but_the_experts_own_norms():
+    model = tiny().train()
+    model.set_warm(True)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    sum(objective(model(pictures(), 0, warm=True), labels, labels).values()).backward()
+    trained = {name for name, p in model.backbone.named_parameters() if p.grad is not None}
+    assert trained and all(name.split(".")[-2][-1] == "1" or ".2." in name for name in trained)
+    assert not any("conv" in name for name in trained)
+    assert torch.equal(model.backbone.bn14.running_mean, before["backbone.bn14.running_mean"])
+    assert not torch.equal(model.backbone.bn11.running_mean, before["backbone.bn11.running_mean"])
+    model.set_warm(False)
+    assert model.backbone.conv1.weight.requires_grad and model.backbone.bn14.weight.requires_grad
+
+
+def test_episodic_grad_reaches_the_shared_convolutions():
+    model = tiny(episodic_grad=True).train()
+    out = model(pictures(), 0)
+    consistency(out.expert, out.mixtures["shared"] * 3, torch.tensor([0, 0, 1, 1, 2, 2])).backward()
+    assert model.backbone.conv1.weight.grad.abs().sum() > 0
+
+
+def test_relevance_against_its_definition():
+    rng = torch.Generator().manual_seed(0)
+    channels = [3, 5]
+    m, v = torch.randn(2, 8, generator=rng), torch.rand(2, 8, generator=rng)
+    mu, s = torch.randn(2, 4, 8, generator=rng), torch.rand(2, 4, 8, generator=rng)
+    found = relevance(m, v, mu, s, channels)
+    assert found.shape == (4, 2, 2)
+    for k in range(2):
+        for b in range(4):
+            for layer, span in enumerate((range(0, 3), range(3, 8))):
+                total = sum(
+                    (m[k, c] - mu[k, b, c]) ** 2 + (math.sqrt(v[k, c]) - math.sqrt(s[k, b, c])) ** 2
+                    for c in span
+                )
+                assert found[b, k, layer] == pytest.approx(math.sqrt(total), rel=1e-5)
+
+
+def test_moments_are_the_mean_and_the_unbiased_variance():
+    x = torch.randn(2, 3, 4, 5) * 3 + 2
+    mean, variance = moments(x)
+    torch.testing.assert_close(mean, x.mean((2, 3)))
+    torch.testing.assert_close(variance, x.var((2, 3)), rtol=1e-4, atol=1e-5)
+    assert (moments(torch.ones(1, 2, 1, 1))[1] == 0).all()
+    assert moments(x.bfloat16())[0].dtype == torch.float32
+
+
+def test_aggregation_modes():
+    r = torch.tensor([[[1.0, 2.0], [4.0, 1.0], [0.5, 0.5]]])
+    sums = torch.tensor([[3.0, 5.0, 1.0]])
+    torch.testing.assert_close(weights("official", r), sums.softmax(1))
+    torch.testing.assert_close(weights("nearest", r), (-sums).softmax(1))
+    torch.testing.assert_close(weights("nearest", r, temperature=2.0), (-sums / 2).softmax(1))
+    torch.testing.assert_close(weights("uniform", r), torch.full((1, 3), 1 / 3))
+    torch.testing.assert_close(weights("shared", r, sums), sums.softmax(1))
+    with pytest.raises(ValueError, match="scores"):
+        weights("learned", r)
+    with pytest.raises(ValueError, match="none of"):
+        weights("best", r)
+
+
+def test_modes_of_a_network_and_its_options():
+    model = tiny().eval()
+    described = model.describe(pictures())
+    for mode in MODES:
+        w = model.expert_weights(described, mode)
+        torch.testing.assert_close(w.sum(1), torch.ones(6).double())
+        mixture, universal = model.parts(described, mode)
+        assert mixture.shape == universal.shape == (6, 96)
+    model.normalize_parts = True
+    torch.testing.assert_close(model(pictures()).norm(dim=1), torch.full((6,), math.sqrt(2)).double())
+    with pytest.raises(UserError, match="learned"):
+        single = META((2, 2), "mini", scoring="shared").eval()
+        single.expert_weights(single.describe(pictures(2).float()), "learned")
+    with pytest.raises(ValueError, match="two source domains"):
+        META((5,), "mini")
+
+
+def test_a_shared_scoring_network_starts_near_uniform_weights():
+    model = META((3, 3, 3), "mini", scoring="both").eval()
+    described = model.describe(pictures().float())
+    assert (model.expert_weights(described, "shared") - 1 / 3).abs().max() < 0.1
+
+
+def test_smoothed_cross_entropy_against_its_definition():
+    logits, labels = torch.randn(4, 5), torch.tensor([0, 2, 4, 1])
+    log_p = logits.log_softmax(1)
+    target = torch.full((4, 5), 0.1 / 4)
+    target[range(4), labels] = 0.9
+    expected = -(target * log_p).sum() / 4
+    assert smoothed_cross_entropy(logits, labels) == pytest.approx(float(expected), rel=1e-5)
+    assert smoothed_cross_entropy(logits[:, :1], torch.zeros(4, dtype=torch.long)) == 0
+
+
+def test_metric_losses_against_loops():
+    features, labels = torch.randn(6, 3), torch.tensor([0, 0, 1, 1, 1, 2])
+    other = torch.randn(6, 3)
+
+    def hard(x):
+        ap = [max(float((x[i] - x[j]).norm()) for j in range(6) if labels[j] == labels[i]) for i in range(6)]
+        an = [min(float((x[i] - x[j]).norm()) for j in range(6) if labels[j] != labels[i]) for i in range(6)]
+        return ap, an
+
+    ap, an = hard(features)
+    found = batch_hard(features, labels)
+    torch.testing.assert_close(found[0], torch.tensor(ap), atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(found[1], torch.tensor(an), atol=1e-4, rtol=1e-4)
+    expected = sum(max(0, p - n + 0.3) for p, n in zip(ap, an, strict=True)) / 6
+    assert float(triplet(features, labels)) == pytest.approx(expected, abs=2e-3)
+    ap_s, an_s = hard(other)
+    expected = sum(max(0, s - t) for s, t in zip(ap_s, ap, strict=True)) / 6
+    expected += sum(max(0, t - s) for s, t in zip(an_s, an, strict=True)) / 6
+    assert float(consistency(features, other, labels)) == pytest.approx(expected, abs=3e-3)
+    assert consistency(features, features, labels) == 0
+
+
+def test_uniformity_prefers_spread_features():
+    spread = torch.eye(4)
+    assert float(uniformity(spread)) == pytest.approx(-4.0)  # all pairs at squared distance 2
+    assert float(uniformity(torch.ones(4, 3))) == pytest.approx(0, abs=1e-5)
+    out = tiny().train()(pictures(), 0)
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    assert "uniformity" not in objective(out, labels, labels)
+    assert "uniformity" in objective(out, labels, labels, uniformity_weight=1.0)
+
+
+def test_the_consistency_loss_trains_the_scoring_network_alone():
+    model = tiny().train()
+    images, labels = pictures(8), torch.arange(8) // 2
+    scoring = [p for name, p in model.named_parameters() if name.startswith("affine")]
+    optimiser = torch.optim.Adam(scoring, lr=1e-2)
+
+    def value() -> torch.Tensor:
+        out = model(images, 0)
+        return consistency(out.expert.detach(), out.mixtures["shared"], labels)
+
+    first = value().item()
+    for _ in range(40):
+        optimiser.zero_grad()
+        loss = value()
+        loss.backward()
+        optimiser.step()
+    assert loss.item() < first - 1e-3
+
+
+def test_imagenet_weights_reach_every_set_and_share_no_storage():
+    arch = "mini"
+    model = tiny()
+    rng = torch.Generator().manual_seed(3)
+    source = {}
+    for backbone in (model.backbone, model.backbone_agg):
+        for name, value in backbone.state_dict().items():
+            if not name.endswith("num_batches_tracked"):
+                source.setdefault(imagenet_name(name), torch.rand(value.shape, generator=rng).double())
+    for backbone in (model.backbone, model.backbone_agg):
+        init_imagenet(backbone, source, "file")
+    for k in "1234":
+        norm = getattr(model.backbone.layer20, f"bn2{k}")
+        assert torch.equal(norm.running_var, source["layer2.0.bn2.running_var"])
+        shortcut = getattr(model.backbone.layer20.downsample, str(int(k) + 1))
+        assert torch.equal(shortcut.weight, source["layer2.0.downsample.1.weight"])
+    assert torch.equal(model.backbone_agg.layer40.bn11.weight, source["layer4.0.bn1.weight"])
+    pointers = [t.data_ptr() for t in model.backbone.state_dict().values() if t.numel() > 1]
+    assert len(set(pointers)) == len(pointers)
+    for norm in ("bn", "ibn", "in"):
+        init_imagenet(Plain(4, arch, norm).double(), source, "file")
+    with pytest.raises(UserError, match="missing"):
+        init_imagenet(model.backbone, {}, "file")
+    with pytest.raises(UserError, match="shape"):
+        init_imagenet(model.backbone, source | {"conv1.weight": torch.zeros(1)}, "file")
+
+
+@pytest.mark.parametrize("norm", ["bn", "ibn", "in"])
+def test_plain_networks(norm):
+    model = Plain(7, "mini", norm)
+    pooled, logits = model.train()(pictures().float())
+    assert pooled.shape == (6, 96) and logits.shape == (6, 7)
+    assert model.eval()(pictures().float()).shape == (6, 96)
+    kinds = {type(module).__name__ for module in model.blocks[0].modules()}
+    assert ("IBN" in kinds) == (norm == "ibn")
+    assert ("BatchNorm2d" in {type(m).__name__ for m in [model.stem.norms[0]]}) == (norm != "in")
+
+
+def small_official(monkeypatch) -> META:
+    """The released layout on the mini backbone, so that a checkpoint of it is small."""
+    monkeypatch.setitem(ARCHITECTURES, "r50", ARCHITECTURES["mini"])
+    return randomise(official("meta_r50_3experts", (2, 3, 4)))
+
+
+def test_official_checkpoints(tmp_path, monkeypatch):
+    model = small_official(monkeypatch)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    for name in state:
+        if name.endswith(("mean_in", "var_in")):
+            state[name] = torch.ones(5, state[name].shape[1])
+    path = tmp_path / "model_final.pth"
+    torch.save({"model": state, "epoch": 3}, path)
+    loaded = load_official("meta_r50_3experts", path)
+    images = pictures(3).float()
+    torch.testing.assert_close(loaded(images), model(images))
+    assert loaded.heads_agg.classifier.weight.shape == (9, 96)
+
+    cases = {
+        "foreign": ({"conv.weight": torch.zeros(1)}, "heads_Expert1"),
+        "missing": ({k: v for k, v in state.items() if "conv1" not in k}, "is missing"),
+        "shape": (state | {"module.pixel_mean": torch.zeros(2)}, "has shape"),
+    }
+    for name, (content, message) in cases.items():
+        torch.save(content, tmp_path / name)
+        with pytest.raises(UserError, match=message):
+            load_official("meta_r50_3experts", tmp_path / name)
+    (tmp_path / "torn").write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="torn"):
+        load_official("meta_r50_3experts", tmp_path / "torn")
+
+
+def test_bfloat16_stays_close_to_single_precision():
+    model = tiny().float().eval()
+    images = pictures().float()
+    with torch.no_grad():
+        exact = model(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(images)
+    assert torch.cosine_similarity(exact, rough).min() > 0.99

@@ -1,0 +1,410 @@
+"""META: samplers, ranking metrics, data set layouts, walkers."""
+
+import csv
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import savemat
+from torch.utils.data import DataLoader
+
+from meta_reid import datasets, small_sets
+from meta_reid.data import Files, Target, Tensors, batches, file_target, label
+from meta_reid.items import Item, Split, manifest
+from meta_reid.metrics import ordered_keys, rank
+from meta_reid.protocols import average, evaluate, manifest_sources, source_items, sources_of
+from meta_reid.samplers import DomainBatches, IdentityStream
+from meta_reid.walkers import draw
+from shared.io import write_image
+from shared.runtime import UserError
+
+
+def image(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix in (".jpeg", ".bmp"):
+        from PIL import Image
+
+        Image.new("RGB", (4, 8)).save(path)
+    else:
+        write_image(path, torch.zeros(3, 8, 4))
+
+
+# --- samplers -------------------------------------------------------------------------------------
+
+
+def test_an_epoch_of_the_identity_stream():
+    sizes = [4, 9, 2, 1, 12, 5]
+    starts = np.cumsum([0, *sizes])
+    members = [list(range(a, b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    stream = IdentityStream(members, identities=2, images=4, rng=random.Random(0))
+    owner = {index: person for person, group in enumerate(members) for index in group}
+    given = Counter()
+    while True:
+        available, fresh = len(stream.available), len(stream.left)
+        batch = stream.batch()
+        if available < 2:
+            break
+        people = [owner[index] for index in batch[::4]]
+        assert len(set(people)) == 2 and len(batch) == 8
+        for group in range(2):
+            assert {owner[i] for i in batch[4 * group : 4 * group + 4]} == {people[group]}
+        given.update(people)
+        assert len(stream.left) >= fresh
+    # Nobody gives more groups of four than it has images for; those with fewer than four give one.
+    assert all(given[person] <= max(size // 4, 1) for person, size in enumerate(sizes))
+    long = [i for i, person in owner.items() if person == 4]
+    again = IdentityStream([long, members[0]], 2, 4, random.Random(1))
+    assert len(set(again.batch())) == 8  # without replacement
+
+
+def sampler(**options):
+    identities = [i // 3 for i in range(90)]
+    domains = [0] * 30 + [1] * 30 + [2] * 30
+    return DomainBatches(identities, domains, **{"people": 3, "images": 4, "seed": 0, "steps": 30, **options})
+
+
+def test_batches_hold_one_domain_in_turn_and_a_run_resumes_exactly():
+    batches = list(sampler())
+    assert len(batches) == 30
+    for step, batch in enumerate(batches):
+        assert {index // 30 for index, _ in batch} == {step % 3}
+        assert len({index // 3 for index, _ in batch}) == 3 and len(batch) == 12
+        assert [number for _, number in batch] == list(range(12 * step, 12 * step + 12))
+    assert list(sampler(start_step=17)) == batches[17:]
+    assert list(sampler()) == batches and list(sampler(seed=1)) != batches
+
+
+def test_processes_see_the_same_domain_and_other_people():
+    ranks = [list(sampler(rank=rank, world=3)) for rank in range(3)]
+    for step in range(30):
+        people = [{index // 3 for index, _ in batches[step]} for batches in ranks]
+        assert all(len(group) == 3 for group in people) and len(set.union(*people)) == 9
+        assert {index // 30 for batches in ranks for index, _ in batches[step]} == {step % 3}
+    draws = [number for batches in ranks for batch in batches for _, number in batch]
+    assert sorted(draws) == list(range(30 * 36))
+
+
+def test_a_domain_with_too_few_identities_is_named():
+    with pytest.raises(UserError, match="domain CUHK03 has 10 identities, a step asks for 16"):
+        sampler(people=16, names=["CUHK03", "b", "c"])
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+def slow_rank(query, gallery, qi, gi, qc, gc):
+    aps, inps, firsts, skipped = [], [], [], 0
+    for q in range(len(query)):
+        distance = 1 - torch.cosine_similarity(query[q : q + 1], gallery)
+        order = sorted(range(len(gallery)), key=lambda g: (round(float(distance[g]), 5), g))
+        order = [g for g in order if not (gi[g] == qi[q] and gc[g] == qc[q])]
+        hits = [place for place, g in enumerate(order, 1) if gi[g] == qi[q]]
+        if not hits:
+            skipped += 1
+            continue
+        aps.append(sum((i + 1) / place for i, place in enumerate(hits)) / len(hits))
+        inps.append(len(hits) / hits[-1])
+        firsts.append(hits[0])
+    cmc = [sum(first <= k for first in firsts) / len(firsts) for k in range(1, 51)]
+    return cmc, sum(aps) / len(aps), sum(inps) / len(inps), skipped
+
+
+def test_ranking_against_a_slow_reference(monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    query, gallery = torch.randn(40, 8, generator=rng), torch.randn(300, 8, generator=rng)
+    gallery[200:] = gallery[100:200]  # exact ties
+    qi, gi = (torch.randint(1, 30, (n,), generator=rng) for n in (40, 300))
+    qi[0], gi[:20] = 99, 0  # a query without a match, distractors
+    qc, gc = (torch.randint(0, 3, (n,), generator=rng) for n in (40, 300))
+    cmc, m_ap, m_inp, skipped = slow_rank(query, gallery, qi, gi, qc, gc)
+    for chunk in (2**28, 40 * 300 * 7):
+        monkeypatch.setattr("meta_reid.metrics.CHUNK_BYTES", chunk)
+        found = rank(query, gallery, qi, gi, qc, gc)
+        assert found.skipped == skipped >= 1
+        torch.testing.assert_close(found.cmc, torch.tensor(cmc), rtol=0, atol=1e-6)
+        assert float(found.ap.mean()) == pytest.approx(m_ap, abs=1e-5)
+        assert float(found.inp.mean()) == pytest.approx(m_inp, abs=1e-5)
+        summary = found.summary()
+        assert summary["metric"] == pytest.approx((summary["mAP"] + summary["Rank-1"]) / 2)
+
+
+def test_ties_follow_the_gallery_and_hopeless_tests_are_refused():
+    keys = ordered_keys(torch.tensor([[0.5, 0.0, -0.0, 0.5, 0.1]]))
+    assert keys.argsort(1).tolist() == [[1, 2, 4, 0, 3]]
+    one = torch.ones(1, 2)
+    number = torch.ones(1, dtype=torch.long)
+    with pytest.raises(ValueError, match="no query has a true match"):
+        rank(one, one, number, number, number, number)
+    with pytest.raises(ValueError, match="empty"):
+        rank(one, one[:0], number, number[:0], number, number[:0])
+
+
+def test_one_true_match_makes_map_and_minp_equal_and_splits_are_averaged():
+    rng = torch.Generator().manual_seed(0)
+    features, ids = torch.randn(40, 4, generator=rng), torch.arange(20).repeat(2)
+    cameras = torch.arange(2).repeat_interleave(20)
+    splits = []
+    for _ in range(10):
+        people = torch.randperm(20, generator=rng)[:10]
+        splits.append((people, people + 20))
+    target = Target("T", Tensors(torch.zeros(40, 3, 1, 1)), ids, cameras, splits)
+    result = evaluate(features, target)
+    assert result.mean["mAP"] == pytest.approx(result.mean["mINP"])
+    single = [
+        evaluate(features, Target("T", target.images, ids, cameras, [split])).mean["mAP"] for split in splits
+    ]
+    assert result.mean["mAP"] == pytest.approx(np.mean(single))
+    assert result.std["mAP"] == pytest.approx(np.std(single, ddof=1))
+    assert average([result, result])["mAP"] == pytest.approx(result.mean["mAP"])
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+def market(root):
+    base = root / "Market-1501-v15.09.15"
+    names = {
+        "bounding_box_train": ["0002_c1s1_000451_03.jpg", "0007_c3s1_000451_03.jpg"],
+        "query": ["0001_c2s1_000451_03.jpg"],
+        "bounding_box_test": ["0001_c1s1_1_00.jpg", "0000_c2s1_1_00.jpg", "-1_c2s1_1_00.jpg"],
+    }
+    for folder, files in names.items():
+        for file in files:
+            image(base / folder / file)
+
+
+def msmt(root):
+    base = root / "MSMT17_V1"
+    lists = {"train": "0000/0000_000_01_a.jpg 0", "val": "0001/0001_000_15_a.jpg 1"}
+    lists |= {"query": "0000/0000_000_02_a.jpg 0", "gallery": "0000/0000_001_03_a.jpg 0"}
+    for part, line in lists.items():
+        folder = "train" if part in ("train", "val") else "test"
+        image(base / folder / line.split()[0])
+        (base / f"list_{part}.txt").write_text(line + "\n")
+
+
+def cuhk(root):
+    for name in ("p1_s1_1.jpg", "p2_s1_2.jpg", "p2_s3_1.jpg"):
+        image(root / "cuhk_sysu" / "cropped_images" / name)
+    names = [f"1_{i:03d}_{1 + i % 2}_01.png" for i in range(1, 7)]
+    for name in names:
+        image(root / "cuhk03" / "images_labeled" / name)
+    cells = np.empty((6, 1), dtype=object)
+    cells[:, 0] = names
+    table = {"filelist": cells, "labels": np.array([1, 1, 2, 2, 3, 3]), "camId": np.array([1, 2] * 3)}
+    table |= {"train_idx": np.array([1, 2]), "query_idx": np.array([3, 5]), "gallery_idx": np.array([4, 6])}
+    savemat(root / "cuhk03" / "cuhk03_new_protocol_config_labeled.mat", table)
+
+
+def test_market1501(tmp_path):
+    market(tmp_path)
+    found = datasets.market1501(tmp_path)
+    assert [(i.identity, i.camera) for i in found.train] == [(2, 0), (7, 2)]
+    assert [(i.identity, i.camera) for i in found.splits[0].query] == [(1, 1)]
+    assert [i.identity for i in found.splits[0].gallery] == [0, 1]  # -1 dropped, 0 kept as distractor
+    assert [i.identity for i in found.everything()] == [2, 7, 1, 1]
+    assert 1502 in {i.identity for i in datasets.market1501(tmp_path, background=True).everything()}
+    image(tmp_path / "Market-1501-v15.09.15" / "query" / "odd.jpg")
+    with pytest.raises(UserError, match="odd.jpg is not named as expected"):
+        datasets.market1501(tmp_path)
+
+
+def test_msmt17(tmp_path):
+    msmt(tmp_path)
+    found = datasets.msmt17(tmp_path)
+    assert [(i.identity, i.camera) for i in found.train] == [(1, 0), (2, 14)]
+    assert [(i.identity, i.camera) for i in found.splits[0].query] == [(3, 1)]
+    assert len(datasets.msmt17(tmp_path, validation=False).train) == 1
+    assert all(i.path.is_file() for i in found.everything())
+    (tmp_path / "MSMT17_V1" / "list_val.txt").write_text("nonsense\n")
+    with pytest.raises(UserError, match="line 1"):
+        datasets.msmt17(tmp_path)
+
+
+def test_cuhk03_from_either_list(tmp_path):
+    cuhk(tmp_path)
+    found = datasets.cuhk03(tmp_path)
+    assert [(i.identity, i.camera) for i in found.train] == [(1, 0), (1, 1)]
+    assert [(i.identity, i.camera) for i in found.splits[0].gallery] == [(2, 1), (3, 1)]
+    assert len({i.identity for i in found.everything()}) == 3
+    lists = {"train": [["x/1_001_2_01.png", 0, 0]], "query": [["1_003_2_01.png", 0, 0]]}
+    lists["gallery"] = [["1_004_1_01.png", 0, 1]]
+    listing = tmp_path / "cuhk03" / "splits_new_labeled.json"
+    listing.write_text(json.dumps([lists]))
+    found = datasets.cuhk03(tmp_path)
+    assert len({i.identity for i in found.everything()}) == 2  # train and test count from 0 each
+    listing.write_text("{")
+    with pytest.raises(UserError, match="not readable"):
+        datasets.cuhk03(tmp_path)
+
+
+def test_cuhk_sysu_and_cuhk02(tmp_path):
+    cuhk(tmp_path)
+    assert [i.identity for i in datasets.cuhk_sysu(tmp_path).train] == [1, 2, 2]
+    other = tmp_path / "other"
+    image(other / "CUHK-SYSU" / "cropped_image" / "p00007_n01_s00001_hard0.png")
+    assert datasets.cuhk_sysu(other).train[0].identity == 7
+    for pair in range(1, 6):
+        for view in (1, 2):
+            image(tmp_path / "cuhk02" / f"P{pair}" / f"cam{view}" / "001_01.png")
+    found = datasets.cuhk02(tmp_path)
+    assert len(found.train) == 10 and len({i.identity for i in found.train}) == 5
+    assert [i.camera for i in found.train] == list(range(10))
+
+
+def test_viper(tmp_path):
+    for person in range(6):
+        image(tmp_path / "VIPeR" / "cam_a" / f"{person:03d}_45.bmp")
+        image(tmp_path / "VIPeR" / "cam_b" / f"{person:03d}_90.bmp")
+    found = small_sets.viper(tmp_path)
+    assert len(found.splits) == 10
+    for split in found.splits:
+        assert len(split.query) == len(split.gallery) == 3
+        assert {i.identity for i in split.query} == {i.identity for i in split.gallery}
+        assert {i.camera for i in split.query} == {0} and {i.camera for i in split.gallery} == {1}
+    assert small_sets.viper(tmp_path).splits == found.splits and len({str(s) for s in found.splits}) > 1
+    listed = [{"query": [[f"cam_a/00{n % 6}_45.bmp", 0, 0]]} for n in range(10)]
+    listed += [{"query": [[f"cam_b/00{n % 6}_90.bmp", 0, 0]]} for n in range(10)]
+    (tmp_path / "VIPeR" / "splits.json").write_text(json.dumps(listed))
+    assert [split.query[0].identity for split in small_sets.viper(tmp_path).splits][:3] == [1, 2, 3]
+    prepared = tmp_path / "prepared"
+    for number in range(1, 11):
+        for part, camera in (("query", 1), ("gallery", 2)):
+            image(prepared / "viper" / f"split_{number}a" / part / f"p00{number % 9}_c{camera}_d045.png")
+    assert len(small_sets.viper(prepared).splits) == 10
+
+
+def test_prid_grid_and_ilids(tmp_path):
+    single = tmp_path / "prid2011" / "single_shot"
+    for person in (1, 2, 3, 4, 300):
+        image(single / "cam_a" / f"person_{person:04d}.png")
+    for person in (1, 2, 3, 4, 250, 251):
+        image(single / "cam_b" / f"person_{person:04d}.png")
+    split = small_sets.prid(tmp_path).splits[0]
+    assert len(split.query) == 2 and len(split.gallery) == 4
+    listed = [{"train": [], "test": ["person_0003"]}] * 10
+    (single / "splits_single_shot.json").write_text(json.dumps(listed))
+    assert [i.identity for i in small_sets.prid(tmp_path).splits[9].query] == [3]
+
+    for person in range(1, 5):
+        image(tmp_path / "grid" / "probe" / f"{person:04d}_1_25023_119_47_70_262.jpeg")
+        image(tmp_path / "grid" / "gallery" / f"{person:04d}_5_25023_119_47_70_262.jpeg")
+    image(tmp_path / "grid" / "gallery" / "0000_2_1_1_1_1_1.jpeg")
+    with pytest.raises(UserError, match="features_and_partitions.mat"):
+        small_sets.grid(tmp_path)
+    cells = np.empty((1, 10), dtype=object)
+    for n in range(10):
+        cells[0, n] = {"first": [0], "second": [0], "third": np.array([[1, 2 + n % 2]])}
+    savemat(tmp_path / "grid" / "features_and_partitions.mat", {"trainIdxAll": cells})
+    splits = small_sets.grid(tmp_path).splits
+    assert [i.identity for i in splits[0].query] == [3, 4] and [i.identity for i in splits[1].query] == [2, 4]
+    assert [i.identity for i in splits[0].gallery] == [3, 4, 0]
+
+    for person, count in ((1, 3), (2, 2), (3, 1)):
+        for sequence in range(count):
+            image(tmp_path / "i-LIDS_Pedestrian" / "Persons" / f"{person:04d}{sequence:03d}.jpg")
+    for split in small_sets.ilids(tmp_path).splits:
+        assert [i.identity for i in split.query] == [i.identity for i in split.gallery] == [2, 3]
+        assert all(a.path != b.path for a, b in zip(split.query, split.gallery, strict=True))
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [datasets.market1501, datasets.msmt17, datasets.cuhk02, datasets.cuhk03, datasets.cuhk_sysu]
+    + [small_sets.viper, small_sets.prid, small_sets.grid, small_sets.ilids],
+)
+def test_a_missing_set_says_where_to_get_it(reader, tmp_path):
+    with pytest.raises(UserError, match="Get it from .* and lay it out as"):
+        reader(tmp_path)
+
+
+def test_protocols(tmp_path):
+    assert sources_of(1, "") == ["C2", "C3", "CS", "M"]
+    assert sources_of(2, "MS") == ["C3", "CS", "M"] and sources_of(3, "M") == ["C3", "CS", "MS"]
+    with pytest.raises(UserError, match="C3, MS or M"):
+        sources_of(2, "CS")
+    market(tmp_path), cuhk(tmp_path)
+    names, parts = source_items(2, "MS", tmp_path)
+    assert [len(part) for part in parts] == [2, 3, 2] and names == ["C3", "CS", "M"]
+    assert [len(part) for part in source_items(3, "MS", tmp_path)[1]] == [6, 3, 4]
+    assert len(source_items(3, "MS", tmp_path, background=True)[1][2]) == 5
+
+
+def test_labels_have_no_gaps_and_no_domain_shares_one():
+    labels = label([[10, 2, 10], [2, 7, 100]], ["a", "b"])
+    assert labels.local.tolist() == [1, 0, 1, 0, 1, 2] and labels.union.tolist() == [1, 0, 1, 2, 3, 4]
+    assert labels.classes == [2, 3] and labels.domain.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_manifest(tmp_path):
+    path = tmp_path / "mine.csv"
+    rows = [["path", "id", "camera", "domain"]]
+    for domain in ("gate", "hall", "yard"):
+        for person in "xy":
+            name = f"{domain}{person}.png"
+            image(tmp_path / name)
+            rows.append([name, person, "cam1", domain])
+
+    def write(rows):
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+    write(rows)
+    found = manifest(path)
+    assert list(found) == ["gate", "hall", "yard"] and [i.identity for i in found["hall"]] == [1, 2]
+    files, labels = manifest_sources(path, "yard", (8, 4), 0)
+    assert labels.names == ["gate", "hall"] and len(files) == 4
+    with pytest.raises(UserError, match="no domain 'roof'"):
+        manifest_sources(path, "roof", (8, 4), 0)
+    write(rows[:5])
+    with pytest.raises(UserError, match="at least two"):
+        manifest_sources(path, "hall", (8, 4), 0)
+    for broken, message in (
+        ([["path", "id"]], "no column"),
+        (rows[:1], "no rows"),
+        ([*rows, ["", "x", "c", "gate"]], "line 8: path is empty"),
+        ([*rows, ["gone.png", "x", "c", "gate"]], "no image"),
+    ):
+        write(broken)
+        with pytest.raises(UserError, match=message):
+            manifest(path)
+    with pytest.raises(UserError, match="no such manifest"):
+        manifest(tmp_path / "none.csv")
+
+
+def test_files_are_augmented_by_their_draw_alone_and_damaged_ones_named(tmp_path):
+    path = tmp_path / "a.png"
+    write_image(path, torch.rand(3, 40, 20, generator=torch.Generator().manual_seed(0)))
+    files = Files([Item(path, 1, 0), Item(tmp_path / "torn.jpg", 1, 0)], (32, 16), seed=3)
+    plain, index = files[0]
+    assert plain.shape == (3, 32, 16) and plain.dtype == torch.float32 and plain.max() > 100 and index == 0
+    torch.manual_seed(1)
+    first = files[0, 5][0]
+    torch.manual_seed(2)
+    assert torch.equal(files[0, 5][0], first)
+    assert any(not torch.equal(files[0, n][0], first) for n in range(5))
+    (tmp_path / "torn.jpg").write_bytes(b"not an image")
+    with pytest.raises(UserError, match="torn.jpg"):
+        files[1]
+    with pytest.raises(UserError, match="torn.jpg") as caught:
+        list(batches(DataLoader(files, 2, num_workers=1)))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_images_that_several_splits_use_are_embedded_once(tmp_path):
+    a, b, c = (Item(tmp_path / name, n, 0) for n, name in enumerate("abc"))
+    target = file_target("T", [Split([a], [b, c]), Split([b], [c])], (8, 4))
+    assert len(target.images) == 3 and target.identities.tolist() == [0, 1, 2]
+    assert target.splits[1][0].tolist() == [1] and target.splits[1][1].tolist() == [2]
+
+
+def test_walkers_keep_their_clothes_and_sites_their_look():
+    first, again = draw("A", 5, 4, 7), draw("A", 5, 4, 7)
+    assert torch.equal(first.images, again.images) and first.images.shape == (20, 3, 48, 24)
+    other = draw("T", 5, 4, 7)
+    assert torch.equal(first.identities, other.identities)
+    gap = (first.images.float() - other.images.float()).mean((0, 2, 3)).abs().max()
+    assert gap > 5 and not torch.equal(draw("A", 5, 4, 8).images, first.images)

@@ -1,0 +1,187 @@
+"""META: schedules, training, resume, evaluation and search as a user runs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from meta_reid.export import export
+from meta_reid.gallery import Index
+from meta_reid.model import META
+from meta_reid.predict import images_in
+from meta_reid.train import PRESETS, VARIANTS, learning_rate, optimiser, plan, train
+from shared.io import write_image
+from shared.runtime import UserError
+
+FOLDER = Path(__file__).parents[1] / "meta_reid"
+
+
+def script(name: str, *arguments: str, runs: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PAPERS_RUNS": str(runs), "PYTHONPATH": str(FOLDER.parent)}
+    command = [sys.executable, name, *arguments]
+    return subprocess.run(
+        command, cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_schedule():
+    config = PRESETS["paper"]
+    per_epoch, steps = 857, 857 * 120
+    rate = [learning_rate(step, steps, per_epoch, config) for step in range(0, steps)]
+    assert rate[0] == pytest.approx(0.004) and rate[499] == pytest.approx(0.04 * 0.9982, rel=1e-5)
+    assert all(a >= b for a, b in zip(rate[500:], rate[501:], strict=False))
+    assert rate[857] == rate[2 * 857 - 1] > rate[2 * 857]  # the cosine moves once an epoch
+    assert rate[-1] == pytest.approx(4e-5, rel=1e-3)
+
+
+def test_presets_and_weight_decay():
+    assert PRESETS["paper"].people * PRESETS["paper"].images == 64 and PRESETS["paper"].epochs == 120
+    assert PRESETS["protocol1"].protocol == "1"
+    row = plan(replace(PRESETS["demo"], variants=("meta",)), {0: [3, 3, 3]})[0]
+    groups = optimiser(row.model, row.config).param_groups
+    names = {id(p): name for name, p in row.model.named_parameters()}
+    assert [group["weight_decay"] for group in groups] == [5e-4, 0]
+    assert all("bias" in names[id(p)] for p in groups[1]["params"])
+    assert not any("F_final" in names[id(p)] for group in groups for p in group["params"])
+    with pytest.raises(UserError, match="unknown variant 'x'"):
+        plan(replace(PRESETS["demo"], variants=("x",)), {0: [3, 3, 3]})
+
+
+def test_inactive_experts_stay_still(tmp_path):
+    config = replace(
+        PRESETS["demo"],
+        steps=1,
+        warmup=0,
+        variants=("meta",),
+        out=tmp_path / "run",
+        device="cpu",
+        save_every=20,
+    )
+    before = plan(config, {0: [40, 40, 40]})[0].model.state_dict()
+    folder = train(config)
+    after = load_file(folder / "checkpoint" / "meta-0.safetensors")
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert "backbone.bn11.weight" in moved and "backbone.bn14.weight" in moved
+    assert not any("bn12." in name or "bn13." in name for name in moved if name.startswith("backbone."))
+    assert not any("Expert2.classifier" in name for name in moved)
+
+
+def small(**changes):
+    return replace(PRESETS["demo"], preset="demo", steps=40, save_every=20, people=4, device="cpu", **changes)
+
+
+def test_a_killed_run_continues_to_the_same_weights_and_log(tmp_path):
+    whole = train(small(variants=("meta", "baseline"), out=tmp_path / "whole"))
+    arguments = [
+        "--steps",
+        "40",
+        "--save-every",
+        "20",
+        "--people",
+        "4",
+        "--device",
+        "cpu",
+        "--variants",
+        "meta",
+        "baseline",
+    ]
+    command = [sys.executable, "train.py", "demo", *arguments, "--out", str(tmp_path / "killed")]
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent)}
+    running = subprocess.Popen(command, cwd=FOLDER, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "killed" / "checkpoint").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    killed = train(small(variants=("meta", "baseline"), out=tmp_path / "killed"))
+    assert (killed / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    for name in ("meta-0", "baseline-0"):
+        a, b = (load_file(run / "checkpoint" / f"{name}.safetensors") for run in (whole, killed))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_train_evaluate_and_search_from_the_folder(tmp_path):
+    trained = script("train.py", "demo", "--steps", "2", runs=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    folder = Path(trained.stdout.splitlines()[-1])
+    assert folder == (tmp_path / "meta_reid" / "demo-0").resolve()
+    evaluated = script("eval.py", runs=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert evaluated.stdout.splitlines()[-1] == str(folder)
+    results = json.loads((folder / "results.json").read_text())
+    assert [claim["id"] for claim in results["claims"]] == list("abcdef")
+    assert results["claims"][-1]["measured"]["official, seed 0"] == 0
+    assert not any(metric["comparable"] for metric in results["metrics"])
+    for name in (
+        "samples/ranking.png",
+        "samples/weights.png",
+        "samples/embedding.png",
+        "table.md",
+        "table.tex",
+    ):
+        assert (folder / name).stat().st_size > 0
+
+    for name in "abc":
+        write_image(tmp_path / "gallery" / f"{name}.png", torch.rand(3, 48, 24))
+    arguments = ["--gallery", str(tmp_path / "gallery"), "--query", str(tmp_path / "gallery" / "b.png")]
+    arguments += ["--index", str(tmp_path / "i.safetensors"), "--out", str(tmp_path / "out"), "--top", "2"]
+    found = script("predict.py", *arguments, runs=tmp_path)
+    assert found.returncode == 0, found.stderr
+    answer = json.loads((tmp_path / "out" / "results.json").read_text())["queries"][0]
+    assert answer["found"][0]["path"].endswith("b.png") and len(answer["found"]) == 2
+    assert answer["looks_like"] in "ABC" and sum(answer["weight"].values()) == pytest.approx(1, abs=1e-4)
+    assert list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train.py", "paper"], "--data-root is missing"),
+        (["train.py", "paper", "--data-root", "nowhere"], "Get it from"),
+        (["train.py", "manifest"], "--manifest is missing"),
+        (["train.py", "demo", "--people", "50"], "40 identities"),
+        (["eval.py"], "run train.py first"),
+        (["predict.py"], "nothing to do"),
+    ],
+)
+def test_mistakes_get_one_message(arguments, message, tmp_path):
+    done = script(*arguments, runs=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_index(tmp_path):
+    features = torch.randn(5, 4)
+    index = Index.of(features, list("abcde"), "weights")
+    index.save(tmp_path / "i.safetensors")
+    loaded = Index.load(tmp_path / "i.safetensors")
+    similarity, order = loaded.search(features[2:3] * 7, top=9)
+    assert order[0, 0] == 2 and similarity[0, 0] == pytest.approx(1, abs=1e-5) and order.shape == (1, 5)
+    with pytest.raises(UserError, match="same weights"):
+        loaded.search(torch.randn(1, 3))
+    (tmp_path / "torn.safetensors").write_bytes((tmp_path / "i.safetensors").read_bytes()[:40])
+    for name in ("torn", "none"):
+        with pytest.raises(UserError, match=name):
+            Index.load(tmp_path / f"{name}.safetensors")
+    with pytest.raises(UserError, match="no images"):
+        images_in(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["pt", "onnx"])
+def test_export_reproduces_the_network(ending, tmp_path):
+    model = META((3, 3, 3), "mini", scoring="shared")
+    assert export(model, (48, 24), tmp_path / f"meta.{ending}") < 1e-4
+    with pytest.raises(UserError, match="ending"):
+        export(model, (48, 24), tmp_path / "meta.zip")
+
+
+def test_every_variant_is_a_setting():
+    for changes in VARIANTS.values():
+        replace(PRESETS["demo"], **changes)
