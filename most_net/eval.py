@@ -1,0 +1,211 @@
+"""Compare the networks of a run with each other, with the baselines and with the drawn sketches.
+
+Without `--run`: the newest run. `--write` also writes the sketches as files, for `python -m
+most_net.metrics`.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from most_net import baselines
+from most_net.artists import measure_artists
+from most_net.claims import Scores, judge
+from most_net.data import Pairs
+from most_net.figures import save_figures
+from most_net.learner import synthesise
+from most_net.mechanism import atlas, measure
+from most_net.metrics import grey_bytes, nlda_rate, pretrained, quality, ssim
+from most_net.pairs import load_dataset
+from most_net.train import Config as TrainConfig
+from most_net.trials import DRAWN, Trial, drawn_pairs, load_network, plan, split_data, trial_pairs
+from shared.io import find_run, load_config, load_weights, write_image
+from shared.published import (
+    Claim,
+    Metric,
+    environment,
+    format_table,
+    load_published,
+    print_claims,
+    write_results,
+)
+from shared.runtime import UserError, parse, pick_device, run_main
+
+TEST_SEED, TEST_FACES = 999, 128
+PROBED = 64
+"""Test pairs on which the memories are examined."""
+NLDA_TRAIN = {338: 150, 944: 300}
+"""Test people of the standard split -> training people of the recognition."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Evaluate a run."""
+
+    run: Path | None = None
+    """Run folder. Default: the newest run."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    nlda_train: int | None = None
+    """Training people of NLDA recognition. Default: 150 and 300 on the standard test sets, otherwise nearly
+    half of the test people; 0 leaves it out."""
+    patches: bool = True
+    """Also the neighbour-patch baseline, which is slow on large sets."""
+    lpips: bool = False
+    """Also LPIPS (AlexNet); needs its ImageNet weights."""
+    lpips_weights: Path | None = None
+    """torchvision's AlexNet state dict. Default: torchvision's download."""
+    fid: bool = False
+    """Also FID and KID; need the InceptionV3 weights."""
+    fid_weights: Path | None = None
+    """torch-fidelity's InceptionV3 file. Default: its download."""
+    write: bool = False
+    """Write all test sketches to predictions/<method>/ in the run folder, the drawn ones to truth/."""
+
+
+def window_of(height: int) -> int:
+    """Side of SSIM's window: 11, and 7 on the small pictures of the demo."""
+    return 11 if height >= 64 else 7
+
+
+def load_test(config: TrainConfig, trial: Trial) -> tuple[Pairs, Tensor]:
+    """The test pairs at the size of the trial, and their sketches (N, 1, H, W) in [0, 1] at full size."""
+    if config.dataset in DRAWN:
+        test = drawn_pairs(config, trial, TEST_FACES, TEST_SEED)
+        return test, test.sketches / 255
+    test = split_data(config)[2]
+    if test is None:
+        raise UserError("no test pairs: neither a test part in the data set nor held-out pairs in the run")
+    if config.scale == 1:
+        return test, test.sketches / 255
+    lists = (config.layout, config.train_list, config.test_list, config.alignment)
+    full = [pairs for pairs in load_dataset(config.dataset, config.data_root, *lists) if pairs is not None]
+    sketches = {
+        name: sketch for pairs in full for name, sketch in zip(pairs.names, pairs.sketches, strict=True)
+    }
+    return test, torch.stack([sketches[name] for name in test.names]) / 255
+
+
+def enlarge(images: Tensor, like: Tensor) -> Tensor:
+    """Sketches of a run on scaled pairs, at the size of the drawn ones."""
+    if images.shape == like.shape:
+        return images
+    return F.interpolate(images, like.shape[-2:], mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def plain_baselines(config: TrainConfig, trial: Trial, test: Pairs, patches: bool) -> dict[str, Tensor]:
+    """Sketches of the baselines that are not trained, (N, 1, H, W) in [0, 1]."""
+    photos = test.photos.float().cpu() / 255
+    out = {"grey photo": baselines.grey(photos), "dodge sketch": baselines.dodge(photos)}
+    if patches:
+        train = trial_pairs(config, trial, split_data(config)[0])
+        known = train.photos / 255, train.sketches / 255
+        side = max(4, test.photos.shape[-2] // 12 // 2 * 2)
+        out[f"neighbour patches ({len(train)})"] = baselines.neighbour_patches(photos, *known, side)
+    return out
+
+
+def networks(folder: Path, config: TrainConfig, device: torch.device) -> dict[Trial, nn.Module]:
+    """Every trained network of the run."""
+    finished = plan(config)[: load_weights(folder, {})["trial"]]
+    if not finished:
+        raise UserError(f"{folder}: no network is trained yet; let train.py finish the first one")
+    return {trial: load_network(folder, TrainConfig, trial.name)[0].to(device) for trial in finished}
+
+
+def score(config: Config, truth: Tensor, got: Tensor) -> dict[str, float]:
+    """All metrics of sketches (N, 1, H, W) in [0, 1] against the drawn ones."""
+    window = window_of(truth.shape[-2])
+    values = {name: float(column.mean()) for name, column in quality(truth, got).items()}
+    values["SSIM"] = float(ssim(grey_bytes(truth), grey_bytes(got), window=window).mean())
+    values["L1"] = 2 * float((truth - got).abs().mean())  # on [-1, 1]
+    people = len(truth)
+    train_people = config.nlda_train
+    if train_people is None:
+        train_people = NLDA_TRAIN.get(people, int(0.45 * people))
+    if train_people and people - train_people >= 2 and train_people >= 2:
+        values["NLDA"] = 100 * nlda_rate(truth, got, train_people).best
+    return values | pretrained(truth, got, config)
+
+
+def evaluate(config: Config) -> Path:
+    """Measure everything, print it, write results.json, pictures and, when asked, the sketches."""
+    start = time.perf_counter()
+    folder = find_run("most_net", config.run)
+    settings = load_config(folder, TrainConfig)
+    nets = networks(folder, settings, pick_device(config.device))
+    main = [trial for trial in nets if trial.name != "artists"]
+    if not main:
+        raise UserError(f"{folder}: only a network of several artists, nothing to compare it with")
+    test, truth = load_test(settings, main[0])
+    methods = plain_baselines(settings, main[0], test, config.patches)
+    methods |= {trial.name: synthesise(nets[trial], test, trial.size) for trial in main}
+
+    scores: Scores = {}
+    for name, got in methods.items():
+        scores[name] = score(config, truth, enlarge(got, truth))
+    window = window_of(test.photos.shape[-2])
+    probe = test.select(list(range(min(PROBED, len(test)))))
+    memories = {
+        trial.name: measure(nets[trial].cpu(), probe, trial.size, window)
+        for trial in main
+        if hasattr(nets[trial], "memories")
+    }
+    shown = {trial.name: (nets[trial], trial.size) for trial in main}
+    save_figures(folder / "samples", shown, probe, methods, scores)
+    artists: dict[str, float] = {}
+    for trial in nets:
+        if trial.name == "artists":
+            artists, sheet = measure_artists(nets[trial], trial.artists, trial.size)
+            write_image(folder / "samples" / "artists.png", sheet)
+            faces = drawn_pairs(settings, trial, PROBED, TEST_SEED)
+            write_image(folder / "samples" / "atlas-artists.png", atlas(nets[trial], faces, trial.size))
+    claims: list[Claim] = []
+    if settings.dataset in DRAWN:
+        claims = judge(settings.pairs, scores, memories, artists)
+    data = f"{settings.dataset}, {len(test)} test pairs"
+    means = mean_over_seeds(scores)
+    metrics = [
+        Metric("sketches", "", metric, _unit(metric), value, data, comparable=False, method=name)
+        for name, row in means.items()
+        for metric, value in row.items()
+    ]
+    print(f"{data}, mean over seeds (single seeds stand in results.json)")
+    columns = list(next(iter(means.values())))
+    print(format_table(["method", *columns], [[name, *row.values()] for name, row in means.items()]))
+    print(f"published: {load_published('most_net')['note']}")
+    print_claims(claims)
+    seconds = time.perf_counter() - start
+    extra = {"scores": scores, "memory": memories, "artists": artists}
+    write_results(folder, claims, metrics, environment(settings, seconds), extra)
+    if config.write:
+        for name, images in {"truth": truth, **methods}.items():
+            for file, image in zip(test.names, enlarge(images, truth), strict=True):
+                where = folder / ("truth" if name == "truth" else f"predictions/{name.replace(' ', '-')}")
+                write_image(where / f"{file}.png", image)
+    return folder
+
+
+def mean_over_seeds(scores: Scores) -> Scores:
+    """Scores of single seeds, most-8-0 and so on, as means: "most, 8 pairs". Baselines stay as they are."""
+    groups: dict[str, list[dict[str, float]]] = {}
+    for name, row in scores.items():
+        variant, *rest = name.rsplit("-", 2)
+        trained = len(rest) == 2 and rest[1].isdigit()
+        groups.setdefault(f"{variant}, {rest[0]} pairs" if trained else name, []).append(row)
+    return {
+        name: {metric: sum(row[metric] for row in rows) / len(rows) for metric in rows[0]}
+        for name, rows in groups.items()
+    }
+
+
+def _unit(metric: str) -> str:
+    return "%" if metric == "NLDA" else ""
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(evaluate(parse(Config, __doc__))))
