@@ -1,0 +1,221 @@
+"""A whole contest scored: leaderboard, break-downs, matrix and creation table, as text, metrics and pictures.
+
+A submission that cannot be read is reported and left out; the others are still scored.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from sklearn.metrics import roc_curve
+
+from dfgc2022.creation import DEFINITIONS, TERMS, Definition, Row, anti_detection, correlations, ranking
+from dfgc2022.protocol import (
+    BREAKDOWNS,
+    POOLED,
+    Area,
+    Clip,
+    Matrix,
+    arrays,
+    breakdown,
+    leaderboard,
+    matrix,
+    read_submission,
+    winner_metrics,
+)
+from shared.published import Metric, format_table
+from shared.runtime import UserError
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Test clips, the scores of each detector on all of them, and what the data are called."""
+
+    clips: list[Clip]
+    submissions: dict[str, dict[str, float]]
+    dataset: str
+    comparable: bool = False
+    """True only for the released DFGC 2022 clips, complete."""
+
+
+def read_submissions(paths: Sequence[Path], clips: Sequence[Clip]) -> dict[str, dict[str, float]]:
+    """Submission files -> scores by detector (the file's name). Bad files and missing clips are printed.
+
+    Raises UserError when no file can be used.
+    """
+    names = [clip.name for clip in clips]
+    read: dict[str, dict[str, float]] = {}
+    for path in paths:
+        try:
+            scores, warnings = read_submission(path, names)
+            if path.stem in read:
+                raise UserError(f"{path}: another submission is called {path.stem} as well")
+        except UserError as error:
+            print(f"warning: not scored: {error}")
+            continue
+        for warning in warnings:
+            print(f"warning: {warning}")
+        read[path.stem] = scores
+    if not read:
+        raise UserError("no submission could be scored")
+    return read
+
+
+def score_detection(contest: Contest, draws: int = 1000) -> tuple[list[Metric], Matrix]:
+    """Print the leaderboard, the winner's auxiliary metrics, break-downs and the matrix; return them."""
+    metrics = []
+    board = leaderboard(contest.clips, contest.submissions, draws)
+    parts = list(board[0][1])
+    print("\nleaderboard: video-level AUC, fake positive, [95 % bootstrap interval]")
+    rows = [
+        [number, name, *(_interval(areas.get(part)) for part in parts)]
+        for number, (name, areas) in enumerate(board, 1)
+    ]
+    print(format_table(["rank", "detector", *parts], rows))
+    for name, areas in board:
+        for part, found in areas.items():
+            metrics.append(
+                Metric(
+                    "detection top-3",
+                    "final ranking",
+                    "AUC",
+                    "fraction",
+                    found.value,
+                    _part(contest, part),
+                    contest.comparable,
+                    name,
+                )
+            )
+    print("\nat threshold 0.5 on all clips (winner's metrics; a score of 0.5 counts as fake)")
+    aux = {
+        name: winner_metrics(*arrays(contest.clips, scores)) for name, scores in contest.submissions.items()
+    }
+    print(
+        format_table(
+            ["detector", *next(iter(aux.values()))], [[name, *m.values()] for name, m in aux.items()]
+        )
+    )
+    best = board[0][0]
+    for by in BREAKDOWNS:
+        areas = breakdown(contest.clips, contest.submissions[best], by, draws)
+        if by in ("compression", "round") and areas:
+            print(f"\n{best} by {by}: " + ", ".join(f"{key} {_interval(a)}" for key, a in areas.items()))
+        metrics += [
+            Metric(f"by {by}", key, "AUC", "fraction", a.value, contest.dataset, False, best)
+            for key, a in areas.items()
+        ]
+    crossed = matrix(contest.clips, contest.submissions, draws)
+    print("\ncreators x detectors: AUC against all real clips (mean width of the 95 % intervals "
+          f"{float((crossed.high - crossed.low).mean()):.3f})")  # fmt: skip
+    rows = [
+        [name, *map(float, crossed.auc[row]), float(crossed.evasion[row])]
+        for row, name in enumerate(crossed.creators)
+    ]
+    rows += [
+        ["mean (S_D)", *map(float, crossed.detection_score), None],
+        ["pooled", *map(float, crossed.pooled), None],
+    ]
+    print(format_table(["creator", *crossed.detectors, "mean 1-AUC"], rows))
+    for row, creator in enumerate(crossed.creators):
+        for column, name in enumerate(crossed.detectors):
+            value = float(crossed.auc[row, column])
+            metrics.append(Metric("matrix", creator, "AUC", "fraction", value, contest.dataset, False, name))
+    return metrics, crossed
+
+
+def score_creation(
+    contest: Contest,
+    terms: Mapping[str, Mapping[str, float]],
+    definition: Definition = "auc10",
+    predicted: Mapping[str, float] | None = None,
+) -> tuple[list[Row], list[Metric]]:
+    """Print the creation track's table; return its rows, best first, and its numbers.
+
+    terms: submission -> five means. predicted: realism by a model, used where there are no ratings; such rows
+    are labelled. Anti-detection is computed on the clips of the contest.
+    """
+    rows = []
+    for creator in sorted({clip.creator for clip in contest.clips if clip.label == 1 and clip.creator}):
+        anti = anti_detection(contest.clips, contest.submissions, creator, definition)
+        if creator in terms:
+            rows.append(Row(creator, dict(terms[creator]), anti))
+        elif predicted and creator in predicted:
+            rows.append(Row(creator, {"realism": predicted[creator]}, anti, predicted=True))
+    rows = ranking(rows)
+    print(f"\ncreation track; anti-detection: {DEFINITIONS[definition][2]}")
+    table = [
+        [
+            number,
+            row.submission + (" (realism predicted)" if row.predicted else ""),
+            *(row.terms.get(term) for term in TERMS),
+            row.anti_detection,
+            row.total,
+        ]
+        for number, row in enumerate(rows, 1)
+    ]
+    print(format_table(["rank", "submission", *TERMS, "anti-detection", "sum"], table))
+    if len(rows) >= 3 and not any(row.predicted for row in rows):
+        print(
+            "correlations: " + ", ".join(f"{name} {value:.2f}" for name, value in correlations(rows).items())
+        )
+    metrics = [
+        Metric(
+            "creation",
+            f"anti-detection {definition}",
+            name,
+            "points",
+            value,
+            contest.dataset,
+            False,
+            row.submission,
+        )
+        for row in rows
+        for name, value in {**row.terms, "anti-detection": row.anti_detection, "sum": row.total}.items()
+    ]
+    return rows, metrics
+
+
+def draw_pictures(folder: Path, contest: Contest, crossed: Matrix) -> None:
+    """roc.png and matrix.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axis = plt.subplots(figsize=(5, 5))
+    for name, scores in contest.submissions.items():
+        values, labels = arrays(contest.clips, scores)
+        fpr, tpr, _ = roc_curve(labels, values)
+        axis.plot(fpr, tpr, label=name, linewidth=1.2)
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.5)
+    axis.set(xlabel="real clips called fake", ylabel="fake clips called fake", title=contest.dataset)
+    axis.legend(fontsize=7)
+    _save(figure, folder / "roc.png")
+    height, width = crossed.auc.shape
+    figure, axis = plt.subplots(figsize=(2.5 + 0.7 * width, 1.8 + 0.4 * height))
+    image = axis.imshow(crossed.auc, vmin=0, vmax=1, cmap="RdYlBu", aspect="auto")
+    axis.set_xticks(range(width), crossed.detectors, rotation=40, ha="right", fontsize=8)
+    axis.set_yticks(range(height), crossed.creators, fontsize=8)
+    for row, column in np.ndindex(height, width):
+        axis.text(column, row, f"{crossed.auc[row, column]:.2f}", ha="center", va="center", fontsize=7)
+    figure.colorbar(image, label="AUC")
+    axis.set_title("creators x detectors", fontsize=9)
+    _save(figure, folder / "matrix.png")
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _interval(found: Area | None) -> str:
+    return "-" if found is None else f"{found.value:.4f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def _part(contest: Contest, part: str) -> str:
+    return part if contest.comparable else f"{contest.dataset} {part}"
+
+
+__all__ = ["POOLED", "Contest", "draw_pictures", "read_submissions", "score_creation", "score_detection"]

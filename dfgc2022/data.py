@@ -1,0 +1,357 @@
+"""Training crops in the winner's list format, and the public sets in the layouts of their releases.
+
+A public set is a list of `Video`s; `extract.py` turns videos into crop folders and a list; `CropFolders`
+reads lists for training. A test set is a list of `protocol.Clip`s with their paths.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dfgc2022.augment import self_blend, test_transform, train_transform
+from dfgc2022.protocol import PARTS, Clip
+from dfgc2022.video import VIDEO_ENDINGS
+from shared.runtime import UserError
+
+
+@dataclass(frozen=True)
+class Video:
+    """A labelled video of a public set."""
+
+    path: Path
+    label: int
+    """0 real, 1 fake."""
+    source: str
+    """Set and method, e.g. FaceForensics++/Deepfakes/c23."""
+    split: str = ""
+    """train, val or test, where the release says so."""
+
+
+# --- training crops ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CropFolder:
+    """The crops of one video: `<folder>/NNNN.png`."""
+
+    folder: Path
+    label: int
+
+
+def read_list(path: Path) -> tuple[list[CropFolder], int]:
+    """A list file of the winner -> (crop folders, number of empty ones left out).
+
+    Lines are `<folder> <label>`, label 0 or 1; those that name landmarks are passed over, as there. A
+    relative folder is looked for beside the list. Raises UserError on a bad line or a missing folder.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as a list of crop folders ({error})") from None
+    found, empty = [], 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or "landmarks" in line:
+            continue
+        folder, _, label = line.strip().replace("\t", " ").rpartition(" ")
+        if label not in ("0", "1") or not folder:
+            raise UserError(f"{path}, line {number}: {line.strip()!r} is not '<folder> <0 or 1>'")
+        place = path.parent / folder.strip()
+        if not place.is_dir():
+            raise UserError(
+                f"{path}, line {number}: no folder {place}; extract.py makes crop folders from videos"
+            )
+        if next(place.glob("*.png"), None) is None:
+            empty += 1
+        else:
+            found.append(CropFolder(place, int(label)))
+    if not found:
+        raise UserError(f"{path}: names no folder with crops")
+    return found, empty
+
+
+def dfdc_crops(root: Path, parts: range = range(50)) -> tuple[list[CropFolder], int]:
+    """Crop folders `dfdc_train_part_k/<name>.mp4/` under DFDC's own metadata.json, and the number without
+    crops.
+    """
+    found, empty = [], 0
+    for part in parts:
+        folder = root / f"dfdc_train_part_{part}"
+        if not folder.is_dir():
+            continue
+        for name, entry in _read_json(folder / "metadata.json").items():
+            if next((folder / name).glob("*.png"), None) is None:
+                empty += 1
+            else:
+                found.append(CropFolder(folder / name, int(entry["label"] == "FAKE")))
+    if not found:
+        raise UserError(f"{root}: no crops in dfdc_train_part_0 ... dfdc_train_part_49")
+    return found, empty
+
+
+class CropFolders(Dataset):
+    """One random crop of a video folder per sample; item (index, draw) -> (crop (S, S, 3) uint8, label).
+
+    All randomness of a sample comes from (seed, draw). blending: share of real samples that are turned into
+    self-blended fakes. cache: keep decoded crops in memory, for small sets. frames: use at most so many
+    crops of a video, evenly spaced. shuffle_labels: a control that must end at chance.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[CropFolder],
+        size: int,
+        seed: int,
+        flips_only: bool = False,
+        blending: float = 0.0,
+        cache: bool = False,
+        frames: int | None = None,
+        balance: bool = False,
+        shuffle_labels: bool = False,
+    ):
+        self.folders, self.seed, self.blending, self.cache = list(folders), seed, blending, cache
+        self.labels = np.array([folder.label for folder in folders])
+        if shuffle_labels:
+            self.labels = np.random.default_rng(seed).permutation(self.labels)
+        self.transform = train_transform(size, flips_only)
+        self.frames = frames
+        self.classes = [np.flatnonzero(self.labels == label) for label in (0, 1)] if balance else None
+        self._files: dict[int, list[Path]] = {}
+        self._crops: dict[Path, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    def files(self, index: int) -> list[Path]:
+        """Crops of a folder in the order of their frames, listed once."""
+        if index not in self._files:
+            paths = sorted(self.folders[index].folder.glob("*.png"), key=_frame_number)
+            if self.frames is not None and len(paths) > self.frames:
+                paths = [paths[i] for i in np.linspace(0, len(paths) - 1, self.frames).round().astype(int)]
+            self._files[index] = paths
+        return self._files[index]
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        index, draw = item
+        rng = np.random.default_rng((self.seed, draw))
+        if self.classes:
+            index = int(rng.choice(self.classes[int(rng.integers(2))]))
+        files = self.files(index)
+        crop, label = self._read(files[int(rng.integers(len(files)))]), int(self.labels[index])
+        if label == 0 and self.blending and rng.random() < self.blending:
+            crop, label = self_blend(crop, rng), 1
+        self.transform.set_random_seed(int(rng.integers(2**31)))
+        return torch.from_numpy(self.transform(image=crop)["image"]), label
+
+    def _read(self, path: Path) -> np.ndarray:
+        if path in self._crops:
+            return self._crops[path]
+        image = read_crop(path)
+        if self.cache:
+            self._crops[path] = image
+        return image
+
+
+class Middle(Dataset):
+    """The middle crop of each folder, without augmentation, for validation: (crop (S, S, 3) uint8, label)."""
+
+    def __init__(self, folders: Sequence[CropFolder], size: int):
+        self.folders, self.transform = list(folders), test_transform(size)
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        files = sorted(self.folders[index].folder.glob("*.png"), key=_frame_number)
+        crop = self.transform(image=read_crop(files[len(files) // 2]))["image"]
+        return torch.from_numpy(crop), self.folders[index].label
+
+
+def read_crop(path: Path) -> np.ndarray:
+    """An image file -> (H, W, 3) uint8 RGB. Raises UserError that names a damaged one."""
+    image = cv2.imread(str(path))
+    if image is None:
+        raise UserError(f"{path}: not a readable image; extract this video's crops again")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _frame_number(path: Path) -> int:
+    if not path.stem.isdigit():
+        raise UserError(f"{path}: crops are named by their frame number")
+    return int(path.stem)
+
+
+# --- public sets ------------------------------------------------------------------------------------
+
+FF_METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "FaceShifter", "NeuralTextures")
+
+
+def faceforensics(root: Path, compression: str = "c23", methods: Sequence[str] = FF_METHODS) -> list[Video]:
+    """FaceForensics++: `original_sequences/youtube/<c>/videos/`,
+    `manipulated_sequences/<method>/<c>/videos/`, and the official `splits/{train,val,test}.json` where
+    present. DeepFakeDetection is a method; its reals are under `original_sequences/actors`.
+    """
+    splits = {}
+    for split in ("train", "val", "test"):
+        path = root / "splits" / f"{split}.json"
+        for pair in _read_json(path) if path.exists() else []:
+            splits |= {name: split for name in (*pair, "_".join(pair), "_".join(pair[::-1]))}
+    places = [(root / "original_sequences" / "youtube", 0, "original")]
+    if "DeepFakeDetection" in methods:
+        places.append((root / "original_sequences" / "actors", 0, "actors"))
+    places += [(root / "manipulated_sequences" / method, 1, method) for method in methods]
+    videos = []
+    for place, label, method in places:
+        for path in _videos(place / compression / "videos", "FaceForensics++"):
+            source = f"FaceForensics++/{method}/{compression}"
+            videos.append(Video(path, label, source, splits.get(path.stem, "")))
+    return videos
+
+
+def celeb_df(root: Path) -> list[Video]:
+    """Celeb-DF v2: `Celeb-real/`, `YouTube-real/`, `Celeb-synthesis/` and `List_of_testing_videos.txt`,
+    whose label 1 means real.
+    """
+    listing = root / "List_of_testing_videos.txt"
+    if not listing.is_file():
+        raise UserError(f"{listing}: no such file; it comes with Celeb-DF v2")
+    testing = {line.split()[1] for line in listing.read_text().splitlines() if len(line.split()) == 2}
+    videos = []
+    for name, label in (("Celeb-real", 0), ("YouTube-real", 0), ("Celeb-synthesis", 1)):
+        for path in _videos(root / name, "Celeb-DF v2"):
+            split = "test" if f"{name}/{path.name}" in testing else "train"
+            videos.append(Video(path, label, f"Celeb-DF-v2/{name}", split))
+    return videos
+
+
+def dfdc(root: Path) -> list[Video]:
+    """DFDC: `dfdc_train_part_k/` with videos and metadata.json."""
+    folders = sorted(root.glob("dfdc_train_part_*"))
+    if not folders:
+        raise UserError(f"{root}: no dfdc_train_part_* here; get DFDC from its Kaggle page")
+    videos = []
+    for folder in folders:
+        for name, entry in _read_json(folder / "metadata.json").items():
+            path = folder / name
+            if not path.is_file():
+                raise UserError(f"{path}: named in metadata.json but not there")
+            videos.append(Video(path, int(entry["label"] == "FAKE"), f"DFDC/{folder.name}", "train"))
+    return videos
+
+
+def deeperforensics(root: Path, method: str = "end_to_end_mix_4_distortions") -> list[Video]:
+    """DeeperForensics-1.0: `manipulated_videos/<method>/`, `source_videos/**` and
+    `lists/splits/{train,val,test}.txt` where present.
+    """
+    splits = {}
+    for split in ("train", "val", "test"):
+        path = root / "lists" / "splits" / f"{split}.txt"
+        if path.exists():
+            splits |= {
+                Path(line.strip()).name: split for line in path.read_text().splitlines() if line.strip()
+            }
+    fakes = _videos(root / "manipulated_videos" / method, "DeeperForensics-1.0")
+    reals = _videos(root / "source_videos", "DeeperForensics-1.0")
+    videos = [Video(path, 0, "DeeperForensics/source") for path in reals]
+    return videos + [Video(path, 1, f"DeeperForensics/{method}", splits.get(path.name, "")) for path in fakes]
+
+
+@dataclass
+class TestSet:
+    """Clips of the DFGC 2022 detection data and where their videos are."""
+
+    __test__ = False  # not a test of pytest
+    clips: list[Clip] = field(default_factory=list)
+    paths: dict[str, Path] = field(default_factory=dict)
+
+
+def dfgc2022(root: Path, parts: Sequence[str] = PARTS) -> TestSet:
+    """The DFGC 2022 release: `Detection Dataset/{Public,Private}/*.mp4`, `{Public,Private} Label.json`,
+    `Detection Dataset Meta.csv`.
+
+    Private-2 was not released; clips that someone has under `Private-2/` with `Private-2 Label.json` are
+    read too. Raises UserError on a missing file or label, and when table and labels contradict each other.
+    """
+    base = root / "Detection Dataset" if (root / "Detection Dataset").is_dir() else root
+    meta = _read_meta(base / "Detection Dataset Meta.csv")
+    found = TestSet()
+    for part in parts:
+        name = "Private" if part == "Private-1" else part
+        if part == "Private-2" and not (base / name).is_dir():
+            continue
+        for video, label in _read_json(base / f"{name} Label.json").items():
+            row, path = meta.get(_stem(video), {}), base / name / video
+            if label not in (0, 1):
+                raise UserError(f"{base / name} Label.json: label {label!r} of {video} is neither 0 nor 1")
+            if row.get("label", str(label)) != str(label):
+                raise UserError(f"{video}: label {label} in {name} Label.json, {row['label']} in the table")
+            if not path.is_file():
+                raise UserError(f"{path}: labelled but not there")
+            clip = Clip(
+                video,
+                label,
+                part,
+                creator=row.get("face-swap method", "") if label else "",
+                compression=row.get("compression", "") or "none",
+                target=row.get("target", ""),
+            )
+            found.clips.append(clip)
+            found.paths[video] = path
+    return found
+
+
+def _read_meta(path: Path) -> dict[str, dict[str, str]]:
+    """The table by video stem; headers in any case, with or without blanks around; all values as text,
+    because targets like 1/1/3 look like dates.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [
+                {key.strip().lower(): (value or "").strip() for key, value in row.items() if key}
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as the table of the detection data ({error})") from None
+    if rows and "videoname" not in rows[0]:
+        raise UserError(f"{path}: column videoName is missing; there are {', '.join(rows[0])}")
+    return {_stem(row["videoname"]): row for row in rows}
+
+
+DATASETS: dict[str, Callable[[Path], list[Video]]] = {
+    "faceforensics-c23": partial(faceforensics, compression="c23"),
+    "faceforensics-c40": partial(faceforensics, compression="c40"),
+    "deepfakedetection-c23": partial(faceforensics, compression="c23", methods=("DeepFakeDetection",)),
+    "deepfakedetection-c40": partial(faceforensics, compression="c40", methods=("DeepFakeDetection",)),
+    "celeb-df-v2": celeb_df,
+    "dfdc": dfdc,
+    "deeperforensics": deeperforensics,
+}
+"""Name on the command line -> reader of a public set."""
+
+
+def _videos(folder: Path, dataset: str) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"{dataset}: no folder {folder}; its layout stands in the README")
+    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_ENDINGS)
+    if not videos:
+        raise UserError(f"{dataset}: no video in {folder}")
+    return videos
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+
+
+def _stem(name: str) -> str:
+    return Path(name).stem if Path(name).suffix.lower() in VIDEO_ENDINGS else name

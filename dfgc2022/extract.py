@@ -1,0 +1,123 @@
+"""Cut face crops out of videos: `<out>/<video file name>/NNNN.png` and a list file for training.
+
+python extract.py --videos clips/ --out crops/ --boxes mtcnn
+python extract.py --dataset celeb-df-v2 --videos /datasets/celeb-df-v2 --split train --out crops/ --boxes
+mtcnn
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+import cv2
+
+from dfgc2022.boxes import Rule, box_source, crop_face
+from dfgc2022.data import DATASETS
+from dfgc2022.video import VideoError, batched, list_videos, read_frames
+from shared.io import progress
+from shared.runtime import UserError, parse, run_main
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the extraction."""
+
+    videos: Path
+    """A video, a folder of videos, or the root of `dataset`."""
+    out: Path
+    """Where the crop folders and `list.txt` go."""
+    dataset: Literal[tuple(DATASETS)] | None = None
+    """Read `videos` as this public set and write its labels to the list."""
+    split: str | None = None
+    """Only this split of the set: train, val or test."""
+    label: Literal[0, 1] | None = None
+    """Label of all videos when no data set gives them. None writes no list."""
+    boxes: str = "auto"
+    """Face boxes: auto, mtcnn, haar, skin, crops, or the path of a .csv or .onnx (YuNet) file."""
+    every: int = 1
+    """Keep frames whose index is divisible by this. The winner kept all and scored every 10th."""
+    crop: Rule = "winner"
+    """Crop arithmetic."""
+    workers: int = 1
+    """Videos that are read at once."""
+
+
+def extract(path: Path, out: Path, boxes: str, every: int, crop: Rule) -> tuple[int, str]:
+    """Crops of one video below out/<file name>/; (number of crops, what is wrong with the video or "").
+
+    A finished folder is left as it is: crops are written under a temporary name that is renamed at the end.
+    """
+    folder = out / path.name
+    if folder.is_dir():
+        return sum(1 for _ in folder.glob("*.png")), ""
+    part = out / f".{path.name}.part"
+    part.mkdir(parents=True, exist_ok=True)
+    source, count, note = box_source(boxes), 0, ""
+    try:
+        for group in batched(read_frames(path, every)):
+            indices, images = [index for index, _ in group], [image for _, image in group]
+            for index, image, found in zip(indices, images, source(path.name, indices, images), strict=True):
+                face = crop_face(image, found[0], crop) if found else None
+                if face is not None:
+                    cv2.imwrite(str(part / f"{index:04d}.png"), cv2.cvtColor(face, cv2.COLOR_RGB2BGR))
+                    count += 1
+    except VideoError as error:
+        note = str(error)
+    part.rename(folder)
+    return count, note or ("" if count else f"{path}: no face found")
+
+
+def extract_all(
+    videos: list[tuple[Path, int | None]],
+    out: Path,
+    boxes: str,
+    every: int,
+    crop: Rule = "winner",
+    workers: int = 1,
+) -> list[str]:
+    """Crops of many videos and list.txt of those with a label and a face; returns the notes on bad ones."""
+    box_source(boxes)  # reports a wrong choice once
+    names = [path.name for path, _ in videos]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"two videos are called {twice}; extract them into different folders")
+    out.mkdir(parents=True, exist_ok=True)
+    work = partial(_extract_one, out=out, boxes=boxes, every=every, crop=crop)
+    paths = [path for path, _ in videos]
+    if workers > 1:
+        with get_context("spawn").Pool(workers) as pool:
+            results = list(progress(pool.imap(work, paths), "extracting", len(paths)))
+    else:
+        results = [work(path) for path in progress(paths, "extracting")]
+    lines = [
+        f"{path.name} {label}\n"
+        for (path, label), (count, _) in zip(videos, results, strict=True)
+        if label is not None and count
+    ]
+    if lines:
+        (out / "list.txt").write_text("".join(lines))
+    return [note for _, note in results if note]
+
+
+def _extract_one(path: Path, out: Path, boxes: str, every: int, crop: Rule) -> tuple[int, str]:
+    return extract(path, out, boxes, every, crop)
+
+
+def main(config: Config) -> None:
+    if config.dataset:
+        found = DATASETS[config.dataset](config.videos)
+        videos = [(v.path, v.label) for v in found if config.split in (None, v.split)]
+        if not videos:
+            raise UserError(f"{config.videos}: no video of split {config.split}")
+    else:
+        videos = [(path, config.label) for path in list_videos(config.videos)]
+    notes = extract_all(videos, config.out, config.boxes, config.every, config.crop, config.workers)
+    for note in notes:
+        print(f"warning: {note}")
+    print(f"{len(videos) - len(notes)} of {len(videos)} videos without a remark, crops in {config.out}")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse(Config, __doc__)))

@@ -1,0 +1,191 @@
+"""Pieces of the training recipes: crops and batches, start weights, optimiser, schedule, adversarial
+fakes.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dfgc2022.data import CropFolder, CropFolders, dfdc_crops, read_list
+from dfgc2022.extract import extract_all
+from dfgc2022.model import Detector, fake_probability, load_detector_state, load_imagenet
+from dfgc2022.pipeline import normalise
+from dfgc2022.video import list_videos
+from dfgc2022.world import build_world
+from shared.runtime import StepBatches, UserError
+from shared.weights import load_torch
+
+if TYPE_CHECKING:
+    from dfgc2022.train import Config
+
+
+FORBIDDEN = re.compile(r"dfgc-?2022|detection dataset|result clips|resource clips", re.IGNORECASE)
+
+
+def training_folders(config: "Config", world: Path) -> list[CropFolder]:
+    """Crop folders of a member, in the order of its lists."""
+    lists = config.lists or (() if config.dfdc else (world / "crops" / f"{config.train_creators}.txt",))
+    parts = [read_list(path) for path in lists] + ([dfdc_crops(config.dfdc)] if config.dfdc else [])
+    empty = sum(count for _, count in parts)
+    if empty:
+        print(f"warning: {empty} folders without crops are left out")
+    folders = [folder for found, _ in parts for folder in found]
+    if config.competition_rules:
+        for folder in folders:
+            if FORBIDDEN.search(str(folder.folder)):
+                raise UserError(
+                    f"--competition-rules: {folder.folder} looks like a clip of the contest itself"
+                )
+    if len({folder.label for folder in folders}) < 2:
+        raise UserError("training needs real and fake videos; the lists hold only one of them")
+    return folders
+
+
+def prepare_world(folder: Path, config: "Config") -> None:
+    """Draw the embedded contest into a folder and cut the training crops out of its videos."""
+    build_world(folder, config.seed, config.world)
+    crops = folder / "crops"
+    if not (crops / "single.txt").exists():
+        videos = [(path, None) for path in list_videos(folder / "Train")]
+        notes = extract_all(
+            videos, crops, str(folder / "boxes.csv"), config.world.every, workers=config.workers
+        )
+        if notes:
+            raise RuntimeError(f"the embedded contest holds a bad video: {notes[0]}")
+        for name in ("diverse", "single"):
+            (crops / f"{name}.txt").write_text((folder / "Train" / f"{name}.txt").read_text())
+
+
+def training_loader(
+    config: "Config",
+    folders: list[CropFolder],
+    size: int,
+    seed: int,
+    steps: int,
+    first: int,
+    accelerator: Accelerator,
+) -> DataLoader:
+    """Batches of (crops (B, S, S, 3) uint8, labels (B,)) from iteration `first` on."""
+    dataset = CropFolders(
+        folders,
+        size,
+        seed,
+        flips_only=config.augment == "flips",
+        blending=config.blending,
+        cache=bool(config.members),
+        frames=config.frames_per_video,
+        balance=config.balance,
+        shuffle_labels=config.shuffle_labels,
+    )
+    batches = StepBatches(
+        len(dataset),
+        config.batch_size,
+        seed,
+        steps,
+        first,
+        accelerator.process_index,
+        accelerator.num_processes,
+        draws=True,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=config.workers,
+        pin_memory=accelerator.device.type == "cuda",
+        persistent_workers=config.workers > 0,
+        generator=torch.Generator().manual_seed(seed),  # otherwise it draws from the global one
+        multiprocessing_context="spawn" if config.workers else None,  # OpenCV's threads do not survive a fork
+    )
+
+
+def build(config: "Config", entry: Detector) -> nn.Module:
+    """A fresh detector with the weights that training starts from."""
+    network = entry.build(num_classes=config.classes)
+    if config.init == "imagenet":
+        load_imagenet(network, config.detector, config.imagenet)
+    elif config.init != "none":
+        load_detector_state(network, load_torch(config.init), config.init)
+    if config.grad_checkpointing:
+        if not hasattr(network, "set_grad_checkpointing"):
+            raise UserError(f"--grad-checkpointing: {config.detector} does not support it")
+        network.set_grad_checkpointing()
+    return network
+
+
+def build_optimizer(config: "Config", network: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's optimiser over all parameters, fused on CUDA."""
+    fused = next(network.parameters()).is_cuda
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            network.parameters(), config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=fused
+        )
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(network.parameters(), config.lr, weight_decay=config.weight_decay, fused=fused)
+
+
+def build_schedule(
+    config: "Config", optimizer: torch.optim.Optimizer, steps: int, epoch_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Learning rate per iteration; the count never restarts with an epoch."""
+    if config.schedule == "onecycle":
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps)
+    if config.schedule == "decay":
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: config.decay ** (step // config.decay_steps)
+        )
+    # The baseline steps its schedule before an epoch trains, so that epoch 0 counts already.
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: config.decay ** ((step // epoch_steps + 1) // config.decay_steps)
+    )
+
+
+def add_adversarial(
+    network: nn.Module, images: Tensor, labels: Tensor, config: "Config", entry: Detector
+) -> tuple[Tensor, Tensor]:
+    """Turn the first `adversarial` share of the fakes into class 2: one signed gradient step of `epsilon`/255
+    towards "real" (FGSM)."""
+    chosen = torch.nonzero(labels == 1)[:, 0]
+    chosen = chosen[: round(len(chosen) * config.adversarial)]
+    if len(chosen) == 0:
+        return images, labels
+    attacked = images[chosen].detach().requires_grad_()
+    towards = nn.functional.cross_entropy(network(attacked), torch.zeros_like(labels[chosen]))
+    (gradient,) = torch.autograd.grad(towards, attacked)
+    std = torch.tensor(entry.normalise[1], device=images.device).view(1, 3, 1, 1)
+    images, labels = images.clone(), labels.clone()
+    images[chosen] = attacked.detach() - gradient.sign() * config.epsilon / 255 / std
+    labels[chosen] = 2
+    return images, labels
+
+
+@torch.no_grad()
+def validation_loss(network: nn.Module, loader: DataLoader, entry: Detector, device: torch.device) -> float:
+    """Mean log loss of the probability of fake over the held-out videos."""
+    network.eval()
+    losses = []
+    for crops, labels in loader:
+        p = fake_probability(network(normalise(crops.to(device), entry))).cpu().clamp(1e-6, 1 - 1e-6)
+        losses.append(nn.functional.binary_cross_entropy(p, labels.float(), reduction="none"))
+    network.train()
+    return torch.cat(losses).mean().item()
+
+
+def split_people(
+    folders: list[CropFolder], share: float, seed: int
+) -> tuple[list[CropFolder], list[CropFolder]]:
+    """(training, validation) folders without a common person, told from the first part of the folder's
+    name.
+    """
+    person = [re.split(r"[-_.]", folder.folder.name)[0] for folder in folders]
+    names = np.random.default_rng((seed, 1)).permutation(sorted(set(person)))
+    held_out = set(names[: round(share * len(names))])
+    parts = ([], [])
+    for folder, name in zip(folders, person, strict=True):
+        parts[name in held_out].append(folder)
+    return parts

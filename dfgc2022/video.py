@@ -1,0 +1,147 @@
+"""Video files: frames out of them, only the wanted ones decoded to pixels, and clips into them."""
+
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # must stand before OpenCV is imported
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+
+import cv2
+import imageio_ffmpeg
+import numpy as np
+
+from shared.runtime import UserError
+
+VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+
+
+class VideoError(UserError):
+    """A video that cannot be read, or not to its end. The message names it."""
+
+
+def read_frames(path: Path, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+    """Frames 0, every, 2 every, ... of a video as (index, (H, W, 3) uint8 RGB), one at a time.
+
+    The frames between are read but never converted to pixels. Raises VideoError on a file that holds no
+    readable video, and after the last readable frame of a file that ends before its own header says.
+    """
+    if not path.is_file():
+        raise VideoError(f"{path}: no such video")
+    if path.stat().st_size == 0:
+        raise VideoError(f"{path}: an empty file")
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    try:
+        if not capture.isOpened():
+            raise VideoError(f"{path}: {what_is_wrong(path)}")
+        announced = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        count = 0
+        while capture.grab():
+            if count % every == 0:
+                read, frame = capture.retrieve()
+                if not read:
+                    raise VideoError(f"{path}: frame {count} is damaged")
+                yield count, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            count += 1
+    finally:
+        capture.release()
+    if count == 0:
+        raise VideoError(f"{path}: {what_is_wrong(path)}")
+    # Containers estimate their length; what is missing beyond 2 % is missing.
+    if announced > 0 and count < announced * 0.98 - 2:
+        raise VideoError(f"{path}: truncated or damaged, {count} of {announced} frames can be read")
+
+
+def what_is_wrong(path: Path) -> str:
+    """Why a file shows no frames, in words, from what ffmpeg says about it."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", str(path)]
+    said = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stderr
+    if "Audio:" in said and "Video:" not in said:
+        return "holds sound but no pictures"
+    if "Video:" in said:
+        return "no frame can be read"
+    lines = [line for line in said.splitlines() if "moov" in line or "Invalid data" in line]
+    return (
+        f"truncated or not a video ({lines[0].split('] ')[-1].split(': ')[-1]})" if lines else "not a video"
+    )
+
+
+def write_clips(
+    paths: Sequence[Path], clips: Sequence[np.ndarray], crf: int, fps: int = 25, audio: bool = False
+) -> None:
+    """Write clips of equal shape (F, H, W, 3) uint8 RGB as H.264 files, all through one ffmpeg process.
+
+    crf: constant rate factor of x264, 0 to 51; 23 and 40 are FaceForensics++'s c23 and c40. H and W must be
+    even. audio: add a silent track. Raises RuntimeError with ffmpeg's words when it fails.
+    """
+    frames, height, width, _ = clips[0].shape
+    if any(clip.shape != clips[0].shape for clip in clips) or height % 2 or width % 2:
+        raise ValueError("clips written together have one shape, with even height and width")
+    folder = paths[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    pattern = folder / f".{os.getpid()}-%06d.mp4"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-y"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+    if audio:
+        command += ["-f", "lavfi", "-i", "anullsrc", "-shortest", "-c:a", "aac"]
+    command += [
+        "-c:v",
+        "libx264",
+        "-preset",
+        "veryfast",
+        "-crf",
+        str(crf),
+        "-pix_fmt",
+        "yuv420p",
+        "-threads",
+        "1",
+    ]
+    if len(paths) == 1:
+        command += ["-movflags", "+faststart", "-f", "mp4", str(pattern) % 0]
+    else:
+        # Every clip begins with a key frame of its own, so that the stream can be cut there.
+        command += ["-g", str(frames), "-keyint_min", str(frames), "-sc_threshold", "0", "-bf", "0"]
+        cuts = ",".join(str(frames * number) for number in range(1, len(paths)))
+        command += ["-f", "segment", "-segment_frames", cuts, "-reset_timestamps", "1", str(pattern)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    for clip in clips:
+        for frame in clip:  # one at a time, so that no clip is copied whole
+            process.stdin.write(frame.tobytes())
+    said = process.communicate()[1].decode(errors="replace")
+    if process.returncode:
+        raise RuntimeError(f"ffmpeg could not write {paths[0]}: {said}")
+    for number, path in enumerate(paths):
+        Path(str(pattern) % number).replace(path)
+
+
+def list_videos(path: Path) -> list[Path]:
+    """A video, or all videos below a folder in the order of their names. UserError when there is none."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such video or folder")
+    videos = sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEO_ENDINGS)
+    if not videos:
+        raise UserError(f"{path}: holds no video ({', '.join(VIDEO_ENDINGS)})")
+    return videos
+
+
+def batched(frames: Iterator[tuple[int, np.ndarray]], budget: int = 2**28) -> Iterator[list]:
+    """Groups of consecutive (index, frame) pairs, at most 32 and at most `budget` bytes together.
+
+    What was read before a VideoError is given out before the error goes on.
+    """
+    group: list[tuple[int, np.ndarray]] = []
+    try:
+        for pair in frames:
+            group.append(pair)
+            if len(group) >= max(1, min(32, budget // pair[1].nbytes)):
+                yield group
+                group = []
+    except VideoError:
+        if group:
+            yield group
+        raise
+    if group:
+        yield group

@@ -1,0 +1,210 @@
+"""DFGC 2022: training, evaluation, prediction, extraction, export as users run them; resume, bad input."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dfgc2022
+from dfgc2022 import eval as evaluation
+from dfgc2022 import export, extract, predict, train
+from dfgc2022.data import dfgc2022 as read_release
+from dfgc2022.protocol import FUSION, write_submission
+from dfgc2022.world import Size, build_world
+from shared.runtime import UserError
+
+FOLDER = Path(dfgc2022.__file__).parent
+TINY = ["--world.train", "6", "--world.test", "4", "--world.keys", "2", "--steps", "4", "--batch-size", "8"]
+TINY += ["--log-every", "2", "--checkpoint-every", "2"]
+TEAM = ["diverse-swin", "diverse-convnext-0", "diverse-convnext-1"]
+
+
+def run(script, *arguments, code=0, **environment):
+    result = subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        cwd=FOLDER,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment},
+        check=False,
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny run of the diverse team."""
+    folder = tmp_path_factory.mktemp("runs") / "demo-0"
+    result = run("train.py", "demo", *TINY, "--out", folder, "--members", *TEAM)
+    assert result.stdout.splitlines()[-1] == str(folder)
+    return folder
+
+
+def test_training_logs_and_pictures(trained):
+    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert (trained / "samples" / "batch-diverse-swin.png").is_file()
+    assert sorted(path.stem for path in (trained / "members").iterdir()) == sorted(TEAM)
+
+
+def test_eval_of_the_embedded_contest(trained):
+    said = run("eval.py", "--run", trained, "--draws", "20").stdout
+    assert said.splitlines()[-1] == str(trained)
+    results = json.loads((trained / "results.json").read_text())
+    claims = {claim["id"]: claim for claim in results["claims"]}
+    assert set(claims) == {"C1", "C3", "C4", "C6"} and claims["C6"]["holds"]
+    assert not any(metric["comparable"] for metric in results["metrics"])
+    tables = {metric["table"] for metric in results["metrics"]}
+    assert {"detection top-3", "matrix", "creation", "fusion", "robustness", "predicted realism"} <= tables
+    for name in ("roc.png", "matrix.png", "clips.png"):
+        assert (trained / "samples" / name).is_file()
+    lines = (trained / "submissions" / "diverse-ensemble.txt").read_text().splitlines()
+    assert len(lines) == len(read_release(trained / "world").clips)
+
+
+def test_predict_on_a_folder_with_a_bad_file(trained, tmp_path, capsys):
+    clips = sorted((trained / "world" / "Train").glob("*.mp4"))[:2]
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for clip in clips:
+        (source / clip.name).write_bytes(clip.read_bytes())
+    (source / "broken.mp4").write_text("nothing")
+    boxes = str(trained / "world" / "boxes.csv")
+    predict.main(predict.Config(source, out, run=trained, boxes=boxes, every=1, device="cpu"))
+    assert "not a video" in capsys.readouterr().out
+    record = json.loads((out / f"{clips[0].name}.json").read_text())
+    assert record["score"] == pytest.approx(np.mean(record["frame_scores"]), abs=1e-6)
+    assert not record["abstains"] and (out / f"{clips[0].name}.png").is_file()
+    broken = json.loads((out / "broken.mp4.json").read_text())
+    assert broken["score"] == 0.5 and broken["abstains"]
+    assert len((out / "submission.txt").read_text().splitlines()) == 3
+
+
+def test_extract_and_train_on_lists_then_export(trained, tmp_path, capsys):
+    boxes, crops = str(trained / "world" / "boxes.csv"), tmp_path / "crops"
+    for label, kind in ((0, "real"), (1, "lowres")):
+        folder = tmp_path / kind
+        folder.mkdir()
+        for path in sorted((trained / "world" / "Train").glob(f"*-{kind}.mp4")):
+            (folder / path.name).write_bytes(path.read_bytes())
+        extract.main(extract.Config(folder, crops / kind, label=label, boxes=boxes))
+    config = train.Config(
+        lists=tuple(crops / kind / "list.txt" for kind in ("real", "lowres")),
+        detector="convnext_micro",
+        init="none",
+        batch_size=4,
+        epochs=2,
+        keep_every=1,
+        val_share=0.3,
+        val_every=2,
+        competition_rules=True,
+        out=tmp_path / "run",
+        device="cpu",
+    )
+    folder = train.train(config)
+    names = sorted(path.stem for path in (folder / "members").iterdir())
+    assert names == ["convnext_micro", "convnext_micro-epoch0", "convnext_micro-epoch1"]
+    for member in (None, "convnext_micro-epoch0"):
+        export.main(export.Config(tmp_path / "d.onnx", run=folder, member=member))
+        assert "largest difference" in capsys.readouterr().out and (tmp_path / "d.onnx").is_file()
+    moved = tmp_path / "DFGC-2022"
+    crops.rename(moved)
+    lists = tuple(moved / kind / "list.txt" for kind in ("real", "lowres"))
+    with pytest.raises(UserError, match="looks like a clip of the contest"):
+        train.train(dataclasses.replace(config, lists=lists, out=tmp_path / "other"))
+
+
+def test_contest_from_submission_files(tmp_path, capsys):
+    build_world(tmp_path, 0, Size(train=2, test=4, keys=2))
+    clips = read_release(tmp_path).clips
+    rng = np.random.default_rng(0)
+    for name, noise in (("a", 0.3), ("b", 2.0), ("c", 0.5)):
+        scores = {clip.name: float(np.clip(clip.label + rng.normal(0, noise), 0, 1)) for clip in clips}
+        write_submission(tmp_path / f"{name}.txt", scores)
+    (tmp_path / "bad.txt").write_text("x.mp4, nan\n")
+    preds = tuple(tmp_path / f"{name}.txt" for name in ("a", "b", "c", "bad"))
+    config = evaluation.Config(
+        dfgc=tmp_path,
+        preds=preds,
+        weights=FUSION,
+        ratings=tmp_path / "ratings.csv",
+        anti_detection="auc5",
+        draws=20,
+        out=tmp_path / "o",
+    )
+    evaluation.main(config)
+    said = capsys.readouterr().out
+    assert "not scored" in said and "leaderboard" in said and "announced formula" in said
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    board = {m["method"]: m["value"] for m in results["metrics"] if m["dataset"].endswith("Private (1+2)")}
+    assert set(board) == {"a", "b", "c", "fusion"} and board["a"] > board["b"]
+
+
+def test_killed_training_ends_with_the_same_numbers(tmp_path, one_thread):
+    names = ("diverse-swin", "diverse-convnext-0")
+    config = dataclasses.replace(
+        train.PRESETS["demo"],
+        preset="demo",
+        members=names,
+        world=Size(train=6, test=4, keys=2),
+        steps=4,
+        batch_size=8,
+        log_every=2,
+        checkpoint_every=2,
+        device="cpu",
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train.train(dataclasses.replace(config, out=whole))
+    arguments = ["train.py", "demo", *TINY, "--members", *names, "--device", "cpu", "--out", str(killed)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=FOLDER, env=environment, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 100
+    while not (killed / "checkpoint").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    train.train(dataclasses.replace(config, out=killed))
+    for name in ("log.jsonl", *(f"members/{name}.safetensors" for name in names)):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+
+
+@pytest.fixture
+def one_thread():
+    """Sums in the order of a single thread, as in the subprocess."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda out: train.train(train.Config(lists=(Path("absent.txt"),), out=out)), "absent.txt"),
+        (lambda out: train.train(train.Config(members=("nobody",), out=out)), "unknown member"),
+        (lambda out: evaluation.main(evaluation.Config(preds=(Path("a.txt"),))), "--dfgc"),
+        (lambda out: evaluation.main(evaluation.Config(dfgc=out, preds=(Path("a.txt"),))), "Meta.csv"),
+        (lambda out: predict.main(predict.Config(out / "absent.mp4")), "absent.mp4"),
+        (lambda out: extract.main(extract.Config(out / "absent", out)), "absent"),
+        (lambda out: export.main(export.Config(out, official="xception_dfgc21_baseline")), "--weights"),
+    ],
+)
+def test_mistakes_get_one_message(call, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        call(tmp_path / "run")
+
+
+def test_a_mistake_on_the_command_line_exits_with_2(tmp_path):
+    result = run("train.py", "demo", "--members", "nobody", "--out", tmp_path / "x", code=2)
+    assert result.stderr.startswith("error: unknown member") and "Traceback" not in result.stderr

@@ -1,0 +1,390 @@
+"""DFGC 2022: augmentation, list files, the layouts of the public sets, the embedded contest, losses,
+recipes.
+"""
+
+import json
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dfgc2022 import losses
+from dfgc2022.augment import Blur, Noise, self_blend, train_transform
+from dfgc2022.data import (
+    CropFolders,
+    Middle,
+    celeb_df,
+    deeperforensics,
+    dfdc,
+    dfdc_crops,
+    dfgc2022,
+    faceforensics,
+    read_list,
+)
+from dfgc2022.extract import extract_all
+from dfgc2022.model import Detector
+from dfgc2022.pipeline import Scorer
+from dfgc2022.recipe import add_adversarial, build_schedule, split_people
+from dfgc2022.robustness import attack
+from dfgc2022.train import Config, plan
+from dfgc2022.video import read_frames
+from dfgc2022.world import CREATORS, Size, build_world, scenes, swap
+from shared.runtime import UserError
+
+GREY = np.full((40, 40, 3), 128, np.uint8)
+
+
+def touch(path, content: bytes = b"x"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def crop(path, level=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.full((30, 30, 3), level, np.uint8))
+
+
+# --- augmentation -------------------------------------------------------------------------------------
+
+
+def test_noise_has_the_old_variance_and_truncates():
+    noise = Noise(p=1.0)
+    means, variances = [], []
+    for seed in range(200):
+        noise.set_random_seed(seed)
+        out = noise(image=GREY)["image"].astype(float)
+        means.append(out.mean())
+        variances.append(out.var())
+    assert np.mean(means) == pytest.approx(127.5, abs=0.05)  # truncation takes half a level
+    assert np.mean(variances) == pytest.approx(30 + 1 / 12, rel=0.06)  # uniform on [10, 50]
+    assert min(variances) > 9 and max(variances) < 54
+
+
+def test_blur_draws_kernels_as_the_old_version_did():
+    blur = Blur(p=1.0)
+    kernels = []
+    for seed in range(2000):
+        blur.set_random_seed(seed)
+        kernels.append(blur.get_params()["kernel"])
+    shares = [kernels.count(k) / 2000 for k in (3, 5, 7)]
+    assert np.allclose(shares, (0.2, 0.4, 0.4), atol=0.03)
+    impulse = np.zeros((15, 15, 3), np.uint8)
+    impulse[7, 7] = 255
+    out = blur.apply(impulse, kernel=5)
+    sigma = 0.3 * ((5 - 1) / 2 - 1) + 0.8
+    weights = np.exp(-0.5 * (np.arange(-2, 3) / sigma) ** 2)
+    weights /= weights.sum()
+    assert np.abs(out[5:10, 5:10, 0] - 255 * np.outer(weights, weights)).max() <= 1.5
+
+
+def test_transform_order_probabilities_and_repeatability():
+    transform = train_transform(24)
+    names = [type(step).__name__ for step in transform.transforms]
+    assert names == ["HorizontalFlip", "Noise", "Blur", "Resize"]
+    assert [step.p for step in transform.transforms[:3]] == [0.5, 0.1, 0.1]
+    image = np.random.default_rng(0).integers(0, 255, (31, 31, 3), np.uint8)
+    outputs = []
+    for _ in range(2):
+        transform.set_random_seed(5)
+        outputs.append(transform(image=image)["image"])
+    assert np.array_equal(*outputs) and outputs[0].shape == (24, 24, 3)
+    plain = [cv2.resize(view, (24, 24), interpolation=cv2.INTER_LINEAR) for view in (image, image[:, ::-1])]
+    same = 0
+    for seed in range(300):
+        transform.set_random_seed(seed)
+        out = transform(image=image)["image"]
+        same += any(np.array_equal(out, view) for view in plain)
+    assert same / 300 == pytest.approx(0.81, abs=0.07)  # neither noise nor blur
+
+
+def test_blending_changes_the_inside_only():
+    rng = np.random.default_rng(0)
+    image = np.random.default_rng(1).integers(60, 200, (64, 64, 3), np.uint8)
+    image = cv2.GaussianBlur(image, (0, 0), 3)
+    out = self_blend(image, rng)
+    changed = np.abs(out.astype(int) - image).mean(-1)
+    assert changed[24:40, 24:40].mean() > 3 and changed[0].mean() < 0.5
+
+
+# --- lists and layouts ----------------------------------------------------------------------------------
+
+
+def test_list_files(tmp_path):
+    for name in ("a.mp4", "b c"):
+        crop(tmp_path / name / "0000.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "l.txt").write_text("a.mp4 1\nb c\t0\n\nx_landmarks 1\nempty 1\n")
+    folders, empty = read_list(tmp_path / "l.txt")
+    assert [(f.folder.name, f.label) for f in folders] == [("a.mp4", 1), ("b c", 0)] and empty == 1
+    for text, message in (
+        ("a.mp4 2\n", "line 1"),
+        ("gone 1\n", "no folder"),
+        ("a.mp4\n", "line 1"),
+        ("", "no folder with"),
+    ):
+        (tmp_path / "l.txt").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_list(tmp_path / "l.txt")
+
+
+def test_one_random_crop_per_video_and_draw(tmp_path):
+    for video, levels in (("a", (10, 20, 30)), ("b", (200,))):
+        for index, level in enumerate(levels):
+            crop(tmp_path / video / f"{index:04d}.png", level)
+    (tmp_path / "l.txt").write_text("a 0\nb 1\n")
+    folders, _ = read_list(tmp_path / "l.txt")
+    dataset = CropFolders(folders, 16, seed=0, flips_only=True, cache=True)
+    seen = {int(dataset[0, draw][0][0, 0, 0]) for draw in range(40)}
+    assert seen == {10, 20, 30} and len(dataset) == 2
+    assert torch.equal(dataset[0, 7][0], dataset[0, 7][0]) and dataset[1, 0][1] == 1
+    few = CropFolders(folders, 16, seed=0, flips_only=True, frames=2)
+    assert {int(few[0, draw][0][0, 0, 0]) for draw in range(20)} == {10, 30}
+    balanced = CropFolders([*folders, *folders[1:] * 9], 16, seed=0, flips_only=True, balance=True)
+    assert np.mean([balanced[0, draw][1] for draw in range(300)]) == pytest.approx(0.5, abs=0.1)
+    blended = CropFolders(folders, 16, seed=0, blending=1.0)
+    assert blended[0, 0][1] == 1
+    assert int(Middle(folders, 16)[0][0][0, 0, 0]) == 20
+    (tmp_path / "b" / "0000.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="0000.png: not a readable image"):
+        CropFolders(folders, 16, seed=0)[1, 0]
+    (tmp_path / "b" / "first.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="frame number"):
+        CropFolders(folders, 16, seed=0)[1, 0]
+
+
+def test_faceforensics(tmp_path):
+    touch(tmp_path / "original_sequences/youtube/c23/videos/071.mp4")
+    touch(tmp_path / "manipulated_sequences/Deepfakes/c23/videos/071_054.mp4")
+    touch(tmp_path / "splits/test.json", json.dumps([["054", "071"]]).encode())
+    found = faceforensics(tmp_path, "c23", ["Deepfakes"])
+    assert [(v.path.name, v.label, v.split) for v in found] == [
+        ("071.mp4", 0, "test"),
+        ("071_054.mp4", 1, "test"),
+    ]
+    with pytest.raises(UserError, match="FaceSwap"):
+        faceforensics(tmp_path, "c23", ["FaceSwap"])
+
+
+def test_celeb_df(tmp_path):
+    for name in ("Celeb-real/id0_0000", "YouTube-real/00170", "Celeb-synthesis/id0_id1_0000"):
+        touch(tmp_path / f"{name}.mp4")
+    with pytest.raises(UserError, match="List_of_testing_videos"):
+        celeb_df(tmp_path)
+    (tmp_path / "List_of_testing_videos.txt").write_text("1 YouTube-real/00170.mp4\n")
+    assert [(v.label, v.split) for v in celeb_df(tmp_path)] == [(0, "train"), (0, "test"), (1, "train")]
+
+
+def test_dfdc_videos_and_crops(tmp_path):
+    part = tmp_path / "dfdc_train_part_3"
+    entries = {"a.mp4": {"label": "FAKE", "original": "b.mp4"}, "b.mp4": {"label": "REAL"}}
+    touch(part / "metadata.json", json.dumps(entries).encode())
+    for name in entries:
+        touch(part / name)
+    assert [(v.path.name, v.label) for v in dfdc(tmp_path)] == [("a.mp4", 1), ("b.mp4", 0)]
+    (part / "a.mp4").unlink()
+    with pytest.raises(UserError, match="a.mp4: named in metadata.json"):
+        dfdc(tmp_path)
+    crop(part / "a.mp4" / "0000.png")
+    folders, empty = dfdc_crops(tmp_path)
+    assert [(f.folder.name, f.label) for f in folders] == [("a.mp4", 1)] and empty == 1
+    touch(part / "metadata.json", b"{")
+    with pytest.raises(UserError, match="not readable as JSON"):
+        dfdc(tmp_path)
+
+
+def test_deeperforensics(tmp_path):
+    touch(tmp_path / "manipulated_videos/end_to_end_mix_4_distortions/000_M101.mp4")
+    touch(tmp_path / "source_videos/M101/light_up/a.mp4")
+    touch(tmp_path / "lists/splits/test.txt", b"000_M101.mp4\n")
+    assert [(v.label, v.split) for v in deeperforensics(tmp_path)] == [(0, ""), (1, "test")]
+
+
+@pytest.fixture
+def release(tmp_path):
+    base = tmp_path / "Detection Dataset"
+    rows = [
+        "VideoName , LABEL,split,target,compression,face-swap method",
+        "aaaaaaaaaa,1,Public,1/1/3,c40,JoyFang-2",
+        "bbbbbbbbbb.mp4,0,Public,2/1,none,",
+        "cccccccccc.mp4,1,Private,3/1/2,,x",
+    ]
+    touch(base / "Detection Dataset Meta.csv", "\n".join(rows).encode("utf-8-sig"))
+    touch(base / "Public Label.json", b'{"aaaaaaaaaa.mp4": 1, "bbbbbbbbbb.mp4": 0}')
+    touch(base / "Private Label.json", b'{"cccccccccc.mp4": 1}')
+    for name in ("Public/aaaaaaaaaa", "Public/bbbbbbbbbb", "Private/cccccccccc"):
+        touch(base / f"{name}.mp4")
+    return tmp_path
+
+
+def test_dfgc2022_release(release):
+    found = dfgc2022(release)
+    fake, real, private = found.clips
+    assert (fake.creator, fake.compression, fake.target) == (
+        "JoyFang-2",
+        "c40",
+        "1/1/3",
+    )  # no date made of it
+    assert (real.label, real.creator, private.part, private.compression) == (0, "", "Private-1", "none")
+    assert found.paths["cccccccccc.mp4"].is_file()
+    assert len(dfgc2022(release / "Detection Dataset", ["Public"]).clips) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("Public Label.json", b'{"aaaaaaaaaa.mp4": 0}', "label 0 in Public Label.json, 1 in the table"),
+        ("Public Label.json", b'{"aaaaaaaaaa.mp4": "fake"}', "neither 0 nor 1"),
+        ("Public Label.json", b'{"zzzzzzzzzz.mp4": 1}', "labelled but not there"),
+        ("Public Label.json", b"[", "not readable as JSON"),
+        ("Detection Dataset Meta.csv", b"a,b\n1,2\n", "column videoName is missing"),
+    ],
+)
+def test_contradictions_in_a_release_are_named(release, name, content, message):
+    (release / "Detection Dataset" / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        dfgc2022(release)
+
+
+# --- the embedded contest -------------------------------------------------------------------------------
+
+
+def test_fakes_differ_inside_the_face_only_and_as_their_creators_do():
+    size = Size(keys=2)
+    scene = scenes(2, 0, size)
+    rng = np.random.default_rng(0)
+    ideal = swap(scene, 0, "ideal", rng)
+    assert np.abs(ideal - scene.target[0])[:, :8].max() == 0  # the border is the target's
+    gaps = {name: swap(scene, 0, name, rng) - ideal for name in CREATORS}
+    assert all(np.abs(gap).mean() > 0.3 for gap in gaps.values())
+    detail = {name: float(np.abs(np.diff(gap + ideal, axis=2)).mean()) for name, gap in gaps.items()}
+    flat = float(np.abs(np.diff(ideal, axis=2)).mean())
+    assert detail["lowres"] < flat and detail["smooth"] < flat < detail["sharp"] and flat < detail["checker"]
+    again = scenes(2, 0, size)
+    assert np.array_equal(again.target, scene.target) and not np.array_equal(
+        scenes(2, 1, size).target, scene.target
+    )
+
+
+def test_world_is_read_through_the_public_layout(tmp_path):
+    size = Size(train=4, test=2, keys=2)
+    build_world(tmp_path, 0, size)
+    found = dfgc2022(tmp_path)
+    counts = {
+        part: sum(clip.part == part for clip in found.clips) for part in ("Public", "Private-1", "Private-2")
+    }
+    assert counts == {"Public": 12, "Private-1": 12, "Private-2": 8}
+    assert {clip.creator for clip in found.clips if clip.part == "Private-2" and clip.label} == {
+        "checker",
+        "sharp",
+    }
+    assert len(list(read_frames(found.paths[found.clips[0].name]))) == 4
+    videos = [(path, None) for path in sorted((tmp_path / "Train").glob("*.mp4"))]
+    assert extract_all(videos, tmp_path / "crops", str(tmp_path / "boxes.csv"), size.every) == []
+    (tmp_path / "crops" / "d.txt").write_text((tmp_path / "Train" / "diverse.txt").read_text())
+    folders, empty = read_list(tmp_path / "crops" / "d.txt")
+    assert len(folders) == 8 and empty == 0 and len(list(folders[0].folder.glob("*.png"))) == 2
+    stamp = found.paths[found.clips[0].name].stat().st_mtime_ns
+    build_world(tmp_path, 0, size)
+    assert found.paths[found.clips[0].name].stat().st_mtime_ns == stamp
+
+
+# --- losses and recipes -----------------------------------------------------------------------------------
+
+
+def test_losses_against_their_formulas():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 1, 0, 2])
+    log_p = logits - logits.exp().sum(1, keepdim=True).log()
+    picked = log_p[torch.arange(6), labels]
+    assert torch.allclose(losses.cross_entropy(logits, labels), -picked.mean())
+    expected = (0.95 * -picked + 0.05 * -log_p.mean(1)).mean()
+    assert torch.allclose(losses.smoothed_cross_entropy(logits, labels), expected)
+    z, y = logits[:, :1], torch.tensor([0, 1, 1, 1, 0, 0])
+    p = z[:, 0].sigmoid()
+    expected = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
+    assert torch.allclose(losses.binary_cross_entropy(z, y), expected)
+
+
+def rates(config, steps, epoch_steps):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], config.lr)
+    schedule = build_schedule(config, optimizer, steps, epoch_steps)
+    found = []
+    for _ in range(steps):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_schedules():
+    found = rates(Config(lr=1.0, decay=0.9, decay_steps=10), 35, 7)
+    assert np.allclose(found, [0.9 ** (step // 10) for step in range(35)])  # the count is not per epoch
+    found = rates(Config(lr=1.0, schedule="epochs", decay=0.5, decay_steps=2), 50, 10)
+    assert [found[epoch * 10] for epoch in range(5)] == [1, 0.5, 0.5, 0.25, 0.25]  # stepped before epoch 0
+    assert max(rates(Config(lr=1.0, schedule="onecycle"), 30, 10)) == pytest.approx(1)
+
+
+def test_the_paper_presets_are_the_winners():
+    config = Config()
+    assert (config.lr, config.weight_decay, config.batch_size, config.epochs) == (5e-5, 0.01, 96, 50)
+    assert (config.decay, config.decay_steps, config.keep_every) == (0.9, 10_000, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"members": ("nobody",)}, "unknown member"),
+        ({"competition_rules": True, "blending": 0.1}, "forbidden"),
+        ({"adversarial": 0.5}, "--classes 3"),
+        ({"classes": 1}, "belong together"),
+    ],
+)
+def test_settings_that_contradict_each_other(change, message):
+    with pytest.raises(UserError, match=message):
+        plan(Config(**change))
+
+
+class Linear(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3 * 4 * 4, classes)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+
+def test_adversarial_fakes_move_by_epsilon_towards_real():
+    network, entry = Linear(3), Detector(Linear, 4)
+    images, labels = torch.randn(8, 3, 4, 4), torch.tensor([1, 0, 1, 1, 0, 1, 1, 1])
+    config = Config(classes=3, adversarial=0.75, epsilon=4.0)
+    moved, marked = add_adversarial(network, images, labels, config, entry)
+    assert (marked == 2).sum() == round(6 * 0.75) and torch.equal(marked[labels == 0], labels[labels == 0])
+    assert torch.equal(moved[marked != 2], images[marked != 2])
+    step = (moved - images)[marked == 2].abs() * torch.tensor(entry.normalise[1]).view(1, 3, 1, 1) * 255
+    assert torch.allclose(step, torch.full_like(step, 4.0), atol=1e-3)
+    real = lambda x: network(x).log_softmax(1)[:, 0]  # noqa: E731
+    assert (real(moved)[marked == 2] > real(images)[marked == 2]).all()
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_attack_lowers_fakes_and_raises_reals():
+    entry = Detector(Linear, 4)
+    scorer = Scorer({"a": (Linear(2), entry, 4)})
+    crops = np.random.default_rng(0).integers(50, 200, (5, 4, 4, 3), np.uint8)
+    clean = scorer({4: crops})["a"]
+    assert (attack(scorer, "a", crops, 1) < clean).all() and (attack(scorer, "a", crops, 0) > clean).all()
+
+
+def test_held_out_people_are_nobody_elses(tmp_path):
+    for name in ("001_a", "001_b", "002-c", "003.mp4", "004"):
+        crop(tmp_path / name / "0000.png")
+    (tmp_path / "l.txt").write_text("001_a 0\n001_b 1\n002-c 0\n003.mp4 1\n004 0\n")
+    folders, _ = read_list(tmp_path / "l.txt")
+    kept, held_out = split_people(folders, 0.5, 0)
+    people = [{folder.folder.name[:3] for folder in part} for part in (kept, held_out)]
+    assert not people[0] & people[1] and len(people[1]) == math.floor(4 * 0.5)
+    assert len(kept) + len(held_out) == 5

@@ -1,0 +1,358 @@
+"""DFGC 2022: from video files to scores: decoding, boxes, crops, batches, resume, and bad files."""
+
+import json
+import subprocess
+import sys
+import types
+
+import cv2
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dfgc2022 import boxes as box_sources
+from dfgc2022.boxes import MtcnnBoxes, TableBoxes, box_source, crop_face, crop_square
+from dfgc2022.model import Detector
+from dfgc2022.pipeline import Scorer, Settings, score_videos
+from dfgc2022.video import VideoError, batched, list_videos, read_frames, write_clips
+from shared.runtime import UserError
+
+
+def film(frames: int = 12, height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
+    """A moving gradient; its brightness tells the frame."""
+    y, x = np.mgrid[:height, :width]
+    clip = [np.stack([x + 5 * t, y + 5 * t, x + y + 5 * t], -1) + 3 * seed for t in range(frames)]
+    return np.clip(np.array(clip), 0, 255).astype(np.uint8)
+
+
+class Brightness(nn.Module):
+    """A detector whose probability grows with the mean of the crop: two logits."""
+
+    def forward(self, images):
+        mean = images.mean((1, 2, 3))
+        return torch.stack([-mean, mean], 1)
+
+
+def scorer(size: int = 16) -> Scorer:
+    return Scorer({"brightness": (Brightness(), Detector(Brightness, size), size)})
+
+
+def table(path, rows) -> str:
+    lines = ["video,frame,x1,y1,x2,y2,probability", *(",".join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+# --- the crop ---------------------------------------------------------------------------------------
+
+
+def winner_reference(box, width, height):
+    """The winner's arithmetic, step by step, from a half-size box."""
+    x1, y1, x2, y2 = (int(2 * value) for value in box)
+    w, h = x2 - x1, y2 - y1
+    s = int(max(w, h) * 1.3)
+    cx, cy = (x1 + x2) // 2, (y1 + y2) // 2
+    x, y = max(int(cx - s // 2), 0), max(int(cy - s // 2), 0)
+    s = min(width - x, s)
+    s = min(height - y, s)
+    return x, y, s
+
+
+def test_winner_crop_to_the_pixel():
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        width, height = (int(v) for v in rng.integers(40, 400, 2))
+        x1, y1 = rng.uniform(-20, 150, 2)
+        half = (x1, y1, x1 + rng.uniform(3, 90), y1 + rng.uniform(3, 90))
+        x, y, w, h = crop_square([2 * value for value in half], width, height)
+        assert (x, y, w) == winner_reference(half, width, height) and w == h
+
+
+def test_crop_by_hand_and_at_borders():
+    assert crop_square((100.9, 60.2, 150.7, 131.9), 640, 480) == (79, 49, 92, 92)
+    assert crop_square((-30.5, -10.5, 40.0, 60.0), 640, 480) == (0, 0, 91, 91)  # int() cuts towards zero
+    assert crop_square((600.0, 100.0, 700.0, 200.0), 640, 480) == (585, 85, 55, 55)  # cut, not moved
+    # Without cutting the corners first, the 2021 baseline's centre and side differ by a pixel.
+    assert crop_square((10.9, 10.9, 41.7, 41.7), 200, 200, "winner") == (5, 5, 40, 40)
+    assert crop_square((10.9, 10.9, 41.9, 41.9), 200, 200, "baseline21") == (6, 6, 40, 40)
+    assert crop_square((5.5, 6.5, 20.5, 30.5), 100, 25, "box") == (5, 6, 15, 19)
+    assert crop_face(np.zeros((40, 40, 3), np.uint8), (90, 90, 120, 120)) is None
+
+
+# --- boxes ------------------------------------------------------------------------------------------
+
+
+def test_table_of_boxes_in_all_layouts(tmp_path):
+    frames = [np.zeros((100, 200, 3), np.uint8)] * 2
+    own = TableBoxes_path = tmp_path / "own.csv"
+    table(own, [("a.mp4", 10, 1, 2, 3, 4, 0.5), ("a.mp4", 10, 5, 6, 7, 8, 0.9)])
+    assert TableBoxes(TableBoxes_path)("a.mp4", [0, 10], frames) == [
+        [],
+        [(5, 6, 7, 8, 0.9), (1, 2, 3, 4, 0.5)],
+    ]
+    (tmp_path / "vra.csv").write_text("video_name,x,y,w,h\na,0.5,0.5,0.2,0.4\n")
+    assert np.allclose(
+        TableBoxes(tmp_path / "vra.csv")("a.mp4", [7], frames[:1])[0][0][:4], (80, 30, 120, 70)
+    )
+    (tmp_path / "kit.csv").write_text(
+        "file,X_left-top,Y_left-top,X_right-bottom,Y_right-bottom\na.mp4,0.1,0.2,0.3,0.4\n"
+    )
+    assert np.allclose(TableBoxes(tmp_path / "kit.csv")("a.mp4", [7], frames[:1])[0][0][:4], (20, 20, 60, 40))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", "unknown header"),
+        ("video,frame,x1,y1,x2,y2\na,0,1,2,x,4\n", "line 2: could not convert"),
+    ],
+)
+def test_bad_tables_are_named(tmp_path, text, message):
+    (tmp_path / "b.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        TableBoxes(tmp_path / "b.csv")
+    with pytest.raises(UserError, match="absent.csv"):
+        TableBoxes(tmp_path / "absent.csv")
+
+
+def test_mtcnn_gets_half_size_frames_and_the_winners_thresholds(monkeypatch):
+    seen = {}
+
+    class MTCNN:
+        def __init__(self, **options):
+            seen.update(options)
+
+        def detect(self, images):
+            seen["sizes"] = [image.size for image in images]
+            assert all(isinstance(image, Image.Image) for image in images)
+            found = np.array([[1.25, 2.25, 9.75, 9.75], [0, 0, 5, 5]], np.float32)
+            return [found, None], [np.array([0.7, 0.95]), [None]]
+
+    module = types.ModuleType("facenet_pytorch")
+    module.MTCNN, module.__spec__ = MTCNN, types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "facenet_pytorch", module)
+    found = MtcnnBoxes()("a", [0, 10], [np.zeros((51, 81, 3), np.uint8)] * 2)
+    assert seen["sizes"] == [(40, 25)] * 2
+    assert (seen["margin"], seen["thresholds"]) == (0, [0.6, 0.7, 0.7])
+    assert [box[:4] for box in found[0]] == [(0, 0, 10, 10), (2.5, 4.5, 19.5, 19.5)] and found[1] == []
+
+
+def test_sources_that_are_absent_say_so(monkeypatch):
+    monkeypatch.setattr(box_sources.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs facenet-pytorch"):
+        box_source.__wrapped__("mtcnn")
+    assert type(box_source.__wrapped__("auto")).__name__ == "SkinBoxes"
+    with pytest.raises(UserError, match="give auto"):
+        box_source("nonsense")
+    if not hasattr(cv2, "CascadeClassifier"):
+        with pytest.raises(UserError, match="OpenCV 4"):
+            box_source("haar")
+    with pytest.raises(UserError, match="no such file"):
+        box_source("absent.onnx")
+
+
+def test_skin_finds_a_face_coloured_ellipse_and_nothing_in_a_grey_frame():
+    frame = np.full((90, 121, 3), 90, np.uint8)
+    cv2.ellipse(frame, (60, 40), (20, 26), 0, 0, 360, (222, 170, 140), -1)
+    (box,) = box_source("skin")("a", [0], [frame])[0]
+    assert np.allclose(box[:4], (40, 14, 81, 67), atol=4)
+    assert box_source("skin")("a", [0], [np.full((90, 121, 3), 90, np.uint8)]) == [[]]
+
+
+# --- video ------------------------------------------------------------------------------------------
+
+
+def test_sampled_frames_are_those_of_a_full_decode(tmp_path):
+    write_clips([tmp_path / "a.mp4"], [film(23)], crf=10)
+    every = dict(read_frames(tmp_path / "a.mp4"))
+    some = dict(read_frames(tmp_path / "a.mp4", 10))
+    assert list(every) == list(range(23)) and list(some) == [0, 10, 20]
+    assert all(np.array_equal(some[index], every[index]) for index in some)
+    assert np.abs(every[20].astype(int) - film(23)[20]).mean() < 6
+
+
+def test_many_clips_through_one_encoder_are_their_own_files(tmp_path):
+    clips = [film(9, seed=seed) for seed in range(3)]
+    paths = [tmp_path / f"{name}.mp4" for name in "abc"]
+    write_clips(paths, clips, crf=5)
+    for path, clip in zip(paths, clips, strict=True):
+        frames = [frame for _, frame in read_frames(path)]
+        assert len(frames) == 9
+        assert np.abs(np.array(frames).astype(int) - clip).mean() < 6
+    assert len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(ValueError, match="even"):
+        write_clips(paths, [film(2, height=47)] * 3, crf=5)
+
+
+def test_groups_are_bounded_in_bytes_and_keep_what_was_read():
+    frame = np.zeros((10, 10, 3), np.uint8)
+
+    def frames():
+        yield from ((index, frame) for index in range(70))
+        raise VideoError("broken")
+
+    sizes = []
+    with pytest.raises(VideoError):
+        for group in batched(frames()):
+            sizes.append(len(group))
+    assert sizes == [32, 32, 6]
+    assert [len(group) for group in batched(iter([(0, frame), (1, frame)]), budget=300)] == [1, 1]
+
+
+def ffmpeg(*arguments):
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *map(str, arguments)], check=True)
+
+
+@pytest.fixture
+def contest(tmp_path):
+    """A folder with good and bad videos, and their boxes."""
+    folder = tmp_path / "clips"
+    write_clips(
+        [folder / f"good{number}.mp4" for number in range(3)], [film(21, seed=s) for s in range(3)], 10
+    )
+    write_clips([folder / "one-frame.mp4"], [film(1)], 10)
+    write_clips([folder / "no-face.mp4"], [film(5)], 10)
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("not a video at all")
+    ffmpeg("-f", "lavfi", "-i", "sine=duration=0.2", folder / "sound.mp4")
+    write_clips(
+        [folder / "cut.mp4"], [np.random.default_rng(0).integers(0, 255, (60, 48, 64, 3), np.uint8)], 10
+    )
+    whole = (folder / "cut.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "headless.mp4").write_bytes(whole[: len(whole) // 2][200:])
+    odd = folder / "odd.avi"
+    ffmpeg("-f", "lavfi", "-i", "testsrc=size=75x53:duration=0.2:rate=25", "-c:v", "ffv1", odd)
+    names = ["good0", "good1", "good2", "one-frame", "cut", "odd"]
+    rows = [(name, frame, 10, 8, 40, 40, 0.9) for name in names for frame in range(0, 60, 10)]
+    return folder, table(tmp_path / "boxes.csv", rows)
+
+
+def test_bad_videos_are_named_and_do_not_stop_the_rest(contest):
+    folder, boxes = contest
+    found = {clip.name: clip for clip in score_videos(list_videos(folder), scorer(), Settings(boxes))}
+    notes = {name: clip.note for name, clip in found.items()}
+    assert all(
+        notes[name] == "" for name in ("good0.mp4", "good1.mp4", "good2.mp4", "one-frame.mp4", "odd.avi")
+    )
+    assert "an empty file" in notes["empty.mp4"]
+    assert "sound but no pictures" in notes["sound.mp4"]
+    assert "not a video" in notes["text.mp4"] and "not a video" in notes["headless.mp4"]
+    assert "no face in the 1 frames" in notes["no-face.mp4"]
+    assert "truncated or damaged" in notes["cut.mp4"] and "of 60 frames" in notes["cut.mp4"]
+    for name in ("empty.mp4", "sound.mp4", "text.mp4", "no-face.mp4"):
+        assert found[name].score == {"brightness": 0.5}
+        assert name in notes[name]
+    assert found["cut.mp4"].frames[:2] == [0, 10]  # what could be read is scored
+    assert found["one-frame.mp4"].frames == [0]
+
+
+def test_score_is_the_mean_over_sampled_frames(contest):
+    """Against a slow path: every frame decoded, cropped, resized, normalised and scored alone."""
+    folder, boxes = contest
+    (clip,) = score_videos([folder / "good1.mp4"], scorer(), Settings(boxes))
+    expected = []
+    for index, frame in read_frames(folder / "good1.mp4"):
+        if index % 10 == 0:
+            x, y, side, _ = crop_square((10, 8, 40, 40), 64, 48)
+            crop = cv2.resize(frame[y : y + side, x : x + side], (16, 16), interpolation=cv2.INTER_LINEAR)
+            pixels = (crop / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+            expected.append(1 / (1 + np.exp(-2 * pixels.mean())))
+    assert clip.frames == [0, 10, 20]
+    assert np.allclose(clip.probabilities["brightness"], expected, atol=1e-5)
+    assert clip.score["brightness"] == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_across_videos_change_nothing(contest, workers):
+    folder, boxes = contest
+    videos = list_videos(folder)
+    one = [score_videos([path], scorer(), Settings(boxes), batch=1)[0] for path in videos]
+    together = score_videos(videos, scorer(), Settings(boxes), batch=7, workers=workers)
+    assert [clip.name for clip in together] == [path.name for path in videos]
+    for a, b in zip(one, together, strict=True):
+        assert a.frames == b.frames and a.note == b.note
+        assert a.score["brightness"] == pytest.approx(b.score["brightness"], abs=1e-6)
+
+
+def test_an_interrupted_contest_goes_on(contest, tmp_path, monkeypatch):
+    folder, boxes = contest
+    videos, out = list_videos(folder), tmp_path / "scores.jsonl"
+    whole = score_videos(videos, scorer(), Settings(boxes), out)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:4]) + lines[4][:20])  # killed in the middle of a line
+    seen = []
+    monkeypatch.setattr(
+        "dfgc2022.pipeline.read_frames", lambda path, every: seen.append(path) or read_frames(path, every)
+    )
+    again = score_videos(videos, scorer(), Settings(boxes), out)
+    assert again == whole and len(seen) == len(videos) - 3
+    assert sorted(out.read_text().splitlines()) == sorted(line.strip() for line in lines)
+    with pytest.raises(UserError, match="other detectors or settings"):
+        score_videos(videos, scorer(), Settings(boxes, every=5), out)
+    out.write_text("hello\n")
+    with pytest.raises(UserError, match="not a file of scores"):
+        score_videos(videos, scorer(), Settings(boxes), out)
+
+
+def test_several_faces(tmp_path):
+    write_clips([tmp_path / "a.mp4"], [film(1)], 10)
+    boxes = table(tmp_path / "b.csv", [("a", 0, 0, 0, 15, 15, 0.9), ("a", 0, 30, 20, 45, 40, 0.5)])
+    best, largest, mean = (
+        score_videos([tmp_path / "a.mp4"], scorer(), Settings(boxes, faces=faces))[0].score["brightness"]
+        for faces in ("best", "max", "mean")
+    )
+    assert largest > best and mean == pytest.approx((best + largest) / 2, abs=1e-6)
+
+
+def test_folders_of_saved_crops_use_every_tenth_number(tmp_path):
+    folder = tmp_path / "a.mp4"
+    folder.mkdir()
+    for index in (0, 5, 10, 10_000):
+        cv2.imwrite(str(folder / f"{index:04d}.png"), np.full((20, 20, 3), 100, np.uint8))
+    (clip,) = score_videos([folder], scorer(), Settings("crops", crop="frame"))
+    assert clip.frames == [0, 10, 10_000]
+    (folder / "0020.png").write_text("x")
+    (clip,) = score_videos([folder], scorer(), Settings("crops", crop="frame"))
+    assert "0020.png: not a readable image" in clip.note
+    (folder / "face.png").write_text("x")
+    assert "frame number" in score_videos([folder], scorer(), Settings("crops"))[0].note
+
+
+def test_mistakes_of_the_user(tmp_path, contest):
+    folder, boxes = contest
+    with pytest.raises(UserError, match="no such video or folder"):
+        list_videos(tmp_path / "absent")
+    with pytest.raises(UserError, match="holds no video"):
+        (tmp_path / "nothing").mkdir()
+        list_videos(tmp_path / "nothing")
+    with pytest.raises(UserError, match="two videos are called good0.mp4"):
+        score_videos([folder / "good0.mp4"] * 2, scorer(), Settings(boxes))
+    with pytest.raises(VideoError, match="no such video"):
+        list(read_frames(tmp_path / "absent.mp4"))
+
+
+def test_4k(tmp_path):
+    ffmpeg(
+        "-f",
+        "lavfi",
+        "-i",
+        "color=c=gray:size=3840x2160:duration=0.08:rate=25",
+        "-preset",
+        "ultrafast",
+        tmp_path / "k.mp4",
+    )
+    boxes = table(tmp_path / "b.csv", [("k", 0, 1000, 500, 2000, 1500, 0.9)])
+    (clip,) = score_videos([tmp_path / "k.mp4"], scorer(), Settings(boxes))
+    assert clip.frames == [0] and clip.note == ""
+
+
+def test_score_file_is_json_lines(contest, tmp_path):
+    folder, boxes = contest
+    score_videos([folder / "good0.mp4"], scorer(), Settings(boxes), tmp_path / "s.jsonl")
+    header, line = map(json.loads, (tmp_path / "s.jsonl").read_text().splitlines())
+    assert header["settings"]["every"] == 10
+    assert line["name"] == "good0.mp4" and line["frames"] == [0, 10, 20]
