@@ -1,0 +1,168 @@
+"""Complete your own pictures with a trained run: a mask file, or glasses, a hat or a box to hide.
+
+    python predict.py face.png --mask hole.png
+    python predict.py face.png --hide glasses --pixel 120 96
+
+Writes for every picture: the completed picture at full size, the coarse result, the parsing, a sheet of all,
+with --pixel where the network looked for that pixel, and result.json. White in a mask means corrupted.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from torch.nn import functional as F
+
+from mdrnets.data import DataName
+from mdrnets.inpaint import (
+    Completed,
+    Crop,
+    Hide,
+    Model,
+    attention_of,
+    complete,
+    fitting_mask,
+    hiding_mask,
+    load_model,
+    read_picture,
+)
+from mdrnets.masks import Polarity, list_images
+from mdrnets.mechanism import memory_replaced
+from mdrnets.parser import paint_parts
+from shared.io import image_grid, progress, write_image
+from shared.records import write_json
+from shared.runtime import UserError, parse, pick_device, run_main
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Pictures, what to complete in them, and with which network."""
+
+    picture: Annotated[Path, tyro.conf.Positional]
+    """A picture, or a folder of pictures."""
+    mask: Path | None = None
+    """Mask picture; for a folder, a folder of masks with the same names."""
+    hide: Hide | None = None
+    """Instead of a mask: hide glasses, a hat or a box."""
+    box: tuple[int, int, int, int] | None = None
+    """With --hide box: left, top, width, height in pixels; default: the middle third."""
+    mask_polarity: Polarity = "white-hole"
+    """Which colour of a mask means corrupted."""
+    run: Path | None = None
+    """Run folder; default: the newest."""
+    data: DataName | None = None
+    """Networks trained on this set; default: the run's last."""
+    variant: str | None = None
+    """Which refinement network; default: the most complete one."""
+    seed: int | None = None
+    """Which seed of it; default: the run's first."""
+    crop: Crop = "picture"
+    """Show the network the whole picture (an aligned face), or a square around the hole (a large photo)."""
+    blend: bool = True
+    """Adjust colours inside the hole so that there is no seam."""
+    pixel: tuple[int, int] | None = None
+    """x y of a corrupted pixel whose attention and memory slots are shown."""
+    part: str | None = None
+    """With --slot: let this facial part read one memory slot alone, e.g. mouth."""
+    slot: int = 0
+    """Number of that slot."""
+    out: Path = Path("completed")
+    """Folder for the results."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: CUDA when there is one."""
+
+
+def read_inputs(
+    config: PredictConfig, model: Model, path: Path, mask_path: Path | None
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Picture, mask and remarks. UserError when neither or both of --mask and --hide are given."""
+    if (mask_path is None) == (config.hide is None):
+        raise UserError("give either --mask FILE or --hide glasses|hat|box")
+    image, remarks = read_picture(path)
+    if mask_path is None:
+        return image, hiding_mask(model, image, config.hide, config.box), remarks
+    mask, more = fitting_mask(mask_path, tuple(image.shape[-2:]), config.mask_polarity)
+    return image, mask, remarks + more
+
+
+def one_slot(model: Model, part: str | None, slot: int):
+    """A context in which `part` reads memory slot `slot` alone; nothing when part is None."""
+    if part is None:
+        return nullcontext()
+    dmm = model.net.refine.dmm
+    if dmm is None or dmm.blocks != len(model.parts):
+        raise UserError(f"--part: {model.name} has no memory for each part")
+    if part not in model.parts or not 0 <= slot < dmm.slots:
+        raise UserError(f"--part is one of {', '.join(model.parts)}; --slot is 0 to {dmm.slots - 1}")
+    memory = dmm.memory.detach().clone()
+    k = model.parts.index(part)
+    memory[k] = memory[k, slot].clone()
+    return memory_replaced(dmm, memory)
+
+
+def heat(image: Tensor, weights: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+    """Attention weights (h, w) as a red glow on the picture (3, H, W)."""
+    left, top, width, height = box
+    glow = F.interpolate(
+        (weights / weights.max().clamp_min(1e-12))[None, None], (height, width), mode="nearest"
+    )
+    shown = image * 0.5
+    view = shown[:, top : top + height, left : left + width]
+    view += (1 - view) * glow[0] * torch.tensor((1.0, 0.25, 0.1)).view(3, 1, 1)
+    return shown
+
+
+def write_outputs(
+    folder: Path, model: Model, image: Tensor, mask: Tensor, done: Completed, config: PredictConfig
+) -> None:
+    """All pictures and result.json of one completion."""
+    made = f"hole completed by {model.name}"
+    write_image(folder / "completed.png", done.image, made)
+    write_image(folder / "coarse.png", done.coarse, made)
+    painted = F.interpolate(paint_parts(done.parsing[None]), image.shape[-2:], mode="nearest")[0]
+    write_image(folder / "parsing.png", painted)
+    damaged = image.masked_fill(mask > 0.5, 0.5)
+    tiles, labels = [damaged, done.coarse, painted, done.image], ["input", "coarse", "parsing", "completed"]
+    record = {"model": model.name, "hole_ratio": done.hole_ratio, "crop": done.box, "warnings": done.warnings}
+    if config.pixel is not None and done.inputs is not None:
+        weights, record["slots"] = attention_of(model, done, config.pixel)
+        for name, each in zip(("from kept cells", "from the hole"), weights, strict=True):
+            tiles.append(heat(damaged, each, done.box))
+            labels.append(name)
+        record["pixel"] = config.pixel
+        write_image(folder / "attention.png", image_grid(tiles[-2:], columns=2, column_labels=labels[-2:]))
+    scale = max(1, 128 // image.shape[-1])
+    sheet = image_grid(tiles, columns=len(tiles), column_labels=labels, scale=scale)
+    write_image(folder / "sheet.png", sheet, made)
+    write_json(folder / "result.json", record)
+
+
+def main(config: PredictConfig) -> Path:
+    """Complete every picture; returns the folder with the results."""
+    model = load_model(config.run, config.data, config.variant, config.seed, pick_device(config.device))
+    folder = config.picture.is_dir()
+    pictures = list_images(config.picture, "pictures") if folder else [config.picture]
+    for path in progress(pictures, "pictures"):
+        mask_path = config.mask
+        if mask_path is not None and mask_path.is_dir():
+            named = [mask_path / f"{path.stem}{ending}" for ending in (path.suffix, ".png", ".jpg")]
+            mask_path = next((file for file in named if file.is_file()), None)
+            if mask_path is None:
+                raise UserError(f"{config.mask}: no mask {path.stem}.png for {path}")
+        image, mask, remarks = read_inputs(config, model, path, mask_path)
+        with one_slot(model, config.part, config.slot):
+            done = complete(model, image, mask, config.crop, config.blend)
+            done.warnings[:0] = remarks
+            target = config.out / path.stem if folder else config.out
+            write_outputs(target, model, image, mask, done, config)
+        for warning in done.warnings:
+            print(f"warning: {warning}")
+    return config.out
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(main(parse(PredictConfig, __doc__))))

@@ -1,0 +1,400 @@
+"""Train the coordinated face inpainting of ShowFace (MDRNets): coarse network and parser, then refinement.
+
+Only the abstract and the opening of the paper were available to us and it has no public code: sizes, weights
+and schedule are a reconstruction, and no number of the paper's tables is known. Several GPUs: torchrun
+--nproc-per-node 8 train.py paper --data-root DIR.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from mdrnets import losses
+from mdrnets.copytask import copy_task
+from mdrnets.data import DataName, Pictures, TrainSet, open_pictures, training_masks
+from mdrnets.datasets import Split
+from mdrnets.gallery import training_sheet
+from mdrnets.masks import Polarity, ratio, warn_inverted
+from mdrnets.memory import Addressing, Routing, Update
+from mdrnets.model import Discriminator, MDRNet, Order, SizeName
+from mdrnets.objective import coarse_losses, feature_network, needs_features, refine_losses, unet_losses
+from mdrnets.parser import ParserKind, TinyParser, parts_on_grid
+from mdrnets.stages import TABLE_A, VARIANTS, Stage, learn_faces, plan, prepare, save_stage, stage_file
+from shared.io import Run, load_weights, progress
+from shared.records import write_json
+from shared.runtime import (
+    RunConfig,
+    StepBatches,
+    maybe_compile,
+    parse_presets,
+    run_main,
+    start,
+    step_generator,
+)
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of the data, the networks and their training."""
+
+    data: tuple[DataName, ...] = ("celeba-hq",)
+    """Procedural faces, the simpler flat ones, a public set, or any folder of pictures; with several, each
+    gets its own networks."""
+    data_root: Path | None = None
+    """Where a public set or the folder lies."""
+    split: Split = "index"
+    """CelebA-HQ: by number, or CelebA's official partition."""
+    train_list: Path | None = None
+    """Text file of training pictures, relative to data_root, instead of the split."""
+    test_list: Path | None = None
+    """The same for testing."""
+    image_size: int = 256
+    """Side of the pictures in pixels."""
+    train_images: int = 2000
+    """Procedural faces for training."""
+    test_images: int = 256
+    """Procedural faces for testing; of a public set the first so many test pictures."""
+
+    masks: Literal["strokes", "boxes", "files"] = "strokes"
+    """Training masks: free-form strokes, rectangles, or files such as NVIDIA's irregular masks."""
+    mask_root: Path | None = None
+    """Folder of training mask files."""
+    test_mask_root: Path | None = None
+    """Folder of test mask files; without it test masks are drawn like `masks` says."""
+    mask_polarity: Polarity = "white-hole"
+    """Which colour of a mask file means corrupted."""
+    mask_ratio: tuple[float, float] = (0.1, 0.6)
+    """Share of corrupted pixels in training masks."""
+    mask_pool: int | None = None
+    """Number of different training masks that are drawn; None: a new one for every sample."""
+    flip: bool = True
+    """Mirror pictures; mirror and turn masks."""
+
+    size: SizeName = "mdrnet_256"
+    """Widths and depths of the networks."""
+    parser: ParserKind = "bisenet"
+    """`bisenet`: the public parser from --parser-weights; `tiny`: trained here (needs labels)."""
+    parser_weights: Path | None = None
+    """79999_iter.pth of the public face parser."""
+    parser_size: int = 512
+    """Side at which the public parser works."""
+    variants: tuple[str, ...] = ("full+inco2",)
+    """Refinement networks to train on the same coarse network, by their names in VARIANTS."""
+    seeds: int = 1
+    """Everything is trained with so many seeds, beginning with `seed`."""
+    unet: bool = False
+    """Also train a plain U-Net for as many steps as both networks together, as a baseline."""
+    copy_steps: int = 0
+    """Steps of the copy task with and without MREM; 0 leaves it out."""
+
+    routing: Routing = "soft"
+    """Memory reads: blocks mixed by the parsing, or the block of the most probable part."""
+    addressing: Addressing = "dense"
+    """Weights of slots: softmax, or MemAE's sparse addressing."""
+    memory_update: Update = "grad"
+    """Memory slots learn by gradient, or are written from clean features."""
+    order: Order = "dmm>mrem"
+    """Order of the two modules."""
+    tau: float = 0.1
+    """Temperature of both modules."""
+    memory_decay: float = 0.98
+    """`ema`: share of a slot that a write keeps."""
+    revive_after: int = 1000
+    """`ema`: a slot unused for so many writes starts again from a random query of its part."""
+    weighted_write: bool = False
+    """`ema`: weight positions by their similarity, as MNAD does."""
+    write_every: int = 1
+    """`ema`: steps between writes."""
+    memory_warmup: int = 1000
+    """`ema`: steps in which the memory is written and not yet read."""
+
+    batch_size: int = 8
+    """Images per step, over all processes."""
+    coarse_steps: int = 100_000
+    """Steps of the first stage."""
+    refine_steps: int = 400_000
+    """Steps of the second stage."""
+    joint_from: int | None = 20_000
+    """Step of the second stage from which the coarse network learns again; None: never."""
+    lr: float = 2e-4
+    """Learning rate of Adam."""
+    lr_last: float = 5e-5
+    """Learning rate of the last `last_steps` of the second stage."""
+    last_steps: int = 100_000
+    """How many steps those are."""
+    betas: tuple[float, float] = (0.5, 0.999)
+    """Adam's moments."""
+    lr_ratio: float = 0.1
+    """Learning rate of the discriminator relative to the generator's."""
+    average: float = 0.0
+    """Decay of an average of the weights that is kept for evaluation; 0: none. 0.999 suits long runs."""
+
+    valid: float = 1.0
+    """Weight of the loss on kept pixels."""
+    hole: float = 6.0
+    """Weight of the loss on corrupted pixels."""
+    perceptual: float = 0.05
+    """Weight of the perceptual loss."""
+    style: float = 120.0
+    """Weight of the style loss."""
+    tv: float = 0.1
+    """Weight of the total variation."""
+    adversarial: float = 0.1
+    """Weight of the adversarial loss; 0 trains without a discriminator."""
+    inter: float = 0.1
+    """Weight of InCo2's loss between corrupted and kept regions, in `+inco2` variants."""
+    intra: float = 0.1
+    """Weight of InCo2's loss inside the corrupted region."""
+    inco_samples: int | None = 512
+    """Cells of each region that InCo2 compares in an image; None: all."""
+    inco_form: Literal["similarity", "direct"] = "similarity"
+    """InCo2 on similarities between cells, or on each cell's own cosine."""
+    parsing: float = 0.5
+    """Weight of the cross entropy of the tiny parser."""
+    features: losses.FeatureKind = "vgg"
+    """Frozen network of the perceptual, style and InCo2 losses: VGG-16, the coarse encoder, or a random
+    one."""
+    vgg_weights: Path | None = None
+    """torchvision's vgg16-397923af.pth; without it the library downloads it."""
+
+    log_every: int = 100
+    """Steps between lines of the log."""
+    checkpoint_every: int = 5000
+    """Steps between checkpoints."""
+    sample_every: int = 5000
+    """Steps between pictures."""
+
+
+SMALL = Config(
+    data=("simple", "faces"), image_size=32, size="tiny", parser="tiny", mask_pool=1000, flip=False,
+    coarse_steps=1200, refine_steps=800, joint_from=None, lr=1e-3, lr_last=1e-3, betas=(0.9, 0.999),
+    perceptual=0.0, style=0.0, tv=0.0, adversarial=0.0, features="coarse", inco_samples=None,
+    revive_after=50, memory_warmup=0, copy_steps=400, unet=True, variants=TABLE_A, log_every=50,
+    checkpoint_every=400, sample_every=400,
+)  # fmt: skip
+PAPER = Config(workers=8)
+
+PRESETS = {
+    "demo": SMALL,
+    "study": replace(SMALL, variants=tuple(VARIANTS), seeds=2),
+    "paper": PAPER,
+    "table-a": replace(PAPER, variants=TABLE_A),
+}
+
+
+class Position:
+    """Where a run stands: stage, step, the optimisers in the middle of it and the sums for the next log
+    line."""
+
+    def __init__(self):
+        self.stage = self.step = self.averaged = 0
+        self.optimisers: list[dict] = []
+        self.sums: dict[str, Tensor] = {}
+
+    def state_dict(self) -> dict:
+        return vars(self)
+
+    def load_state_dict(self, saved: dict) -> None:
+        vars(self).update(saved)
+
+
+def write_memory(net: MDRNet, batch: dict[str, Tensor], generator: torch.Generator) -> None:
+    """`ema`: encode the undamaged picture and write it into the blocks of its true parts: the labels where
+    there are any, otherwise what the parser sees in the undamaged picture."""
+    x, dmm = batch["image"], net.refine.dmm
+    with torch.no_grad():
+        cells = (x.shape[-2] // net.stride, x.shape[-1] // net.stride)
+        parser_sees = net.parser(x, cells)
+        known = (batch["parts"] >= 0).flatten(1).all(1).view(-1, 1, 1, 1)
+        truth = parts_on_grid(batch["parts"].clamp_min(0), parser_sees.shape[1], cells)
+        parsing = torch.where(known, truth, parser_sees)
+        features = net.refine.features(x, torch.zeros_like(batch["mask"]), parsing)
+        dmm.write(dmm.queries(features).flatten(0, 1), parsing.argmax(1).flatten(), generator)
+
+
+def average_gradients(learning: list[nn.Parameter], processes: int) -> None:
+    """Mean of the gradients over all processes, in one message."""
+    if processes == 1:
+        return
+    learning = [p for p in learning if p.requires_grad]
+    # A module that this process's share did not need has no gradient here and may have one elsewhere.
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    means = (flat / processes).split([g.numel() for g in gradients])
+    for p, mean in zip(learning, means, strict=True):
+        p.grad = mean.view_as(p)
+
+
+def update(optimiser: torch.optim.Optimizer, loss: Tensor, learning: list[nn.Parameter], processes: int):
+    """One step of an optimiser on a loss."""
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    average_gradients(learning, processes)
+    optimiser.step()
+
+
+def train_stage(
+    stage: Stage, config: Config, accelerator: Accelerator, run: Run, position: Position, pictures: Pictures
+) -> nn.Module:
+    """Train one stage from where `position` stands; returns the network to keep."""
+    device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+    refining = stage.name in VARIANTS
+    inco = stage.name.endswith("+inco2") and bool(config.inter or config.intra)
+    net = prepare(stage, config, run.folder, len(pictures.parts)).to(device)
+    phi = feature_network(config, net).to(device) if refining and needs_features(config, inco) else None
+    critic = Discriminator().to(device) if refining and config.adversarial else None
+    average = copy.deepcopy(net).requires_grad_(False) if config.average else None
+    models = {"net": net, "critic": critic, "average": average}
+    models = {name: model for name, model in models.items() if model is not None}
+    joint = refining and config.joint_from is not None
+    learning = [p for p in net.parameters() if p.requires_grad]
+    learning += list(net.coarse.parameters()) if joint else []
+    adam = partial(torch.optim.Adam, betas=config.betas, fused=device.type == "cuda")
+    optimisers = [adam(learning, config.lr)]
+    optimisers += [adam(critic.parameters(), config.lr * config.lr_ratio)] if critic is not None else []
+    if position.step:
+        load_weights(run.folder, models)
+        for optimiser, saved in zip(optimisers, position.optimisers, strict=True):
+            optimiser.load_state_dict(saved)
+    for model in models.values():
+        maybe_compile(model.to(memory_format=torch.channels_last), config.compile)
+
+    samples = TrainSet(pictures, training_masks(config, stage.seed), stage.seed, config.flip)
+    batches = StepBatches(
+        len(samples),
+        config.batch_size,
+        seed=2 * stage.seed + refining,
+        steps=stage.steps,
+        start_step=position.step,
+        rank=rank,
+        world=processes,
+        draws=True,
+    )
+    loader = DataLoader(
+        samples, batch_sampler=batches, num_workers=config.workers, pin_memory=device.type == "cuda"
+    )
+    dmm = net.refine.dmm if refining else None
+    writes = dmm is not None and dmm.update == "ema"
+    net.train()
+    for batch in progress(loader, stage.label):
+        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+        if position.stage == position.step == 0:
+            warn_inverted(ratio(batch["mask"]))
+        chance = step_generator(stage.seed, position.step, stream=1 + rank)
+        last = refining and position.step >= stage.steps - config.last_steps
+        for optimiser, factor in zip(optimisers, (1.0, config.lr_ratio), strict=False):
+            optimiser.param_groups[0]["lr"] = factor * (config.lr_last if last else config.lr)
+        if joint:
+            net.coarse.requires_grad_(position.step >= config.joint_from)
+
+        # Generator: all losses at once.
+        if critic is not None:
+            critic.requires_grad_(False)
+        with accelerator.autocast():
+            if refining:
+                read = not writes or position.step >= config.memory_warmup
+                terms, comp = refine_losses(net, batch, config, phi, critic, inco, read, chance)
+            elif stage.name == "coarse":
+                terms = coarse_losses(net, batch, config)
+            else:
+                terms = unet_losses(net, batch, config)
+        update(optimisers[0], sum(terms.values()), learning, processes)
+
+        # Memory: written from clean features, or only observed.
+        if writes and position.step % config.write_every == 0:
+            write_memory(net, batch, chance)
+        if dmm is not None:
+            dmm.count_reads()
+
+        # Discriminator: on the detached composite.
+        if critic is not None:
+            critic.requires_grad_(True)
+            with accelerator.autocast():
+                real, fake = critic(torch.cat((batch["image"], comp.detach()))).float().chunk(2)
+                terms["critic"] = losses.hinge_discriminator(real, fake)
+            update(optimisers[1], terms["critic"], list(critic.parameters()), processes)
+        if average is not None:
+            follow(average, net, config.average)
+
+        position.step += 1
+        record(stage, config, accelerator, run, position, terms)
+        final = position.step == stage.steps
+        if position.step % config.sample_every == 0 or final:
+            run.picture(stage.slug, training_sheet(net, batch))
+            net.train()
+        if position.step % config.checkpoint_every == 0 and not final:
+            position.optimisers = [optimiser.state_dict() for optimiser in optimisers]
+            run.save(models, {"position": position}, {"stage": stage.label, "step": position.step})
+    net = net if average is None else average
+    if stage.name == "coarse" and isinstance(net.parser, TinyParser):
+        learn_faces(net, samples, device)
+    return net
+
+
+@torch.no_grad()
+def follow(average: nn.Module, net: nn.Module, decay: float) -> None:
+    """Move the average of the weights towards the weights; what is not a number with a fraction is copied."""
+    for kept, now in zip(average.state_dict().values(), net.state_dict().values(), strict=True):
+        kept.lerp_(now, 1 - decay) if kept.is_floating_point() else kept.copy_(now)
+
+
+def record(
+    stage: Stage,
+    config: Config,
+    accelerator: Accelerator,
+    run: Run,
+    position: Position,
+    terms: dict[str, Tensor],
+) -> None:
+    """Add a step's losses to the sums on the device; at every `log_every` steps log their means."""
+    for name, value in terms.items():
+        position.sums[name] = position.sums.get(name, 0) + value.detach()
+    position.averaged += 1
+    if position.step % config.log_every == 0 or position.step == stage.steps:
+        means = accelerator.reduce(torch.stack(list(position.sums.values())), "mean") / position.averaged
+        named = zip(position.sums, means.tolist(), strict=True)
+        total = sum(s.steps for s in plan(config)[: position.stage]) + position.step
+        run.log(total, **{f"{stage.label}/{name}": value for name, value in named})
+        position.sums, position.averaged = {}, 0
+
+
+def train(config: Config) -> Path:
+    """Run all stages of `config`; returns the run folder. Continues a run that was interrupted."""
+    stages = plan(config)
+    accelerator = start(config)
+    run = Run("mdrnets", config, accelerator.is_main_process)
+    position = Position()
+    run.load({}, {"position": position})
+    pictures, opened = None, None
+    while position.stage < len(stages):
+        stage = stages[position.stage]
+        if opened != (stage.data, stage.seed):
+            opened = (stage.data, stage.seed)
+            pictures = open_pictures(config, stage.data, "train", stage.seed)
+        net = train_stage(stage, config, accelerator, run, position, pictures)
+        if accelerator.is_main_process:
+            save_stage(net, stage_file(run.folder, stage))
+        accelerator.wait_for_everyone()
+        position.stage, position.step, position.optimisers = position.stage + 1, 0, []
+        run.save({}, {"position": position}, {"stage": stage.label, "step": stage.steps})
+    record_file = run.folder / "copy_task.json"
+    if config.copy_steps and accelerator.is_main_process and not record_file.exists():
+        errors = {
+            name: copy_task(mrem, config.copy_steps, config.seed, accelerator.device)
+            for name, mrem in (("without MREM", False), ("with MREM", True))
+        }
+        write_json(record_file, errors)
+    run.close()
+    return run.folder
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(train(parse_presets(PRESETS, __doc__))))

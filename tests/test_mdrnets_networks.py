@@ -1,0 +1,504 @@
+"""MDRNets: networks, memory and attention against slow references."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mdrnets.bisenet import BiSeNet
+from mdrnets.memory import DMM, perplexity
+from mdrnets.model import (
+    SIZES,
+    CoarseNet,
+    Discriminator,
+    MDRNet,
+    RefineNet,
+    composite,
+    load_official,
+    official,
+)
+from mdrnets.mrem import MREM, hole_cells
+from mdrnets.parser import GROUPS, BiSeNetParser, FaceSpace, TinyParser, group_of_label, merge, parts_on_grid
+from mdrnets.simple import draw_simple_faces
+from shared.bench import count_macs, count_parameters
+from shared.runtime import REPOSITORY, UserError
+
+UNIT = SIZES["unit"]
+
+
+def make_net(parts: int = 4, **options) -> MDRNet:
+    torch.manual_seed(0)
+    net = MDRNet(CoarseNet(UNIT), TinyParser(parts), RefineNet(UNIT, parts, **options), UNIT.stride)
+    nn.init.normal_(net.refine.decoder.last.weight, 0, 0.1)
+    return net
+
+
+def sample(size: int = 16, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    x = torch.rand(batch, 3, size, size, generator=rng) * 2 - 1
+    mask = torch.zeros(batch, 1, size, size)
+    mask[0, :, 3:9, 4:11] = 1
+    mask[1, :, 0:5, 0:16] = 1
+    mask[2:, :, 7:8, 7:8] = 1
+    return x, mask
+
+
+# --- official parser --------------------------------------------------------------------------------
+
+
+def test_bisenet_has_the_public_names_and_shapes():
+    wanted = json.loads((REPOSITORY / "mdrnets" / "keys.json").read_text())
+    for name, shapes in wanted.items():
+        found = {key: list(value.shape) for key, value in official(name).state_dict().items()}
+        assert list(found) == list(shapes) or found == shapes
+        assert found == shapes
+
+
+def test_bisenet_gives_three_maps_of_the_input_size():
+    with torch.no_grad():
+        maps = BiSeNet().eval()(torch.zeros(1, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps] == [(1, 19, 64, 96)] * 3
+
+
+@pytest.mark.parametrize("wrap", ["bare", "module", "state_dict"])
+def test_official_weights_load_with_known_wrappers(tmp_path, wrap):
+    torch.manual_seed(3)
+    source = official("BiSeNet(n_classes=19)")
+    state = source.state_dict()
+    if wrap == "module":
+        state = {f"module.{k}": v for k, v in state.items()}
+    path = tmp_path / "79999_iter.pth"
+    torch.save({"state_dict": state} if wrap == "state_dict" else state, path)
+    loaded = load_official("BiSeNet(n_classes=19)", path)
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(x)[0], source.eval()(x)[0])
+
+
+def test_official_says_what_does_not_fit(tmp_path):
+    state = official("BiSeNet(n_classes=19)").state_dict()
+    state["conv_out.conv_out.weight"] = torch.zeros(11, 256, 1, 1)
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="conv_out.conv_out.weight has shape"):
+        load_official("BiSeNet(n_classes=19)", tmp_path / "other.pth")
+    with pytest.raises(UserError, match="BiSeNet"):
+        official("ShowFace")
+
+
+def test_merge_sums_groups_averages_cells_and_normalises():
+    logits = torch.randn(2, 19, 8, 8)
+    p = merge(logits.softmax(1), (4, 4))
+    assert p.shape == (2, 8, 4, 4)
+    assert torch.allclose(p.sum(1), torch.ones(2, 4, 4), atol=1e-6)
+    brows = logits.softmax(1)[:, [2, 3]].sum(1)[:, :2, :2].mean((1, 2))
+    assert torch.allclose(p[:, list(GROUPS).index("brows"), 0, 0], brows, atol=1e-6)
+
+
+def test_every_label_has_one_group():
+    table = group_of_label()
+    assert len(table) == 19
+    assert table[17] == table[18] == list(GROUPS).index("hair")
+
+
+# --- sizes ------------------------------------------------------------------------------------------
+
+
+def test_paper_scale_parameters():
+    size = SIZES["mdrnet_256"]
+    assert count_parameters(CoarseNet(size)) == 10_774_595
+    plain = RefineNet(size, 8, memory="none", mrem=False)
+    full = RefineNet(size, 8)
+    assert count_parameters(plain) == 10_774_595
+    assert count_parameters(full) == 10_774_595 + 525_568 + 8 * 64 * 256
+    shared = RefineNet(size, 8, memory="shared", mrem=False)
+    assert shared.dmm.memory.numel() == full.dmm.memory.numel()
+    critic = Discriminator()
+    assert count_parameters(critic) == 2_763_776
+    assert count_parameters(BiSeNet()) == 13_300_416
+    with torch.no_grad():
+        assert critic(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
+
+
+def test_paper_scale_cost():
+    net = CoarseNet(SIZES["mdrnet_256"]).to("meta")
+    x, mask = torch.zeros(1, 3, 256, 256, device="meta"), torch.zeros(1, 1, 256, 256, device="meta")
+    assert count_macs(net, x, mask) == pytest.approx(48.68e9, rel=0.01)
+
+
+# --- the whole --------------------------------------------------------------------------------------
+
+
+def test_kept_pixels_are_returned_bit_for_bit():
+    net, (x, mask) = make_net().eval(), sample()
+    with torch.no_grad():
+        out = net(x, mask)
+    kept = (mask < 0.5).expand_as(x)
+    assert torch.equal(out["output"][kept], x[kept])
+    assert (out["output"] - x)[~kept].abs().max() > 1e-3
+    assert out["output"].abs().max() <= 1
+
+
+def test_what_the_hole_held_is_not_looked_at():
+    net, (x, mask) = make_net().eval(), sample()
+    other = torch.where(mask > 0.5, torch.full_like(x, float("nan")), x)
+    with torch.no_grad():
+        assert torch.equal(net(x, mask)["refined"], net(other, mask)["refined"])
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+def test_empty_and_full_masks(fill):
+    net, (x, _) = make_net().eval(), sample()
+    with torch.no_grad():
+        out = net(x, torch.full((3, 1, 16, 16), fill))
+    assert out["output"].isfinite().all()
+    if fill == 0:
+        assert torch.equal(out["output"], x)
+
+
+@pytest.mark.parametrize("height,width", [(17, 22), (16, 19), (13, 16)])
+def test_any_size_is_padded_and_cut_back(height, width):
+    net = make_net().eval()
+    x, mask = torch.rand(1, 3, height, width), torch.zeros(1, 1, height, width)
+    mask[..., 4:9, 5:12] = 1
+    with torch.no_grad():
+        out = net(x, mask)
+    assert out["output"].shape == x.shape and out["coarse"].shape == x.shape
+    assert torch.equal(out["output"] * (1 - mask), x * (1 - mask))
+
+
+def test_round_trip_of_the_state_is_exact(tmp_path):
+    for update in ("grad", "ema"):
+        net, (x, mask) = make_net(update=update), sample()
+        torch.save(net.state_dict(), tmp_path / "net.pt")
+        torch.manual_seed(5)
+        other = MDRNet(CoarseNet(UNIT), TinyParser(4), RefineNet(UNIT, 4, update=update), UNIT.stride)
+        other.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
+        with torch.no_grad():
+            a, b = net.eval()(x, mask), other.eval()(x, mask)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+        assert {"refine.dmm.memory", "refine.dmm.usage"} <= net.state_dict().keys()
+        assert ("refine.dmm.age" in net.state_dict()) == (update == "ema")
+
+
+def test_residual_output_starts_near_the_coarse_result():
+    torch.manual_seed(0)
+    comp, mask = torch.rand(2, 3, 16, 16), torch.ones(2, 1, 16, 16)
+    parsing = torch.full((2, 4, 8, 8), 0.25)
+    with torch.no_grad():
+        assert (RefineNet(UNIT, 4)(comp, mask, parsing) - comp).abs().mean() < 0.1
+        assert RefineNet(UNIT, 4, output="direct")(comp, mask, parsing).abs().max() <= 1
+
+
+def test_switches_change_what_they_name():
+    comp, mask = torch.rand(1, 3, 16, 16), torch.zeros(1, 1, 16, 16)
+    mask[..., 4:12, 4:12] = 1
+    p = torch.randn(1, 4, 8, 8).softmax(1)
+    q = p.roll(1, 1)
+
+    def output(parsing, **options):
+        torch.manual_seed(0)
+        net = RefineNet(UNIT, 4, **options).eval()
+        with torch.no_grad():
+            return net(comp, mask, parsing)
+
+    reads_parsing = {
+        "none": dict(memory="none", mrem=False),
+        "shared": dict(memory="shared", mrem=False),
+        "mrem": dict(memory="none"),
+    }
+    for name, options in reads_parsing.items():
+        assert torch.equal(output(p, **options), output(q, **options)), name
+    for options in ({"mrem": False}, {}, {"memory": "none", "mrem": False, "seg_input": True}):
+        assert not torch.equal(output(p, **options), output(q, **options))
+    orders = [output(p, order=order) for order in ("dmm>mrem", "mrem>dmm", "parallel")]
+    assert not torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
+
+
+def test_discriminator_is_spectrally_normalised():
+    torch.manual_seed(0)
+    critic = Discriminator(8).train()
+    for _ in range(30):
+        critic(torch.rand(1, 3, 64, 64))
+    for layer in critic.eval().layers:
+        norm = torch.linalg.matrix_norm(layer.weight.flatten(1), 2)
+        assert norm.item() == pytest.approx(1, abs=0.03)
+    assert len(critic.forward_features(torch.rand(1, 3, 64, 64))) == 5
+
+
+# --- disentangled memory ----------------------------------------------------------------------------
+
+
+def slow_read(dmm: DMM, q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """The equations of the class docstring as loops."""
+    memory = F.normalize(dmm.memory, dim=-1)
+    r = torch.zeros_like(q)
+    for b in range(len(q)):
+        for at in range(q.shape[1]):
+            blocks = range(dmm.blocks) if dmm.routing == "soft" else [int(p[b, at].argmax())]
+            for k in blocks:
+                scores = torch.stack([(q[b, at] * memory[k, i]).sum() / dmm.tau for i in range(dmm.slots)])
+                w = torch.exp(scores - scores.max())
+                w = w / w.sum()
+                if dmm.addressing == "shrink":
+                    w = torch.where(w > dmm.shrink, w, 0.0)
+                    w = w / w.sum()
+                read = sum(w[i] * memory[k, i] for i in range(dmm.slots))
+                share = p[b, at, k] if dmm.routing == "soft" and dmm.blocks > 1 else 1.0
+                r[b, at] += share * read
+    return r
+
+
+@pytest.mark.parametrize("routing", ["soft", "hard"])
+@pytest.mark.parametrize("addressing", ["dense", "shrink"])
+def test_reading_equals_the_loops(routing, addressing):
+    torch.manual_seed(0)
+    dmm = DMM(6, 3, 5, routing=routing, addressing=addressing, shrink=0.1).eval()
+    features, p = torch.randn(2, 6, 4, 5), torch.randn(2, 3, 4, 5).mul(3).softmax(1)
+    with torch.no_grad():
+        got = dmm(features, p)
+        r = slow_read(dmm, dmm.queries(features), p.flatten(2).transpose(1, 2))
+        wanted = features + dmm.fuse(torch.cat((features, r.transpose(1, 2).view_as(features)), 1))
+    assert torch.allclose(got, wanted, atol=1e-5)
+
+
+def test_hard_routing_over_many_tiles_equals_soft_with_one_hot_parsing():
+    torch.manual_seed(0)
+    soft, hard = DMM(8, 5, 4).eval(), DMM(8, 5, 4, routing="hard").eval()
+    hard.load_state_dict(soft.state_dict())
+    features = torch.randn(3, 8, 20, 20)
+    classes = torch.randint(0, 4, (3, 20, 20))  # the last block is never asked
+    p = F.one_hot(classes, 5).movedim(-1, 1).float()
+    with torch.no_grad():
+        assert torch.allclose(soft(features, p), hard(features, p), atol=1e-5)
+
+
+def test_hard_routing_has_the_gradients_of_soft_routing_with_one_hot_parsing():
+    torch.manual_seed(0)
+    soft, hard = DMM(8, 3, 4), DMM(8, 3, 4, routing="hard")
+    hard.load_state_dict(soft.state_dict())
+    features = torch.randn(2, 8, 6, 6)
+    p = F.one_hot(torch.randint(0, 3, (2, 6, 6)), 3).movedim(-1, 1).float()
+    target = torch.randn(2, 8, 6, 6)
+    for dmm in (soft, hard):
+        (dmm(features, p) * target).sum().backward()
+    assert torch.allclose(soft.memory.grad, hard.memory.grad, atol=1e-4)
+    assert torch.allclose(soft.query.weight.grad, hard.query.weight.grad, atol=1e-4)
+    soft.count_reads()
+    hard.count_reads()
+    assert torch.allclose(soft.usage, hard.usage, atol=1e-6)
+
+
+def test_shared_memory_has_one_softmax_over_all_slots():
+    torch.manual_seed(0)
+    dmm = DMM(6, 1, 12).eval()
+    q = F.normalize(torch.randn(1, 9, 6), dim=-1)
+    w = dmm.weights(q, torch.rand(1, 9, 1))
+    assert torch.allclose(w.sum((2, 3)), torch.ones(1, 9), atol=1e-6)
+
+
+def test_gradient_reaches_query_encoder_and_only_blocks_that_occur():
+    torch.manual_seed(0)
+    dmm = DMM(6, 3, 4)
+    features = torch.randn(1, 6, 4, 4, requires_grad=True)
+    p = torch.zeros(1, 3, 4, 4)
+    p[:, 0, :2], p[:, 2, 2:] = 1, 1
+    dmm(features, p).square().sum().backward()
+    assert features.grad.abs().sum() > 0 and dmm.query.weight.grad.abs().sum() > 0
+    assert dmm.memory.grad[0].abs().sum() > 0 and dmm.memory.grad[2].abs().sum() > 0
+    assert dmm.memory.grad[1].abs().sum() == 0
+
+
+def test_ema_memory_takes_no_gradient_but_its_reader_does():
+    torch.manual_seed(0)
+    dmm = DMM(6, 2, 4, update="ema")
+    dmm(torch.randn(1, 6, 4, 4), torch.full((1, 2, 4, 4), 0.5)).square().sum().backward()
+    assert "memory" not in dict(dmm.named_parameters())
+    assert dmm.query.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_writing_equals_the_loops(weighted):
+    torch.manual_seed(0)
+    dmm = DMM(5, 3, 4, update="ema", decay=0.9, weighted_write=weighted)
+    q = F.normalize(torch.randn(200, 5), dim=-1)
+    block = torch.randint(0, 2, (200,))  # nothing of block 2
+    before = dmm.memory.clone()
+    wanted, age = before.clone(), dmm.age.clone() + 1
+    slot = [int((before[k] @ v).argmax()) for k, v in zip(block.tolist(), q, strict=True)]
+    for k in range(3):
+        for i in range(4):
+            mine = [v for v, b, s in zip(q, block.tolist(), slot, strict=True) if (b, s) == (k, i)]
+            if mine:
+                similarity = torch.stack([(v * before[k, i]).sum() for v in mine])
+                alpha = (similarity - similarity.max()).exp() if weighted else torch.ones(len(mine))
+                total = sum(a * v for a, v in zip(alpha, mine, strict=True))
+                wanted[k, i] = F.normalize(0.9 * before[k, i] + 0.1 * F.normalize(total, dim=0), dim=0)
+                age[k, i] = 0
+    dmm.write(q, block)
+    assert torch.allclose(dmm.memory, wanted, atol=1e-5)
+    assert torch.equal(dmm.age, age)
+    assert torch.equal(dmm.memory[2], before[2])
+
+
+def test_slots_that_are_never_used_start_again_from_their_own_part():
+    torch.manual_seed(0)
+    dmm = DMM(4, 2, 3, update="ema", revive_after=2)
+    q = F.normalize(torch.tensor([[1.0, 0, 0, 0]] * 5 + [[0, 1.0, 0, 0]] * 5), dim=-1)
+    block = torch.tensor([0] * 5 + [1] * 5)
+    for step in range(3):
+        dmm.write(q, block, torch.Generator().manual_seed(step))
+    for k, axis in ((0, 0), (1, 1)):
+        revived = dmm.memory[k][dmm.memory[k, :, axis] > 0.999]
+        assert len(revived) == 2  # both unused slots; the used one has only moved towards it
+        assert (dmm.age[k] == 0).all()
+
+
+def test_evaluation_never_writes():
+    net, (x, mask) = make_net(), sample()
+    before = {k: v.clone() for k, v in net.eval().state_dict().items()}
+    with torch.no_grad():
+        net(x, mask)
+    net.refine.dmm.count_reads()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_warm_up_reads_nothing():
+    net, (x, mask) = make_net(update="ema"), sample()
+    with torch.no_grad():
+        net.eval()
+        a = net(x, mask, read=False)["refined"]
+        net.refine.dmm.memory.normal_()
+        assert torch.equal(a, net(x, mask, read=False)["refined"])
+        assert not torch.equal(a, net(x, mask)["refined"])
+
+
+def test_perplexity_counts_slots():
+    usage = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]])
+    assert torch.allclose(perplexity(usage), torch.tensor([4.0, 1.0, 0.0, 2.0]), atol=1e-5)
+
+
+# --- mask-region enhanced module --------------------------------------------------------------------
+
+
+def holes_of(kind: str) -> torch.Tensor:
+    h = torch.zeros(3, 1, 6, 7)
+    if kind == "mixed":
+        h[0, :, 1:4, 2:6], h[1, :, 0, 0] = 1, 1  # and none in the third
+    elif kind == "full in one":
+        h[0], h[1, :, 2:5] = 1, 1
+    elif kind == "full":
+        h[:] = 1
+    return h
+
+
+@pytest.mark.parametrize("kind", ["mixed", "full in one", "full", "none"])
+def test_attention_on_hole_rows_equals_the_dense_form(kind):
+    torch.manual_seed(0)
+    mrem = MREM(12, 4)
+    features, h = torch.randn(3, 12, 6, 7), holes_of(kind)
+    fast, dense = mrem(features, h), mrem.dense(features, h)[0]
+    assert (fast - dense).abs().max() < 1e-4
+    assert fast.isfinite().all()
+    kept = (h < 0.5).expand_as(features)
+    assert torch.equal(fast[kept], features[kept])
+
+
+def test_gradients_of_both_forms_agree():
+    torch.manual_seed(0)
+    mrem = MREM(12, 4)
+    target, h = torch.randn(3, 12, 6, 7), holes_of("full in one")
+    grads = []
+    for form in (mrem.forward, lambda f, h: mrem.dense(f, h)[0]):
+        mrem.zero_grad()
+        features = torch.randn(3, 12, 6, 7, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        (form(features, h) * target).sum().backward()
+        grads.append([features.grad, *(p.grad.clone() for p in mrem.parameters())])
+    for a, b in zip(*grads, strict=True):
+        assert a.isfinite().all()
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_both_forms_agree_at_paper_scale():
+    torch.manual_seed(0)
+    mrem = MREM(256, 128)
+    features, h = torch.randn(1, 256, 32, 32), torch.zeros(1, 1, 32, 32)
+    h[..., 5:20, 8:28] = 1
+    with torch.no_grad():
+        assert (mrem(features, h) - mrem.dense(features, h)[0]).abs().max() < 1e-4
+
+
+def test_attention_weights_are_split_into_kept_and_corrupted():
+    torch.manual_seed(0)
+    mrem, h = MREM(12, 4), holes_of("mixed")
+    _, inter, intra = mrem.dense(torch.randn(3, 12, 6, 7), h)
+    corrupted = h.flatten(1) > 0.5
+    for b in range(2):
+        assert inter[b][:, corrupted[b]].abs().max() == 0
+        assert intra[b][:, ~corrupted[b]].abs().max() == 0
+        assert torch.allclose(inter[b].sum(-1), torch.ones(42), atol=1e-5)
+        assert torch.allclose(intra[b].sum(-1), torch.ones(42), atol=1e-5)
+
+
+def test_half_precision_has_no_nan():
+    torch.manual_seed(0)
+    mrem = MREM(12, 4).bfloat16()
+    for kind in ("mixed", "full"):
+        features, h = torch.randn(3, 12, 6, 7).bfloat16(), holes_of(kind)
+        assert mrem(features, h).isfinite().all()
+        assert mrem.dense(features, h)[0].isfinite().all()
+
+
+def test_hole_cells_take_any_corrupted_pixel():
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 3, 4] = 1
+    assert hole_cells(mask, (2, 2)).flatten().tolist() == [0, 1, 0, 0]
+
+
+def test_composite_takes_each_side():
+    known, filled = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
+    mask = torch.tensor([[[[0.0, 1.0], [1.0, 0.0]]]])
+    assert torch.equal(composite(known, filled, mask), mask)
+
+
+# --- tiny parser ------------------------------------------------------------------------------------
+
+
+def test_face_space_tells_faces_from_other_pictures():
+    rng = torch.Generator().manual_seed(0)
+    space = FaceSpace()
+    assert space.contains(torch.rand(2, 3, 32, 32)).all()  # knows nothing, says nothing
+    space.learn(draw_simple_faces(400, 0)[0])
+    faces = draw_simple_faces(100, 1)[0]
+    assert space.contains(faces).float().mean() > 0.9
+    others = {
+        "noise": torch.rand(3, 32, 32, generator=rng),
+        "flat": torch.full((3, 32, 32), 0.5),
+        "stripes": (torch.arange(32) // 4 % 2).float().expand(3, 32, 32),
+        "checks": ((torch.arange(32)[:, None] // 8 + torch.arange(32) // 8) % 2).float().expand(3, 32, 32),
+    }
+    for name, picture in others.items():
+        assert not space.contains(picture[None]).any(), name
+
+
+def test_parts_on_grid_are_shares():
+    parts = torch.tensor([[[0, 0], [1, 2]]])
+    share = parts_on_grid(parts, 3, (1, 1)).flatten()
+    assert torch.allclose(share, torch.tensor([0.5, 0.25, 0.25]))
+
+
+def test_module_files_stay_short():
+    for path in Path(REPOSITORY / "mdrnets").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path.name
+
+
+def test_public_parser_asks_for_skin_and_features():
+    parser, image = BiSeNetParser(64), torch.zeros(2, 3, 64, 64)
+    parsing = torch.zeros(2, 8, 4, 4)
+    parsing[:, 0], parsing[0, 0, 1:3], parsing[0, 1, 1:3], parsing[0, 3, 1, 1:3] = 1, 0, 0.9, 0.1
+    assert parser.is_face(image, parsing).tolist() == [True, False]
+    assert parser.train().network.training is False
+    with torch.no_grad():
+        assert torch.allclose(parser(image, (4, 4)).sum(1), torch.ones(2, 4, 4), atol=1e-5)

@@ -1,0 +1,419 @@
+"""MDRNets: training, resume, several processes, evaluation and prediction in miniature."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mdrnets import eval as evaluation
+from mdrnets import predict
+from mdrnets.claims import copy_claim, make_claims
+from mdrnets.inpaint import complete, crop_box, load_model
+from mdrnets.stages import TABLE_A, VARIANTS, plan
+from mdrnets.train import PRESETS, train
+from shared.io import load_config, read_image, write_image
+from shared.runtime import REPOSITORY, UserError
+
+TINY = (
+    *("--size", "unit", "--image-size", "16", "--train-images", "24", "--test-images", "10"),
+    *("--coarse-steps", "6", "--refine-steps", "4", "--copy-steps", "2", "--log-every", "2"),
+    *("--checkpoint-every", "2", "--sample-every", "4", "--device", "cpu"),
+)
+VARIANTS_HERE = ("none", "disentangled", "full", "full+inco2", "disentangled-ema")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    """A script from the paper's folder, as a user starts it."""
+    return subprocess.run(
+        [sys.executable, name, *arguments],
+        cwd=REPOSITORY / "mdrnets",
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+
+
+def tiny(**changes):
+    config = replace(
+        PRESETS["demo"], data=("simple",), size="unit", image_size=16, train_images=24, test_images=10,
+        coarse_steps=6, refine_steps=4, copy_steps=0, unet=False, variants=("full",), log_every=2,
+        checkpoint_every=2, sample_every=100, device="cpu",
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    done = script("train.py", "demo", *TINY, "--variants", *VARIANTS_HERE, "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == str(folder)
+    return folder
+
+
+def test_training_leaves_the_run_folder_described(run_folder):
+    trained = {path.stem for path in (run_folder / "trained").iterdir()}
+    names = ("coarse", "unet", *VARIANTS_HERE)
+    assert trained == {f"{data}-{name}-0" for data in ("simple", "faces") for name in names}
+    steps = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    assert steps[-1]["step"] == 2 * (6 + 5 * 4 + 10)
+    assert any("simple/full+inco2/0/inter" in entry for entry in steps)
+    assert not any("simple/full/0/inter" in entry for entry in steps)
+    assert json.loads((run_folder / "copy_task.json").read_text()).keys() == {"without MREM", "with MREM"}
+    assert (run_folder / "samples" / "faces-full-0.png").is_file()
+
+
+def test_evaluation_prints_claims_and_writes_results(run_folder):
+    done = script("eval.py", "--run", str(run_folder), "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == str(run_folder)
+    assert "claims:" in done.stdout and "no row here is a ShowFace result" in done.stdout
+    results = json.loads((run_folder / "results.json").read_text())
+    ids = [claim["id"] for claim in results["claims"]]
+    assert ids == [f"C{i}" for i in range(1, len(ids) + 1)]
+    assert not any(metric["comparable"] for metric in results["metrics"])
+    settings = {metric["setting"] for metric in results["metrics"]}
+    assert all("SSIM 11x11" in setting for setting in settings) and len(settings) == 6
+    assert {m["method"] for m in results["metrics"]} >= {"coarse", "unet", "Telea (OpenCV)", *VARIANTS_HERE}
+    assert (run_folder / "samples" / "test-faces.png").is_file()
+
+
+def test_oracle_parsing_is_reported(run_folder, capsys):
+    evaluation.main(evaluation.EvalConfig(run=run_folder, oracle_parsing=True, device="cpu"))
+    results = json.loads((run_folder / "results.json").read_text())
+    assert results["oracle_parsing"] is True
+    assert all("TRUE PARSING GIVEN" in metric["setting"] for metric in results["metrics"])
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path):
+    arguments = ["demo", *TINY, "--data", "simple", "--variants", "full", "disentangled-ema", "--no-unet"]
+    arguments += ["--coarse-steps", "60", "--refine-steps", "60", "--copy-steps", "0"]
+    whole = script("train.py", *arguments, "--out", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments, "--out", str(tmp_path / "killed")],
+        cwd=REPOSITORY / "mdrnets",
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    log = tmp_path / "killed" / "log.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 45:  # in the second of three stages
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = script("train.py", *arguments, "--out", str(tmp_path / "killed"))
+    assert again.returncode == 0, again.stderr
+    assert log.read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+    for path in sorted((tmp_path / "whole" / "trained").iterdir()):
+        a, b = load_file(path), load_file(tmp_path / "killed" / "trained" / path.name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), path.name
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    arguments = ["demo", *TINY, "--data", "simple", "--variants", "full", "disentangled-ema", "--no-unet"]
+    arguments += ["--copy-steps", "0", "--no-flip"]
+    assert script("train.py", *arguments, "--out", str(tmp_path / "one")).returncode == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "train.py", *arguments, "--out", str(tmp_path / "two")],
+        cwd=REPOSITORY / "mdrnets",
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for path in sorted((tmp_path / "one" / "trained").iterdir()):
+        a, b = load_file(path), load_file(tmp_path / "two" / "trained" / path.name)
+        for key in a:
+            if ".face_space." not in key:  # principal axes, whose signs are arbitrary
+                assert torch.allclose(a[key].float(), b[key].float(), atol=2e-4), f"{path.name} {key}"
+
+
+def test_adversarial_training_with_all_terms_and_an_average(tmp_path):
+    config = tiny(
+        out=tmp_path / "run", image_size=32, features="random", perceptual=0.05, style=120.0, tv=0.1,
+        adversarial=0.1, joint_from=2, average=0.9, last_steps=2, lr_last=1e-4, variants=("full+inco2",),
+    )  # fmt: skip
+    folder = train(config)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    last = {name.rsplit("/", 1)[1] for name in log[-1] if name != "step"}
+    terms = {
+        "valid",
+        "hole",
+        "tv",
+        "perceptual",
+        "style",
+        "adversarial",
+        "inter",
+        "intra",
+        "critic",
+        "coarse",
+    }
+    assert last == terms
+    before = load_file(folder / "trained" / "simple-coarse-0.safetensors")
+    after = load_file(folder / "trained" / "simple-full+inco2-0.safetensors")
+    assert not torch.equal(before["coarse.decoder.last.weight"], after["coarse.decoder.last.weight"])
+
+
+def test_a_coarse_network_at_rest_does_not_move(tmp_path):
+    folder = train(tiny(out=tmp_path / "run"))
+    before, after = (load_file(folder / "trained" / f"simple-{n}-0.safetensors") for n in ("coarse", "full"))
+    for key in before:
+        if key.startswith(("coarse.", "parser.body")):
+            assert torch.equal(before[key], after[key]), key
+
+
+def test_presets_and_plans():
+    assert PRESETS["table-a"].variants == TABLE_A
+    assert set(PRESETS["study"].variants) == set(VARIANTS)
+    names = [stage.label for stage in plan(tiny(seeds=2, variants=("none",)))]
+    assert names == ["simple/coarse/0", "simple/none/0", "simple/coarse/1", "simple/none/1"]
+    with pytest.raises(UserError, match="unknown variant"):
+        plan(tiny(variants=("nothing",)))
+    paper = PRESETS["paper"]
+    assert (paper.batch_size, paper.coarse_steps, paper.refine_steps, paper.lr) == (8, 100_000, 400_000, 2e-4)
+
+
+def test_user_mistakes_end_with_one_message(tmp_path):
+    for arguments, said in (
+        (["train.py", "paper", "--data-root", str(tmp_path / "none")], "CelebA-HQ"),
+        (["eval.py", "--run", str(tmp_path)], "not a run folder"),
+    ):
+        done = script(*arguments, *(["--out", str(tmp_path / "o")] if "train.py" in arguments else []))
+        assert done.returncode == 2 and done.stderr.count("error:") == 1 and said in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_claims_follow_their_margins():
+    psnr = {"coarse": 18.0, "none": 19.0, "shared": 19.0, "disentangled": 19.3, "full": 19.41}
+    held = {claim.text: claim.holds for claim in make_claims("x", psnr, None, None, {})}
+    assert len(held) == 3 and all(held.values())
+    psnr["full"] = 19.35
+    assert [claim.holds for claim in make_claims("x", psnr, None, None, {})] == [False, True, True]
+    assert copy_claim({"without MREM": 10.0, "with MREM": 8.0}).holds
+    assert not copy_claim({"without MREM": 10.0, "with MREM": 8.1}).holds
+
+
+# --- prediction -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(run_folder):
+    return load_model(run_folder, "faces", "full", None, torch.device("cpu"))
+
+
+def picture(height: int = 50, width: int = 60) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(0)
+    return (torch.rand(3, height, width, generator=rng) * 255).round() / 255
+
+
+def hole(height: int = 50, width: int = 60) -> torch.Tensor:
+    mask = torch.zeros(1, height, width)
+    mask[:, 20:33, 25:41] = 1
+    return mask
+
+
+@pytest.mark.parametrize("crop", ["picture", "hole"])
+def test_completion_keeps_known_pixels_at_full_size(model, crop):
+    image, mask = picture(), hole()
+    done = complete(model, image, mask, crop)
+    kept = (mask < 0.5).expand_as(image)
+    assert torch.equal(done.image[kept], image[kept]) and torch.equal(done.coarse[kept], image[kept])
+    assert not torch.equal(done.image, image)
+    assert done.image.min() >= 0 and done.image.max() <= 1
+
+
+def test_a_picture_that_is_no_face_is_said_to_be_none(model):
+    warnings = complete(model, picture(), hole()).warnings
+    assert any("does not look like an aligned face" in warning for warning in warnings)
+
+
+def test_crop_is_inside_and_around_the_hole():
+    assert crop_box(hole(), "picture") == (0, 0, 60, 50)
+    left, top, width, height = crop_box(hole(), "hole")
+    assert width == height == 32 and left <= 25 and left + width >= 41 and top <= 20 and top + height >= 33
+    corner = torch.zeros(1, 50, 60)
+    corner[:, :6, 54:] = 1
+    assert crop_box(corner, "hole") == (48, 0, 12, 12)
+    wide = torch.zeros(1, 50, 60)
+    wide[:, 10:12] = 1
+    assert crop_box(wide, "hole") == (0, 0, 60, 50)
+
+
+def test_empty_full_and_inverted_masks(model):
+    image = picture()
+    empty = complete(model, image, torch.zeros(1, 50, 60))
+    assert torch.equal(empty.image, image) and "empty" in empty.warnings[0]
+    full = complete(model, image, torch.ones(1, 50, 60))
+    assert full.image.isfinite().all() and any("whole picture" in warning for warning in full.warnings)
+    inverted = complete(model, image, 1 - hole())
+    assert any("look inverted" in warning for warning in inverted.warnings)
+    assert not any("look inverted" in warning for warning in complete(model, image, hole()).warnings)
+
+
+def save(path: Path, image: torch.Tensor) -> str:
+    write_image(path, image)
+    return str(path)
+
+
+def run_predict(run_folder: Path, tmp_path: Path, **options) -> dict:
+    config = predict.PredictConfig(
+        run=run_folder, data="faces", variant="full", out=tmp_path / "out", **options
+    )
+    predict.main(replace(config, device="cpu"))
+    return json.loads((tmp_path / "out" / "result.json").read_text())
+
+
+def test_predict_writes_pictures_attention_and_slots(run_folder, tmp_path):
+    face, mask = save(tmp_path / "f.png", picture()), save(tmp_path / "m.png", hole())
+    done = script(
+        "predict.py", face, "--mask", mask, "--run", str(run_folder), "--out", str(tmp_path / "out"),
+        "--variant", "full", "--pixel", "30", "25", "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {
+        *("completed.png", "coarse.png", "parsing.png", "sheet.png", "attention.png", "result.json")
+    }
+    kept = (hole() < 0.5).expand(3, -1, -1)
+    assert torch.equal(read_image(tmp_path / "out" / "completed.png")[kept], picture()[kept])
+    assert Image.open(tmp_path / "out" / "completed.png").info["DigitalSourceType"]
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [entry["part"] for entry in record["slots"]][1] == "skin" and len(record["slots"]) == 8
+    assert record["hole_ratio"] == pytest.approx(13 * 16 / 3000)
+
+
+def test_masks_of_other_sizes_and_polarity(run_folder, tmp_path):
+    face = Path(save(tmp_path / "f.png", picture()))
+    double = hole().repeat_interleave(2, 1).repeat_interleave(2, 2)
+    record = run_predict(run_folder, tmp_path, picture=face, mask=Path(save(tmp_path / "m.png", double)))
+    assert any("scaled from 120x100" in warning for warning in record["warnings"])
+    assert record["hole_ratio"] == pytest.approx(13 * 16 / 3000)
+    square = Path(save(tmp_path / "s.png", torch.zeros(1, 50, 50)))
+    with pytest.raises(UserError, match="50x50 and the picture 60x50"):
+        run_predict(run_folder, tmp_path, picture=face, mask=square)
+    black = Path(save(tmp_path / "b.png", 1 - hole()))
+    record = run_predict(run_folder, tmp_path, picture=face, mask=black)
+    assert any("look inverted" in warning for warning in record["warnings"])
+    record = run_predict(run_folder, tmp_path, picture=face, mask=black, mask_polarity="black-hole")
+    assert record["hole_ratio"] == pytest.approx(13 * 16 / 3000)
+
+
+def test_grey_transparent_and_damaged_pictures(run_folder, tmp_path):
+    mask = Path(save(tmp_path / "m.png", hole()))
+    grey = Path(save(tmp_path / "g.png", picture()[:1]))
+    record = run_predict(run_folder, tmp_path, picture=grey, mask=mask)
+    assert any("grey" in warning for warning in record["warnings"])
+    clear = Image.new("RGBA", (60, 50), (255, 0, 0, 0))
+    clear.save(tmp_path / "c.png")
+    record = run_predict(run_folder, tmp_path, picture=tmp_path / "c.png", mask=mask)
+    assert any("transparent" in warning for warning in record["warnings"])
+    assert read_image(tmp_path / "out" / "completed.png")[:, 0, 0].tolist() == [1, 1, 1]
+    (tmp_path / "d.png").write_bytes(grey.read_bytes()[:60])
+    with pytest.raises(UserError, match="d.png"):
+        run_predict(run_folder, tmp_path, picture=tmp_path / "d.png", mask=mask)
+
+
+def test_hiding_a_box_and_its_mistakes(run_folder, tmp_path):
+    face = Path(save(tmp_path / "f.png", picture()))
+    record = run_predict(run_folder, tmp_path, picture=face, hide="box", box=(5, 6, 10, 8))
+    assert record["hole_ratio"] == pytest.approx(80 / 3000)
+    assert run_predict(run_folder, tmp_path, picture=face, hide="box")["hole_ratio"] > 0.1
+    with pytest.raises(UserError, match="not inside"):
+        run_predict(run_folder, tmp_path, picture=face, hide="box", box=(55, 6, 10, 8))
+    with pytest.raises(UserError, match="either --mask"):
+        run_predict(run_folder, tmp_path, picture=face)
+    with pytest.raises(UserError, match="not in the hole"):
+        run_predict(run_folder, tmp_path, picture=face, hide="box", box=(5, 6, 10, 8), pixel=(50, 40))
+
+
+def test_a_folder_of_pictures_needs_a_mask_for_each(run_folder, tmp_path):
+    for name in ("a", "b"):
+        save(tmp_path / "in" / f"{name}.png", picture())
+        save(tmp_path / "masks" / f"{name}.png", hole())
+    config = predict.PredictConfig(
+        picture=tmp_path / "in", mask=tmp_path / "masks", run=run_folder, out=tmp_path / "out", device="cpu"
+    )
+    predict.main(config)
+    assert (tmp_path / "out" / "b" / "completed.png").is_file()
+    (tmp_path / "masks" / "b.png").unlink()
+    with pytest.raises(UserError, match="no mask b.png"):
+        predict.main(config)
+
+
+def test_one_slot_of_a_part_and_its_mistakes(run_folder, tmp_path, model):
+    face = Path(save(tmp_path / "f.png", picture()))
+    options = {"picture": face, "hide": "box"}
+    run_predict(run_folder, tmp_path, **options, part="mouth", slot=2)
+    with pytest.raises(UserError, match="--slot is 0 to 3"):
+        run_predict(run_folder, tmp_path, **options, part="mouth", slot=4)
+    with pytest.raises(UserError, match="no finished network"):
+        load_model(run_folder, "faces", "parallel", None, torch.device("cpu"))
+
+
+def test_run_folder_is_reread_as_it_was_written(run_folder):
+    config = load_config(run_folder, type(PRESETS["demo"]))
+    assert config.data == ("simple", "faces") and config.variants == VARIANTS_HERE
+
+
+def test_memory_view_shows_patches_of_every_part(run_folder):
+    from mdrnets import memory_view
+
+    config = memory_view.ViewConfig(run=run_folder, data="simple", variant="full", pictures=8, device="cpu")
+    memory_view.main(config)
+    record = json.loads((run_folder / "memory.json").read_text())
+    assert len(record) == 6 and all(len(entry["most_used"]) == 4 for entry in record.values())
+    assert (run_folder / "samples" / "memory.png").is_file()
+    with pytest.raises(UserError, match="no memory for each part"):
+        memory_view.main(replace(config, variant="none"))
+
+
+def test_exported_file_gives_what_the_network_gives(run_folder, tmp_path, model):
+    from mdrnets import export
+
+    config = export.ExportConfig(
+        run=run_folder, data="faces", variant="full", out=tmp_path / "net.onnx", int8=True
+    )
+    export.main(config)
+    image, mask = export.example(model.size, seed=5)
+    output = export.run_file(config.out, image, mask)
+    kept = (mask < 0.5).expand_as(image)
+    assert torch.equal(output[kept], image[kept])
+    with torch.no_grad():
+        assert (output - model.net(image, mask)["output"]).abs().max() < 1e-3
+    small = export.run_file(tmp_path / "net.int8.onnx", image, mask)
+    assert (small - output).abs().mean() < 0.05
+
+
+def test_bench_compares_fast_and_plain_forms(tmp_path):
+    environment = {**ENVIRONMENT, "PAPERS_RUNS": str(tmp_path)}
+    arguments = ["--size", "unit", "--image-size", "32", "--seconds", "0.01", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "bench.py", *arguments],
+        cwd=REPOSITORY / "mdrnets",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "MREM, forward and backward:" in done.stdout and "x the memory of the plain form" in done.stdout
+    rows = json.loads((tmp_path / "mdrnets" / "bench.json").read_text())["rows"]
+    assert {row["form"] for row in rows} == {"fast", "plain"}
