@@ -15,7 +15,7 @@ from shared.bench import count_macs, count_parameters, peak_memory, report, thro
 from shared.runtime import parse, pick_device, run_main
 
 CLASSES = (767, 5532, 751)
-ROUNDS = 3
+ROUNDS = 2
 """Each speed is the best of so many rounds, all cases in turn, so that other work disturbs them alike."""
 
 

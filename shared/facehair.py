@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from shared.facedraw import LABEL, bump, cover, illuminate, over, triple
+from shared.facelook import LABEL, bump, cover, illuminate, over, triple
 from shared.faceparams import Params
-from shared.faceshape import CHEEK_ROW, Frame, smoothstep
+from shared.faceshape import CHEEK_ROW, Frame, bell, smoothstep
 from shared.facestyle import hair_lengths
+from shared.facewindow import Window
 
 
 def fade(px: float, frequency: float) -> float:
@@ -36,7 +37,7 @@ def paint_background(params: Params, height: int, width: int) -> Tensor:
         4.1 * across + 2 * angle
     )
     t = (t + 0.45 * column("background_pattern") * smoothstep(0.5 + 1.6 * blobs)).clamp(0, 1)
-    return over(triple(params, "background"), triple(params, "background2"), t)
+    return torch.lerp(triple(params, "background"), triple(params, "background2"), t)
 
 
 def hair_shape(params: Params, s: SimpleNamespace, c: SimpleNamespace) -> SimpleNamespace:
@@ -78,16 +79,15 @@ def strands(
     p = fan + wave
     out = 0.42 * torch.sin(23 * p + 2 * torch.sin(3.1 * y + c.phase) + c.phase)
     out = out + 0.36 * fade(f.px, 30) * torch.sin(51 * p + 2.6 * torch.sin(4.7 * y + 2 * c.phase))
-    out = out + 0.34 * fade(f.px, 70) * torch.sin(117 * p + 3.3 * torch.sin(6.1 * y + 3 * c.phase))
+    if f.px < 2 / 70:
+        out = out + 0.34 * fade(f.px, 70) * torch.sin(117 * p + 3.3 * torch.sin(6.1 * y + 3 * c.phase))
     if f.px < 1 / 64:
         out = out + 0.30 * fade(f.px, 160) * torch.sin(263 * p + 4 * torch.sin(9.3 * y + c.phase))
     return out + h.curl * 0.5 * torch.sin(25 * fan + 3 * wave * 9) * torch.sin(24 * y + 5 * fan)
 
 
-def hair_field(
-    f: Frame, s: SimpleNamespace, h: SimpleNamespace, c: SimpleNamespace
-) -> tuple[Tensor, Tensor, Tensor, SimpleNamespace]:
-    """Distances of the outline of the hair and of its opening for the face, texture, and coordinates."""
+def hair_field(f: Frame, s: SimpleNamespace, h: SimpleNamespace, c: SimpleNamespace) -> SimpleNamespace:
+    """Distances of the outline of the hair and of its opening for the face, texture, colour and normals."""
     zc = 0.0
     base = (f.u - zc) / s.rho
     y = f.y
@@ -112,12 +112,12 @@ def hair_field(
     q = (ax / h.open).square()
     q3 = q * q * q
     from_part = f.x - h.part
-    swept = h.sweep * (1 - torch.exp(-(from_part / 0.24).square())) - 0.4 * h.sweep
+    swept = h.sweep * (1 - bell((from_part / 0.24).square())) - 0.4 * h.sweep
     combed = h.fringe * (0.72 + 0.28 * torch.sin(9 * f.x + c.phase))
     jag = (0.014 + 0.03 * h.fringe) * torch.sin(57 * f.x + 6 * torch.sin(11 * f.x + c.phase)) * fade(f.px, 30)
     line = h.line + swept + combed + jag * (1 - 0.5 * h.bald)
-    line = line + h.peak * torch.exp(-(f.x / 0.07).square())
-    line = line - h.recede * torch.exp(-((ax - 0.27) / 0.10).square()) * (1 - 2 * h.fringe)
+    line = line + h.peak * bell((f.x / 0.07).square())
+    line = line - h.recede * bell(((ax - 0.27) / 0.10).square()) * (1 - 2 * h.fringe)
     drop = 0.55 - line
     steep = 1 + (6 * drop * q3 / ax.clamp(min=0.05)).square()
     opening = (y - line - drop * q3) / steep.sqrt()
@@ -126,18 +126,18 @@ def hair_field(
     nx = (base / (s.width + h.sides)).clamp(-1, 1)
     ny = ((y + 0.12) / 0.72).clamp(-1, 1) * 0.85
     nz = (1 - nx * nx - ny * ny).clamp(min=0.02).sqrt()
-    return outline, opening, texture, SimpleNamespace(nx=nx, ny=ny, nz=nz, ax=ax, base=base)
+    n = SimpleNamespace(nx=nx, ny=ny, nz=nz, base=base)
+    colour = shade_hair(c, texture, n)
+    return SimpleNamespace(outline=outline, opening=opening, texture=texture, colour=colour, n=n)
 
 
-def shade_hair(
-    f: Frame, c: SimpleNamespace, texture: Tensor, n: SimpleNamespace, dark: float = 1.0
-) -> Tensor:
+def shade_hair(c: SimpleNamespace, texture: Tensor, n: SimpleNamespace) -> Tensor:
     light = illuminate(c, (n.nx, n.ny, n.nz), 0.2)
-    band = n.ny + 0.42 - 0.35 * c.light[1] * 0 + 0.05 * texture
-    ring = torch.exp(-(band / 0.20).square()) * n.nz.clamp(min=0)
+    band = n.ny + 0.42 + 0.05 * texture
+    ring = bell((band / 0.20).square()) * n.nz.clamp(min=0)
     shine = ring * (0.45 + 0.55 * texture).clamp(min=0)
-    colour = c.hair * ((0.80 + 0.42 * texture).clamp(min=0.12) * dark)
-    return colour * light + (0.11 + 0.55 * c.hair) * shine * c.key * (0.35 * dark)
+    gloss = (0.11 + 0.55 * c.hair) * c.key * 0.35
+    return light.mul_(c.hair).mul_((0.80 + 0.42 * texture).clamp(min=0.12)).addcmul_(shine, gloss)
 
 
 def paint_behind(
@@ -147,21 +147,32 @@ def paint_behind(
     s: SimpleNamespace,
     h: SimpleNamespace,
     c: SimpleNamespace,
-    hair: tuple[Tensor, Tensor, Tensor, SimpleNamespace],
+    hair: SimpleNamespace,
     params: Params,
 ) -> tuple[Tensor, Tensor]:
     """Hair behind the head, neck, clothes and ears."""
-
-    def column(name: str) -> Tensor:
-        return params[name].reshape(-1, 1, 1, 1)
-
     px = f.px / s.scale
-    outline, _, texture, n = hair
-    back = cover(outline + 0.02, px)
-    image = over(image, shade_hair(f, c, texture, n, 0.42), back)
-    labels = labels.masked_fill(back > 0.5, LABEL["hair"])
+    back = cover(hair.outline + 0.02, px)
+    image = over(image, hair.colour * 0.42, back)
+    labels.masked_fill_(back > 0.5, LABEL["hair"])
+    width = f.u.abs()
+    for paint, place in (
+        (paint_neck, (f.v > 0.2) & (width < 0.46 + 1.6 * (f.v - 0.68).clamp_(min=0).square_())),
+        (paint_clothes, (f.v > 0.68) & (width < 1.02)),
+        (paint_ears, (f.v - PIVOT_EAR).abs().lt(0.34) & (width > 0.2) & (width < 0.75)),
+    ):
+        window = Window(place)
+        part = paint(window.take(image), window.take(labels), window.view(f), s, c, params)
+        window.put(image, part[0])
+        window.put(labels, part[1])
+    return image, labels
 
-    # neck: a cylinder behind the chin
+
+def paint_neck(
+    image: Tensor, labels: Tensor, f: Frame, s: SimpleNamespace, c: SimpleNamespace, params: Params
+) -> tuple[Tensor, Tensor]:
+    """A cylinder behind the chin, and a necklace."""
+    px = f.px / s.scale
     u = f.u - 0.10 * s.sin_yaw
     v = f.v
     rise = s.chin - 0.60
@@ -171,11 +182,10 @@ def paint_behind(
     neck = cover(torch.maximum(u.abs() - half, 0.1 - v), px)
     side = (u / (half * 1.06)).clamp(-1, 1)
     nz = (1 - side * side).clamp(min=0.05).sqrt()
-    light = illuminate(c, (side, torch.full_like(side, 0.15), nz), 0.25)
+    light = illuminate(c, (side, 0.15, nz), 0.25)
     # shadow of the chin, tendons of the neck, folds of age
-    edge = s.chin_open - s.jut * s.sin_pitch
-    shade = smoothstep((edge + 0.17 - v + 0.5 * (f.u + 0.12 * c.light[0]).square() * 0.9) / 0.17)
-    tendon = torch.exp(-((u.abs() - 0.13 + 0.22 * (v - 0.6)) / 0.03).square()) * 0.10
+    shade = chin_shadow(f, s, c)
+    tendon = bell(((u.abs() - 0.13 + 0.22 * (v - 0.6)) / 0.03).square()) * 0.10
     folds = 0.10 * s.old * (0.5 + 0.5 * torch.cos(v * 70 + 9 * u * u)) * smoothstep((0.24 - u.abs()) / 0.1)
     skin = c.skin * (1 - 0.04 * s.old)
     image = over(image, skin * light * ((1 - 0.62 * shade) * (1 - tendon - folds)), neck)
@@ -185,27 +195,46 @@ def paint_behind(
     beads = 0.75 + 0.25 * torch.sin(u * 120) * fade(f.px, 60)
     chain = torch.maximum((v - chain_y).abs() - 0.011, u.abs() - half)
     pendant = (u.square() + (v - 0.875 - rise).square()).sqrt() - 0.022
-    chain = cover(torch.minimum(chain, pendant), px) * (column("necklace") > 0).float()
+    chain = cover(torch.minimum(chain, pendant), px) * (params["necklace"] > 0).float().reshape(-1, 1, 1, 1)
     gold = torch.tensor([0.72, 0.52, 0.20], device=u.device).reshape(1, 3, 1, 1)
     image = over(image, gold * light * beads, chain)
     labels = labels.masked_fill(chain > 0.5, LABEL["neck_l"])
 
-    # clothes: shoulders with a collar
+    return image, labels
+
+
+def chin_shadow(f: Frame, s: SimpleNamespace, c: SimpleNamespace) -> Tensor:
+    """Shadow of the chin on neck and clothes, 0 .. 1."""
+    edge = s.chin_open - s.jut * s.sin_pitch
+    return smoothstep((edge + 0.17 - f.v + 0.45 * (f.u + 0.12 * c.light[0]).square()) / 0.17)
+
+
+def paint_clothes(
+    image: Tensor, labels: Tensor, f: Frame, s: SimpleNamespace, c: SimpleNamespace, params: Params
+) -> tuple[Tensor, Tensor]:
+    """Shoulders with a collar."""
+    px = f.px / s.scale
+    u, v = f.u - 0.10 * s.sin_yaw, f.v
+    rise = s.chin - 0.60
     wide = 0.86 - 0.16 * s.child + 0.05 * s.male
     shoulder = 0.83 + rise + 0.20 * (u.abs() / wide).square() * (u.abs() / wide)
-    neckline = 0.79 + rise + column("collar") * 0.10 * (1 - u.abs() / 0.3) + 0.09 * (1 - (u / 0.36).square())
+    neckline = (
+        0.79
+        + rise
+        + params["collar"].reshape(-1, 1, 1, 1) * 0.10 * (1 - u.abs() / 0.3)
+        + 0.09 * (1 - (u / 0.36).square())
+    )
     neckline = torch.where(u.abs() < 0.33, neckline, shoulder)
-    top = torch.maximum(shoulder - 0.055 * torch.exp(-((u.abs() - 0.30) / 0.10).square()) - v, neckline - v)
+    top = torch.maximum(shoulder - 0.055 * bell(((u.abs() - 0.30) / 0.10).square()) - v, neckline - v)
     cloth = cover(torch.maximum(top, u.abs() - wide), px)
     fold = torch.sin(11 * u + 6 * v + 2 * torch.sin(7 * v + c.phase)) * 0.09
     light = illuminate(
         c, ((u * 0.9).clamp(-0.8, 0.8), torch.full_like(u, -0.25), torch.full_like(u, 0.8)), 0.1
     )
-    hem = torch.exp(-((v - neckline - 0.025) / 0.008).square()) * (u.abs() < 0.4).float() * 0.25
+    hem = bell(((v - neckline - 0.025) / 0.008).square()) * (u.abs() < 0.4).float() * 0.25
     colour = triple(params, "cloth") * (1 + fold - hem)
-    image = over(image, colour * light * (1 - 0.25 * shade), cloth)
-    labels = labels.masked_fill(cloth > 0.5, LABEL["cloth"])
-    return paint_ears(image, labels, f, s, c, params)
+    image = over(image, colour * light * (1 - 0.25 * chin_shadow(f, s, c)), cloth)
+    return image, labels.masked_fill(cloth > 0.5, LABEL["cloth"])
 
 
 def paint_ears(
@@ -223,7 +252,7 @@ def paint_ears(
     r = ((ex / (broad * taper)).square() + (ey / 0.150).square()).clamp(min=1e-4).sqrt()
     ear = cover((r - 1) * broad, px)
     inner = bump(ex - 0.1 * broad, ey - 0.005, 0.55 * broad, 0.075)
-    rim = torch.exp(-((r - 0.72) / 0.14).square())
+    rim = bell(((r - 0.72) / 0.14).square())
     lobe = bump(ex, ey - 0.115, 0.05, 0.04)
     nx = turn * 0.55 + 0.3 * ex / broad * turn
     light = illuminate(c, (nx, ey * 1.5, torch.full_like(ex, 0.75)), 0.35)
@@ -254,19 +283,19 @@ def paint_hair(
     s: SimpleNamespace,
     h: SimpleNamespace,
     c: SimpleNamespace,
-    hair: tuple[Tensor, Tensor, Tensor, SimpleNamespace],
+    hair: SimpleNamespace,
 ) -> tuple[Tensor, Tensor]:
     """Hair in front of the head, with its shadow on the forehead."""
     px = f.px / s.scale
-    outline, opening, texture, n = hair
-    ragged = opening + 0.010 * texture * (0.4 + fade(f.px, 40))
+    outline, opening = hair.outline, hair.opening
+    ragged = opening + 0.010 * hair.texture * (0.4 + fade(f.px, 40))
     soft = px.clamp(min=0.010)
     front = cover(torch.maximum(outline, ragged), soft)
     shadow = (
         smoothstep(1 - opening / (0.05 + 0.05 * c.strength)) * (f.distance < 0).float() * (opening > -0.02)
     )
     image = image * (1 - 0.30 * shadow * (1 - h.bald))
-    image = over(image, shade_hair(f, c, texture, n), front)
+    image = over(image, hair.colour, front)
     return image, labels.masked_fill(front > 0.5, LABEL["hair"])
 
 
@@ -275,7 +304,7 @@ def paint_glasses(
 ) -> tuple[Tensor, Tensor]:
     """Thin or thick frames or sunglasses; the label covers lenses and frame."""
     kind = params["glasses"].reshape(-1, 1, 1, 1).round()
-    worn, thick, sun = (kind > 0.5).float(), (kind > 1.5).float(), (kind > 2.5).float()
+    thick, sun = (kind > 1.5).float(), (kind > 2.5).float()
     px = f.px / s.scale
     x, y = f.x.abs(), f.y - s.eye_y - 0.022
     gx, gy = x - s.eye_x - 0.006, y
@@ -291,8 +320,8 @@ def paint_glasses(
     # Beyond the silhouette of a turned head the surface coordinates stand still: nothing is drawn there.
     edge = f.distance - 0.015
     drawn = torch.maximum(torch.minimum(torch.minimum(ring, bridge), temple), edge)
-    frame_ = cover(drawn, px.clamp(min=0.008)) * worn
-    glass = cover(torch.maximum(lens, edge), px) * worn
+    frame_ = cover(drawn, px.clamp(min=0.008))
+    glass = cover(torch.maximum(lens, edge), px)
     dark = torch.tensor([0.012, 0.012, 0.016], device=x.device).reshape(1, 3, 1, 1)
     tint = dark + 0.16 * c.fill * smoothstep(0.4 - gy * 5) * 0.25
     streak = smoothstep(1 - ((gx + gy * 0.8 + 0.02).abs() - 0.018) / 0.012) * (gy < 0.05).float()
@@ -300,7 +329,7 @@ def paint_glasses(
     image = over(image, tint, glass * sun * 0.93)
     image = image + glass * streak * c.key * (0.035 + 0.05 * sun)
     # soft shadow of the frame, then the frame
-    image = image * (1 - 0.16 * worn * cover(lens - 0.03, 0.06) * (1 - glass) * cover(f.distance, px))
+    image = image * (1 - 0.16 * cover(lens - 0.03, 0.06) * (1 - glass) * cover(f.distance, px))
     tone = c.phase.sin() * 0.5 + 0.5
     colour = torch.cat([0.03 + 0.10 * tone, 0.025 + 0.05 * tone, 0.025 + 0.02 * tone], 1) + 0.10 * (1 - thick)
     gleam = 0.6 + 0.5 * smoothstep(-gy * 8)
@@ -320,7 +349,7 @@ def paint_hat(
 ) -> tuple[Tensor, Tensor]:
     """Beanie, or hat with a brim."""
     kind = params["hat"].reshape(-1, 1, 1, 1).round()
-    worn, brimmed = (kind > 0.5).float(), (kind > 1.5).float()
+    brimmed = (kind > 1.5).float()
     px = f.px / s.scale
     base = n.base
     top = s.top - 0.10 - 0.05 * brimmed
@@ -337,7 +366,7 @@ def paint_hat(
     brim = ((base / (wide * 1.55)).square() + (brim_y / 0.065).square()).clamp(min=1e-5).sqrt() - 1
     brim = brim * 0.065 + (1 - brimmed)
     shadow = smoothstep(1 - lower / 0.14) * (lower > 0).float() * cover(f.distance, px)
-    image = image * (1 - (0.30 + 0.25 * brimmed) * shadow * worn)
+    image = image * (1 - (0.30 + 0.25 * brimmed) * shadow)
     light = illuminate(c, (n.nx, n.ny - 0.1, n.nz), 0.1)
     band = smoothstep((lower + 0.10) / 0.015)
     knit = 0.10 * torch.sin(f.x * 85) * fade(f.px, 45) * (1 - brimmed) + 0.05 * torch.sin(f.y * 70) * (
@@ -345,8 +374,8 @@ def paint_hat(
     )
     colour = triple(params, "hat")
     cloth = colour * (1 + knit + band * (0.18 - 0.65 * brimmed))
-    alpha = cover(crown, px) * worn
+    alpha = cover(crown, px)
     image = over(image, cloth * light, alpha)
-    brim_alpha = cover(brim, px) * worn
+    brim_alpha = cover(brim, px)
     image = over(image, colour * light * (0.85 - 3.0 * brim_y).clamp(0.5, 1.3), brim_alpha)
     return image, labels.masked_fill((alpha > 0.5) | (brim_alpha > 0.5), LABEL["hat"])

@@ -13,11 +13,12 @@ Everything is a pure function of the parameters: a face does not depend on the b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shared.facedraw import CLASSES, LABEL, build_look, paint_head
+from shared.facedraw import paint_head
 from shared.facehair import (
     hair_field,
     hair_shape,
@@ -27,6 +28,7 @@ from shared.facehair import (
     paint_hair,
     paint_hat,
 )
+from shared.facelook import CLASSES, LABEL, build_look
 from shared.faceparams import (
     AGE_RANGE,
     ATTRIBUTES,
@@ -42,6 +44,7 @@ from shared.faceparams import (
 from shared.faceshape import build_shape, frame, landmarks
 from shared.facesketch import ARTISTS, render_sketch, studio
 from shared.facetext import Caption, captions, facts
+from shared.facewindow import chosen, draw_some
 
 __all__ = [
     "AGE_RANGE",
@@ -73,6 +76,7 @@ BISENET_CLASSES = (
     *("nose", "mouth", "u_lip", "l_lip", "neck", "neck_l", "cloth", "hair", "hat"),
 )
 MAX_SIZE = 2048
+CHUNK = 16  # faces of 64 x 64 pixels
 
 
 @dataclass(frozen=True)
@@ -112,14 +116,17 @@ def draw(params: Params, size: int | tuple[int, int] = 64, camera: bool = True) 
     camera=False leaves out blur and noise. Raises ValueError for sizes below 8 or above 2048 pixels.
     """
     height, width = _picture_size(size)
-    # chunks that fit the caches of a core
-    chunk = max(1, 16 * 64 * 64 // (height * width))
-    images, semantics, points = [], [], []
+    # chunks that fit the caches of a core; the numbers of all faces are found at once
+    chunk = max(1, CHUNK * 64 * 64 // (height * width))
+    s = build_shape(params)
+    c = build_look(params, s)
+    h = hair_shape(params, s, c)
+    images, semantics = [], []
     for start in range(0, len(params), chunk):
-        image, labels, marks = _draw(params[start : start + chunk], height, width, camera)
+        part = slice(start, start + chunk)
+        image, labels = _draw(params[part], *(chosen(n, part) for n in (s, c, h)), height, width, camera)
         images.append(image)
         semantics.append(labels)
-        points.append(marks)
     if not images:
         device = params.identity.device
         return Faces(
@@ -128,7 +135,7 @@ def draw(params: Params, size: int | tuple[int, int] = 64, camera: bool = True) 
             torch.zeros(0, 68, 2, device=device),
             params,
         )
-    return Faces(torch.cat(images), torch.cat(semantics), torch.cat(points), params)
+    return Faces(torch.cat(images), torch.cat(semantics), landmarks(s, height, width), params)
 
 
 @torch.no_grad()
@@ -154,23 +161,22 @@ def sketches(
     return render_sketch(tone, edges, params, artist, seed)
 
 
-def _draw(params: Params, height: int, width: int, camera: bool) -> tuple[Tensor, Tensor, Tensor]:
-    s = build_shape(params)
-    c = build_look(params, s)
+def _draw(
+    params: Params, s: Any, c: Any, h: Any, height: int, width: int, camera: bool
+) -> tuple[Tensor, Tensor]:
     f = frame(s, height, width)
-    h = hair_shape(params, s, c)
     hair = hair_field(f, s, h, c)
     image = paint_background(params, height, width)
     labels = torch.zeros(len(params), 1, height, width, dtype=torch.uint8, device=image.device)
     image, labels = paint_behind(image, labels, f, s, h, c, hair, params)
     image, labels = paint_head(image, labels, f, s, c, params)
     image, labels = paint_hair(image, labels, f, s, h, c, hair)
-    image, labels = paint_glasses(image, labels, f, s, c, params)
-    image, labels = paint_hat(image, labels, f, s, h, c, params, hair[3])
-    image = image.clamp(0, 1).sqrt()
+    draw_some(paint_glasses, params["glasses"].round() > 0.5, image, labels, f, s, c, params)
+    draw_some(paint_hat, params["hat"].round() > 0.5, image, labels, f, s, h, c, params, hair.n)
+    image = image.clamp_(0, 1).sqrt_()
     if camera:
         image = _camera(image, params)
-    return image, labels[:, 0], landmarks(s, height, width)
+    return image, labels[:, 0]
 
 
 def _camera(image: Tensor, params: Params) -> Tensor:
@@ -208,5 +214,5 @@ def _blur(image: Tensor, sigma: Tensor, radius: int) -> Tensor:
         image = image * weight[..., :1]
         for k in range(1, radius + 1):
             pair = padded.narrow(dim, radius - k, size) + padded.narrow(dim, radius + k, size)
-            image = torch.addcmul(image, pair, weight[..., k : k + 1])
+            image.addcmul_(pair, weight[..., k : k + 1])
     return image

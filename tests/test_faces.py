@@ -102,7 +102,7 @@ LOCAL = [
 ]
 
 
-@pytest.mark.parametrize(("change", "where", "grow"), LOCAL, ids=lambda value: str(value)[:24])
+@pytest.mark.parametrize(("change", "where", "grow"), LOCAL, ids=[next(iter(case[0])) for case in LOCAL])
 def test_local_attributes_change_their_place_and_nothing_else(change, where, grow):
     params = plain(6, seed=2)
     difference = changed(params, **change)
