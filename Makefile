@@ -34,8 +34,8 @@ setup:
 	if [ "$$(cat $(VENV)/.pins 2>/dev/null)" != "$$pins" ]; then \
 	  echo 'setting up $(VENV) (some GB, a few minutes; later calls reuse it)' && \
 	  $(PYTHON) -m venv $(VENV) && \
-	  $(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt && \
-	  $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e . && \
+	  PYTHONPATH= $(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt && \
+	  PYTHONPATH= $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e . && \
 	  echo "$$pins" > $(VENV)/.pins; \
 	fi
 
@@ -44,7 +44,7 @@ setup-flower: setup
 	if [ "$$(cat $(FLOWER)/.pins 2>/dev/null)" != "$$pins" ]; then \
 	  echo 'setting up $(FLOWER)' && \
 	  $(PYTHON) -m venv $(FLOWER) && \
-	  $(FLOWER)/bin/python -m pip install -q --disable-pip-version-check -r dfl/requirements-flower.txt && \
+	  PYTHONPATH= $(FLOWER)/bin/python -m pip install -q --disable-pip-version-check -r dfl/requirements-flower.txt && \
 	  borrowed=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  own=$$($(FLOWER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  echo "import site; site.addsitedir('$$borrowed')" > "$$own/borrowed.pth" && \

@@ -33,6 +33,9 @@ PAPERS = (
 LARGEST_PICTURE = 1400
 """Longest side in pixels of a picture on the page; larger ones are reduced."""
 
+MOST_SERIES = 12
+"""Most lines in one chart of training curves."""
+
 
 def write_report(target: Path | None = None) -> Path:
     """Collect every run with a results.json and write the page; returns its path."""
@@ -84,16 +87,19 @@ def describe_run(folder: Path) -> dict[str, Any]:
 
 
 def curves(log: Path) -> list[tuple[str, dict[str, tuple[list, list]]]]:
-    """log.jsonl -> [(metric, {series: (steps, values)})]. A scalar named "a/b" is series a of metric b."""
+    """log.jsonl -> [(metric, {series: (steps, values)})]. A scalar named "a/b" is series a of metric b.
+
+    Lines that have a round are drawn over it, the others over the step.
+    """
     charts: dict[str, dict[str, tuple[list, list]]] = {}
     for line in log.read_text().splitlines():
         entry = json.loads(line)
         for name, value in entry.items():
-            if name == "step" or not math.isfinite(value):
+            if name in ("step", "round") or not math.isfinite(value):
                 continue
             series, _, metric = name.rpartition("/")
             steps, values = charts.setdefault(metric, {}).setdefault(series, ([], []))
-            steps.append(entry["step"])
+            steps.append(entry.get("round", entry["step"]))
             values.append(value)
     drawn = {
         metric: {name: points for name, points in series.items() if len(points[0]) > 1}
@@ -105,10 +111,12 @@ def curves(log: Path) -> list[tuple[str, dict[str, tuple[list, list]]]]:
 def figure_url(metric: str, series: dict[str, tuple[list, list]]) -> str:
     """One chart as an SVG data URL."""
     figure, axes = plt.subplots(figsize=(4.4, 2.9), layout="constrained")
-    for name, (steps, values) in series.items():
+    shown = dict(list(series.items())[:MOST_SERIES])
+    for name, (steps, values) in shown.items():
         axes.plot(steps, values, label=name, linewidth=1.3)
-    axes.set_title(metric, fontsize=10)
-    axes.set_xlabel("step", fontsize=8)
+    more = f" (first {MOST_SERIES} of {len(series)})" if len(series) > MOST_SERIES else ""
+    axes.set_title(metric + more, fontsize=10)
+    axes.set_xlabel("step or round", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
     if any(series):
