@@ -58,6 +58,13 @@ def to_state(record: ArrayRecord) -> State:
     return dict(record.to_torch_state_dict())
 
 
+def write_state(path: Path, state: State) -> None:
+    """A state as a safetensors file, through a temporary name."""
+    temporary = path.with_suffix(".part")
+    save_file({name: value.contiguous() for name, value in state.items()}, temporary)
+    temporary.replace(path)
+
+
 def pack(prefix: str, states: dict) -> dict[str, ArrayRecord]:
     """Records "prefix-key" of the states that hold anything."""
     return {f"{prefix}-{key}": to_record(state) for key, state in states.items() if state}
@@ -123,9 +130,7 @@ def train_client(message: Message, context: Context) -> Message:
         context.state["memory-own"] = to_record(client.memory)
     # A node's state lives as long as the Flower run; the file outlives it.
     folder = Path(str(content["config"]["folder"]))
-    path = folder / f"client_{number}.safetensors"
-    save_file({name: value.contiguous() for name, value in client.state.items()}, f"{path}.part")
-    Path(f"{path}.part").replace(path)
+    write_state(folder / f"client_{number}.safetensors", client.state)
     metrics = {"client": number, "num-examples": upload.samples, **upload.metrics}
     records = {"arrays": to_record(upload.shared), "metrics": MetricRecord(metrics)}
     return Message(
@@ -262,10 +267,15 @@ def make_server(config: Config, folder: Path, report: Report) -> tuple[ServerApp
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        strategy = DFLStrategy(federation, folder, report)
-        strategy.start(grid, to_record(federation.shared), num_rounds=config.rounds)
+        run_rounds(grid, federation, folder, report)
 
     return app, federation
+
+
+def run_rounds(grid: Grid, federation: Federation, folder: Path, report: Report) -> None:
+    """All rounds of a trial over the nodes of `grid`."""
+    strategy = DFLStrategy(federation, folder, report)
+    strategy.start(grid, to_record(federation.shared), num_rounds=federation.config.rounds)
 
 
 def make_federation(config: Config) -> Federation:
@@ -290,13 +300,9 @@ def serve(grid: Grid, context: Context) -> None:
 
     def report(federation: Federation, scalars: dict[str, float]) -> None:
         print(json.dumps({"round": federation.round, **scalars}), flush=True)
-        path = folder / "shared.safetensors"
-        save_file({name: value.contiguous() for name, value in federation.shared.items()}, f"{path}.part")
-        Path(f"{path}.part").replace(path)
+        write_state(folder / "shared.safetensors", federation.shared)
 
-    federation = make_federation(config)
-    strategy = DFLStrategy(federation, folder, report)
-    strategy.start(grid, to_record(federation.shared), num_rounds=config.rounds)
+    run_rounds(grid, make_federation(config), folder, report)
 
 
 def simulate(config: Config, report: Report, cores: int = 1) -> Federation:
