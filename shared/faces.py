@@ -76,7 +76,7 @@ BISENET_CLASSES = (
     *("nose", "mouth", "u_lip", "l_lip", "neck", "neck_l", "cloth", "hair", "hat"),
 )
 MAX_SIZE = 2048
-CHUNK = 16  # faces of 64 x 64 pixels
+CHUNK = 64  # faces of 64 x 64 pixels
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def draw(params: Params, size: int | tuple[int, int] = 64, camera: bool = True) 
     camera=False leaves out blur and noise. Raises ValueError for sizes below 8 or above 2048 pixels.
     """
     height, width = _picture_size(size)
-    # chunks that fit the caches of a core; the numbers of all faces are found at once
+    # chunks large enough to hide the cost of a call and small enough for the caches of a core; the numbers
+    # of all faces are found at once
     chunk = max(1, CHUNK * 64 * 64 // (height * width))
     s = build_shape(params)
     c = build_look(params, s)

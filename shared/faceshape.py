@@ -127,12 +127,14 @@ def profile(s: SimpleNamespace, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inverse = torch.lerp(1 / (s.top - CHEEK_ROW), 1 / (s.chin_open - CHEEK_ROW), low)
     t = (y - CHEEK_ROW) * inverse
     t2 = t * t
+    # Beyond the chin the factor of a narrow jaw would turn negative and the head begin again: it stands still.
+    held = t2.clamp(max=1.02)
     b = s.lower_b * low
-    ab = torch.addcmul(torch.lerp(s.upper_a, s.lower_a, low), b, t2)  # a + b t^2
-    body = torch.addcmul(torch.ones_like(t2), ab, t2)
+    ab = torch.addcmul(torch.lerp(s.upper_a, s.lower_a, low), b, held)  # a + b t^2
+    body = torch.addcmul(torch.ones_like(t2), ab, held)
     rest = 1 - t2
     area = s.width * s.width
-    slope = torch.addcmul(-body, rest, torch.addcmul(ab, b, t2)) * (t * inverse) * (2 * area)
+    slope = torch.addcmul(-body, rest, torch.addcmul(ab, b, held)) * (t * inverse) * (2 * area)
     return body * rest * area, slope, s.jut * t2.clamp(max=1.2) * low
 
 

@@ -218,6 +218,13 @@ def test_landmarks_follow_left_and_right():
     assert (points[:, 27, 1] < points[:, 33, 1]).all() and (points[:, 51, 1] < points[:, 57, 1]).all()
 
 
+def test_no_skin_below_the_chin():
+    """Narrow jaws too, about one in fifty people: between chin and clothes there is only neck."""
+    faces = draw(sample(256, seed=5), 64)
+    below = torch.arange(64)[None, :, None] > faces.landmarks[:, 8, 1, None, None] + 5
+    assert not (below & (faces.semantics == LABEL["skin"])).any()
+
+
 def test_face_parsing_labels_map_to_bisenet_order():
     semantics = torch.arange(19, dtype=torch.uint8)
     mapped = to_bisenet(semantics)
