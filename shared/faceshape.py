@@ -127,7 +127,7 @@ def profile(s: SimpleNamespace, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inverse = torch.lerp(1 / (s.top - CHEEK_ROW), 1 / (s.chin_open - CHEEK_ROW), low)
     t = (y - CHEEK_ROW) * inverse
     t2 = t * t
-    # Beyond the chin the factor of a narrow jaw would turn negative and the head begin again: it stands still.
+    # Beyond the chin the factor of a narrow jaw would turn negative and the head begin again: it is held.
     held = t2.clamp(max=1.02)
     b = s.lower_b * low
     ab = torch.addcmul(torch.lerp(s.upper_a, s.lower_a, low), b, held)  # a + b t^2
