@@ -18,7 +18,7 @@ FLOWER  := $(abspath $(VENV))-flower
 help:
 	@echo 'make demo [PAPER=name]   train, evaluate and report the demo of one paper, or of all'
 	@echo 'make test                the tests (make test-all: the slow ones too)'
-	@echo 'make bench [PAPER=name]  size, cost and speed at the paper'"'"'s resolution'
+	@echo 'make bench [PAPER=name]  size, cost and speed at the paper'"'"'s resolution; of all: BENCHMARKS.md'
 	@echo 'make report              report/index.html from the runs that are there'
 	@echo 'make lint                ruff'
 	@echo 'make setup               the environment alone (all targets make it by themselves)'
@@ -65,8 +65,7 @@ test-flower: setup-flower
 	OMP_NUM_THREADS=1 $(FLOWER)/bin/python -m pytest -q -m flower tests/test_dfl_flower.py
 
 bench: setup
-	@for paper in $(or $(PAPER),$(LANDED)); do \
-	  echo "== $$paper"; (cd $$paper && $(BIN)/python bench.py) || exit 1; done
+	@$(BIN)/python -m shared.benchmarks $(or $(PAPER),$(LANDED))
 
 report: setup
 	@$(BIN)/python -m shared.report

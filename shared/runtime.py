@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,18 @@ def parse(config_class: type[T], doc: str, argv: list[str] | None = None) -> T:
     return tyro.cli(config_class, description=doc, args=argv)
 
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _report_thread(arguments: threading.ExceptHookArgs) -> None:
+    # TensorBoard's writing thread hands its error to the next call from the main thread, which reports it.
+    if not (isinstance(arguments.exc_value, OSError) and arguments.exc_value.errno in FULL_DISK):
+        threading.__excepthook__(arguments)
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a script. A user's mistake or a full disk: one message and exit code 2. A bug: its traceback."""
+    threading.excepthook = _report_thread
     try:
         main()
     except UserError as error:
@@ -81,7 +92,7 @@ def run_main(main: Callable[[], None]) -> None:
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL_DISK:
             raise
         where = error.filename or "the run folder's disk"
         print(

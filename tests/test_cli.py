@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.benchmarks import TITLE, write_section
 from shared.report import PAPERS
 from shared.runtime import REPOSITORY
 
@@ -51,6 +52,14 @@ def test_unknown_paper_is_a_message_and_code_2():
     )
     assert asked.returncode == 2
     assert asked.stderr.startswith("error: no paper called nonsense here")
+
+
+def test_benchmarks_keep_one_section_per_machine(tmp_path):
+    page = tmp_path / "BENCHMARKS.md"
+    write_section(page, "A", "first")
+    write_section(page, "B", "### x\n\nother")
+    write_section(page, "A", "second")
+    assert page.read_text() == TITLE + "\n## B\n\n### x\n\nother\n\n## A\n\nsecond\n"
 
 
 @pytest.mark.parametrize("paper", HERE)

@@ -1,0 +1,190 @@
+"""All papers alike: what goes wrong around a run ends in one message and code 2, and nothing is lost."""
+
+import contextlib
+import fcntl
+import io
+import os
+import pickle
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from shared.report import PAPERS
+from shared.runtime import REPOSITORY
+
+HERE = [paper for paper in PAPERS if (REPOSITORY / paper / "train.py").is_file()]
+
+TINY = {
+    "pin": "--people 8 --images-per-person 6 --test-people 6 --test-images 5 --size 16 --components 20 "
+    "--keep 8 --dae-widths 4 8 --esn-widths 4 8 --hidden 16 --dae-steps 4 --esn-steps 4 "
+    "--recognizer-epochs 1 --save-every 2 --variants pin",
+    "dfgc2022": "--world.train 6 --world.test 4 --world.keys 2 --steps 2 --batch-size 4 --log-every 1 "
+    "--checkpoint-every 1 --members diverse-swin diverse-convnext-0 diverse-convnext-1",
+    "dfl": "--trials dfl --seeds 1 --sweep --clients 3 --per-client 20 --test-images 50 --rounds 2 "
+    "--checkpoint-every 1",
+    "mdrnets": "--size unit --image-size 16 --train-images 12 --test-images 6 --coarse-steps 2 "
+    "--refine-steps 2 --copy-steps 0 --log-every 1 --checkpoint-every 1 --sample-every 100 --data simple "
+    "--variants full --no-unet",
+    "most_net": "--variants most --pairs 4 --seeds 1 --extras --artists --steps 2 --batch 2 --save-every 1",
+    "meta_reid": "--steps 20 --people 4 --variants meta --save-every 20",
+    "irisusformer": "--train-images 6 --test-images 4 --batch-size 2 --steps 2 --save-every 1 "
+    "--variants learned --ensemble 1",
+}
+"""The smallest run that writes every kind of file."""
+
+TINY_EVAL = {"pin": "--pairs 10 --repeats 1 --queries 5"}
+"""What evaluation needs to accept a run so small."""
+
+
+def script(paper: str, name: str, *arguments: str) -> tuple[int, str, str]:
+    """A script of a paper in this process (its imports are paid once): exit code, stdout, stderr."""
+    code = 0
+    with (
+        contextlib.chdir(REPOSITORY / paper),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "argv", [name, *arguments])
+        try:
+            runpy.run_path(name, run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+def evaluate(paper: str, folder: Path) -> tuple[int, str, str]:
+    return script(paper, "eval.py", "--run", str(folder), *TINY_EVAL.get(paper, "").split())
+
+
+def train(paper: str, folder: Path) -> tuple[int, str, str]:
+    return script(paper, "train.py", "demo", *TINY[paper].split(), "--device", "cpu", "--out", str(folder))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """paper -> its tiny run, made once, in a folder whose name has a space and letters beyond ASCII."""
+    runs: dict[str, Path] = {}
+
+    def get(paper: str) -> Path:
+        if paper not in runs:
+            folder = tmp_path_factory.mktemp(paper) / "größe 雪 run"
+            code, out, err = train(paper, folder)
+            assert code == 0, err
+            assert out.splitlines()[-1] == str(folder)
+            runs[paper] = folder
+        return runs[paper]
+
+    return get
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """paper -> a copy of its tiny run that a test may damage."""
+    return lambda paper: Path(shutil.copytree(trained(paper), tmp_path / "run", dirs_exist_ok=True))
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("paper", HERE)
+def test_a_finished_run_is_left_as_it_is(paper, copy):
+    folder = copy(paper)
+    before = weights(folder)
+    assert before
+    code, out, _ = train(paper, folder)
+    assert code == 0 and out.splitlines()[-1] == str(folder)
+    assert weights(folder) == before
+
+
+@pytest.mark.parametrize("paper", HERE)
+def test_two_runs_in_one_folder(paper, copy):
+    folder = copy(paper)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = train(paper, folder)
+    assert code == 2 and err.startswith("error: ") and "another process is training here" in err
+
+
+class Bomb:
+    """A pickle that runs code when a careless reader loads it."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("paper", HERE)
+def test_hostile_truncated_and_foreign_checkpoints(paper, copy, tmp_path):
+    """Every file of the checkpoint in turn: training and evaluation name it and run nothing in it."""
+    folder, mark = copy(paper), tmp_path / "executed"
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".pt"))
+    assert any(path.suffix == ".pt" for path in files)
+    for path in (files[0], next(path for path in files if path.suffix == ".pt")):
+        whole = path.read_bytes()
+        foreign = tmp_path / "foreign"
+        save_file({"of.another.model": torch.zeros(3)}, foreign)
+        torch.save(Bomb(mark), tmp_path / "bomb.pt")
+        contents = {
+            "pickle": pickle.dumps(Bomb(mark)),
+            "torch file": (tmp_path / "bomb.pt").read_bytes(),
+            "truncated": whole[: len(whole) // 2],
+            "foreign": foreign.read_bytes(),
+            "empty": b"",
+        }
+        for kind, content in contents.items():
+            path.write_bytes(content)
+            code, _, err = train(paper, folder)
+            if code == 0:  # a finished run need not be read to be seen as finished; its evaluation reads it
+                code, _, err = evaluate(paper, folder)
+            assert code == 2, f"{kind} {path.name}: code {code}\n{err}"
+            assert err.startswith("error: ") and path.name in err and err.count("\n") <= 3, err
+            assert not mark.exists(), f"code in {path.name} ran"
+        path.write_bytes(whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 200 kB; needs the right to mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small disk here; tests/test_runs.py has the libraries' errors")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("paper", HERE)
+def test_a_full_disk(paper, small_disk):
+    """200 kB hold no paper's checkpoint and pictures, however small; a process of its own, as a user's."""
+    (small_disk / "filler").write_bytes(bytes(120_000))
+    command = [sys.executable, "train.py", "demo", *TINY[paper].split(), "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--out", str(small_disk / "run")],
+        cwd=REPOSITORY / paper,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "error: no space left writing" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("paper", HERE)
+@pytest.mark.parametrize("name", ["train.py", "eval.py", "predict.py", "bench.py"])
+def test_help_and_unknown_options(paper, name):
+    code, out, _ = script(paper, name, *(["demo"] if name == "train.py" else []), "--help")
+    assert code == 0 and "usage" in out
+    code, _, _ = script(paper, name, *(["demo"] if name == "train.py" else []), "--nonsense", "1")
+    assert code == 2
