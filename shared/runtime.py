@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import random
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -86,11 +87,22 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # From a data-loading process it comes wrapped in that process's traceback.
+        message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2].strip()
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        if not re.match(r"DataLoader worker \(pid", str(error)):
+            raise
+        print(
+            "error: a data-loading process died, mostly for lack of memory: use fewer --workers; the same "
+            "command continues from the last checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise

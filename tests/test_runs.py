@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from shared import io
 from shared.io import Run, find_run, load_config, load_weights
-from shared.runtime import RunConfig, UserError, parse_presets, run_main, seed_everything
+from shared.runtime import REPOSITORY, RunConfig, UserError, parse_presets, run_main, seed_everything
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def outcome(folder: Path) -> tuple[dict, str]:
     return {name: value.tolist() for name, value in weights.items()}, (folder / "log.jsonl").read_text()
 
 
-def die_at(call: int, config: Config, save_every: int) -> None:
-    """Train, but be killed as `kill -9` does it at the call-th file operation or training step."""
+def die_at(call: int, config: Config, save_every: int, how: signal.Signals = signal.SIGKILL) -> None:
+    """Train, but be killed at the call-th file operation or training step, as `kill -9` or `kill` does it."""
     calls = 0
 
     def counted(function):
@@ -77,7 +79,7 @@ def die_at(call: int, config: Config, save_every: int) -> None:
             nonlocal calls
             calls += 1
             if calls == call:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), how)
             return function(*args, **options)
 
         return wrapper
@@ -89,20 +91,22 @@ def die_at(call: int, config: Config, save_every: int) -> None:
     train(config, save_every)
 
 
-@pytest.mark.parametrize("save_every", [1, 2])
-def test_killed_at_any_moment_a_run_continues_to_the_same_end(tmp_path, save_every):
+@pytest.mark.parametrize(
+    ("save_every", "how", "stride"), [(1, signal.SIGKILL, 3), (2, signal.SIGKILL, 3), (1, signal.SIGTERM, 7)]
+)
+def test_killed_at_any_moment_a_run_continues_to_the_same_end(tmp_path, save_every, how, stride):
     expected = outcome(train(Config(out=tmp_path / "whole"), save_every))
     fork = multiprocessing.get_context("fork")
     survived = 0
-    for call in range(1, 400, 3):
+    for call in range(1, 400, stride):
         config = Config(out=tmp_path / f"killed{call}")
-        process = fork.Process(target=die_at, args=(call, config, save_every))
+        process = fork.Process(target=die_at, args=(call, config, save_every, how))
         process.start()
         process.join()
         if process.exitcode == 0:
             survived += 1
             break  # fewer operations than that in the whole run
-        assert process.exitcode == -signal.SIGKILL
+        assert process.exitcode == -how
         # A second kill soon after the restart, then the same command to the end.
         process = fork.Process(target=die_at, args=(7, config, save_every))
         process.start()
@@ -262,6 +266,53 @@ def test_exit_codes(capsys):
         assert text in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         run_main(bug)
+
+
+class Breaks(Dataset):
+    """Ten items, the third of which cannot be had."""
+
+    def __init__(self, how: str):
+        self.how = how
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        if index == 3:
+            if self.how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise {"mistake": UserError("a.png: damaged"), "bug": RuntimeError("oops")}[self.how]
+        return index
+
+
+def test_a_mistake_met_in_a_data_loading_process_is_one_message(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: list(DataLoader(Breaks("mistake"), num_workers=1)))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: a.png: damaged\n"
+
+
+def test_a_data_loading_process_that_dies_is_one_message():
+    """In a process of its own: PyTorch reports the death through a signal, at any moment."""
+    program = (
+        "from test_runs import *\n"
+        "if __name__ == '__main__': run_main(lambda: list(DataLoader(Breaks('killed'), num_workers=1)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "error: a data-loading process died" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_bug_in_a_data_loading_process_shows_its_traceback():
+    with pytest.raises(RuntimeError, match="oops"):
+        run_main(lambda: list(DataLoader(Breaks("bug"), num_workers=1)))
 
 
 def test_presets_on_the_command_line(capsys):
