@@ -73,6 +73,8 @@ class TableBoxes:
                 continue
             try:
                 name, frame, relative, box = self._parse(header, row)
+                if not np.isfinite(box).all():
+                    raise ValueError(f"{','.join(row)}: a number of the box is not finite")
             except (ValueError, IndexError) as error:
                 raise UserError(f"{path}, line {line}: {error}") from None
             self.boxes.setdefault(_stem(name), {}).setdefault(frame, []).append((relative, box))

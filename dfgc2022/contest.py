@@ -16,16 +16,19 @@ from sklearn.metrics import roc_curve
 
 from dfgc2022.creation import DEFINITIONS, TERMS, Definition, Row, anti_detection, correlations, ranking
 from dfgc2022.protocol import (
-    BREAKDOWNS,
-    POOLED,
     Area,
     Clip,
     Matrix,
     arrays,
     breakdown,
+    fuse,
     leaderboard,
     matrix,
+    part_areas,
     read_submission,
+    scaled,
+    search_weights,
+    temperature,
     winner_metrics,
 )
 from shared.published import Metric, format_table
@@ -100,14 +103,19 @@ def score_detection(contest: Contest, draws: int = 1000) -> tuple[list[Metric], 
             ["detector", *next(iter(aux.values()))], [[name, *m.values()] for name, m in aux.items()]
         )
     )
-    best = board[0][0]
-    for by in BREAKDOWNS:
-        areas = breakdown(contest.clips, contest.submissions[best], by, draws)
-        if by in ("compression", "round") and areas:
-            print(f"\n{best} by {by}: " + ", ".join(f"{key} {_interval(a)}" for key, a in areas.items()))
+    for by in ("compression", "round", "identity group"):
+        table = {
+            name: breakdown(contest.clips, scores, by, draws) for name, scores in contest.submissions.items()
+        }
+        keys = list(dict.fromkeys(key for areas in table.values() for key in areas))
+        if keys and by != "identity group":  # some twenty columns; results.json holds them
+            print(f"\nAUC by {by}, [95 % bootstrap interval]")
+            rows = [[name, *(_interval(areas.get(key)) for key in keys)] for name, areas in table.items()]
+            print(format_table(["detector", *keys], rows))
         metrics += [
-            Metric(f"by {by}", key, "AUC", "fraction", a.value, contest.dataset, False, best)
-            for key, a in areas.items()
+            Metric(f"by {by}", key, "AUC", "fraction", found.value, contest.dataset, False, name)
+            for name, areas in table.items()
+            for key, found in areas.items()
         ]
     crossed = matrix(contest.clips, contest.submissions, draws)
     print("\ncreators x detectors: AUC against all real clips (mean width of the 95 % intervals "
@@ -126,6 +134,47 @@ def score_detection(contest: Contest, draws: int = 1000) -> tuple[list[Metric], 
             value = float(crossed.auc[row, column])
             metrics.append(Metric("matrix", creator, "AUC", "fraction", value, contest.dataset, False, name))
     return metrics, crossed
+
+
+def fusion_choices(
+    contest: Contest, members: Sequence[Mapping[str, float]], weights: Sequence[float]
+) -> list[Metric]:
+    """Given weights beside weights and temperatures chosen on Public, all measured on the private parts.
+
+    Prints a table. Nothing, and a remark, where Public or the private parts lack real or fake clips.
+    """
+    public = [clip for clip in contest.clips if clip.part == "Public"]
+    measured = [part for part in part_areas(contest.clips, members[0], 1) if part != "Public"]
+    if len({clip.label for clip in public}) < 2 or not measured:
+        print(
+            "\nfusion weights are not searched: that needs real and fake clips of Public and a private part"
+        )
+        return []
+    temperatures = [temperature(public, member) for member in members]
+    calm = [
+        dict(zip(member, scaled(np.array(list(member.values())), t), strict=True))
+        for member, t in zip(members, temperatures, strict=True)
+    ]
+    searched, searched_calm = search_weights(public, members), search_weights(public, calm)
+    choices = {
+        f"fixed {_numbers(weights)}": fuse(members, weights)[0],
+        f"searched on Public {_numbers(searched)}": fuse(members, searched)[0],
+        f"fixed, temperatures {_numbers(temperatures)}": fuse(calm, weights)[0],
+        f"searched with temperatures {_numbers(searched_calm)}": fuse(calm, searched_calm)[0],
+    }
+    rows, metrics = [], []
+    for name, scores in choices.items():
+        areas = part_areas(contest.clips, scores, 1)
+        rows.append([name, *(areas[part].value for part in measured)])
+        metrics += [
+            Metric(
+                "fusion", name, "AUC", "fraction", areas[part].value, _part(contest, part), False, "fusion"
+            )
+            for part in measured
+        ]
+    print("\nfusion of " + str(len(members)) + " detectors, weights and temperatures chosen on Public alone")
+    print(format_table(["choice", *measured], rows))
+    return metrics
 
 
 def score_creation(
@@ -210,12 +259,13 @@ def _save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3g}" for value in values)
+
+
 def _interval(found: Area | None) -> str:
     return "-" if found is None else f"{found.value:.4f} [{found.low:.3f}, {found.high:.3f}]"
 
 
 def _part(contest: Contest, part: str) -> str:
     return part if contest.comparable else f"{contest.dataset} {part}"
-
-
-__all__ = ["POOLED", "Contest", "draw_pictures", "read_submissions", "score_creation", "score_detection"]

@@ -75,7 +75,25 @@ def anti_detection(
 
 
 def read_ratings(path: Path) -> dict[str, dict[str, float]]:
-    """Ratings table -> submission -> the five means over its clips and raters.
+    """Ratings table -> submission -> the five means over its clips and raters. See `rating_rows`."""
+    values: dict[str, list[list[int]]] = {}
+    for submission, _, marks in rating_rows(path):
+        values.setdefault(submission, []).append(marks)
+    return {
+        name: dict(zip(TERMS, map(float, np.mean(marks, 0)), strict=True)) for name, marks in values.items()
+    }
+
+
+def clip_realism(path: Path) -> dict[str, float]:
+    """Ratings table -> clip -> mean realism over its raters. See `rating_rows`."""
+    values: dict[str, list[int]] = {}
+    for _, clip, marks in rating_rows(path):
+        values.setdefault(clip, []).append(marks[0])
+    return {clip: float(np.mean(marks)) for clip, marks in values.items()}
+
+
+def rating_rows(path: Path) -> list[tuple[str, str, list[int]]]:
+    """Ratings table -> (submission, clip, five marks in the order of `TERMS`) per line.
 
     Columns: submission, clip, rater, realism, mouth, quality, expression, id; integers 1 to 5. Raises
     UserError that names the line on a missing column, another value, or one clip rated twice by a rater.
@@ -91,8 +109,7 @@ def read_ratings(path: Path) -> dict[str, dict[str, float]]:
     missing = [name for name in wanted if name not in header]
     if missing:
         raise UserError(f"{path}: column {missing[0]} is missing; columns are {', '.join(wanted)}")
-    values: dict[str, list[list[int]]] = {}
-    seen = set()
+    found, seen = [], set()
     for line, row in enumerate(rows, 2):
         key = tuple(row[header[name]] for name in wanted[:3])
         marks = [row[header[term.lower()]] for term in TERMS]
@@ -101,10 +118,8 @@ def read_ratings(path: Path) -> dict[str, dict[str, float]]:
         if key in seen:
             raise UserError(f"{path}, line {line}: rater {key[2]} rated {key[1]} of {key[0]} twice")
         seen.add(key)
-        values.setdefault(key[0], []).append([int(mark) for mark in marks])
-    return {
-        name: dict(zip(TERMS, map(float, np.mean(marks, 0)), strict=True)) for name, marks in values.items()
-    }
+        found.append((key[0], key[1], [int(mark) for mark in marks]))
+    return found
 
 
 def ranking(rows: Sequence[Row]) -> list[Row]:

@@ -275,13 +275,14 @@ class TestSet:
 
 def dfgc2022(root: Path, parts: Sequence[str] = PARTS) -> TestSet:
     """The DFGC 2022 release: `Detection Dataset/{Public,Private}/*.mp4`, `{Public,Private} Label.json`,
-    `Detection Dataset Meta.csv`.
+    `Detection Dataset Meta.csv`, and `Result Clips/metadata_C{1,2,3}.txt`, whose targets tell a fake's round.
 
     Private-2 was not released; clips that someone has under `Private-2/` with `Private-2 Label.json` are
     read too. Raises UserError on a missing file or label, and when table and labels contradict each other.
     """
     base = root / "Detection Dataset" if (root / "Detection Dataset").is_dir() else root
     meta = _read_meta(base / "Detection Dataset Meta.csv")
+    rounds = read_rounds(base.parent / "Result Clips")
     found = TestSet()
     for part in parts:
         name = "Private" if part == "Private-1" else part
@@ -302,10 +303,24 @@ def dfgc2022(root: Path, parts: Sequence[str] = PARTS) -> TestSet:
                 creator=row.get("face-swap method", "") if label else "",
                 compression=row.get("compression", "") or "none",
                 target=row.get("target", ""),
+                round=rounds.get(row.get("target", ""), "") if label else "",
             )
             found.clips.append(clip)
             found.paths[video] = path
     return found
+
+
+def read_rounds(folder: Path) -> dict[str, str]:
+    """`metadata_C{1,2,3}.txt` of the creation track -> round of each target `group/id/clip`; empty without
+    the files. Raises UserError on a target that stands in two rounds.
+    """
+    rounds: dict[str, str] = {}
+    for number in "123":
+        path = folder / f"metadata_C{number}.txt"
+        for target in path.read_text().split() if path.is_file() else ():
+            if rounds.setdefault(target, number) != number:
+                raise UserError(f"{path}: {target} is a target of round {rounds[target]} already")
+    return rounds
 
 
 def _read_meta(path: Path) -> dict[str, dict[str, str]]:
@@ -322,7 +337,11 @@ def _read_meta(path: Path) -> dict[str, dict[str, str]]:
         raise UserError(f"{path}: not readable as the table of the detection data ({error})") from None
     if rows and "videoname" not in rows[0]:
         raise UserError(f"{path}: column videoName is missing; there are {', '.join(rows[0])}")
-    return {_stem(row["videoname"]): row for row in rows}
+    table = {_stem(row["videoname"]): row for row in rows}
+    if len(table) < len(rows):
+        names = [_stem(row["videoname"]) for row in rows]
+        raise UserError(f"{path}: {next(name for name in names if names.count(name) > 1)} stands there twice")
+    return table
 
 
 DATASETS: dict[str, Callable[[Path], list[Video]]] = {

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from dfgc2022 import contest as scoring
-from dfgc2022.boxes import box_source
-from dfgc2022.creation import DEFINITIONS, anti_detection, published_rows, read_ratings
+from dfgc2022.creation import DEFINITIONS, anti_detection, clip_realism, published_rows, read_ratings
 from dfgc2022.data import TestSet, dfgc2022
-from dfgc2022.pipeline import Scorer, Settings, pieces, score_videos
+from dfgc2022.pipeline import ClipScore, Scorer, Settings, frames_to_video, score_videos
 from dfgc2022.protocol import (
     FUSION,
     POOLED,
@@ -19,18 +18,15 @@ from dfgc2022.protocol import (
     Matrix,
     arrays,
     fuse,
-    scaled,
-    search_weights,
-    temperature,
     write_submission,
 )
-from dfgc2022.realism import RealismModel, agreement, clip_features
+from dfgc2022.realism import RealismModel, agreement, clip_crops, clip_features
 from dfgc2022.robustness import CHANGES, attack, change_videos
 from dfgc2022.train import TEAMS, load_members
 from dfgc2022.train import Config as TrainConfig
 from dfgc2022.video import read_frames
 from dfgc2022.world import CREATORS
-from shared.io import image_grid, progress, write_image
+from shared.io import image_grid, write_image
 from shared.metrics import auc
 from shared.published import Claim, Metric, load_published
 from shared.runtime import UserError, pick_device
@@ -54,8 +50,9 @@ def evaluate_demo(folder: Path, settings: TrainConfig, config: Any) -> tuple[lis
     made = score_videos(videos, scorer, pipeline, folder / "scores.jsonl", workers=config.workers)
     submissions = {name: {clip.name: clip.score[name] for clip in made} for name in scorer.networks}
     teams = {name: members for name, members in TEAMS.items() if set(members) <= set(submissions)}
+    weights = config.weights or FUSION
     for name, members in teams.items():
-        submissions[f"{name}-ensemble"], _ = fuse([submissions[member] for member in members], FUSION)
+        submissions[f"{name}-ensemble"], _ = fuse([submissions[member] for member in members], weights)
     (folder / "submissions").mkdir(exist_ok=True)
     for name, scores in submissions.items():
         write_submission(folder / "submissions" / f"{name}.txt", scores)
@@ -72,8 +69,9 @@ def evaluate_demo(folder: Path, settings: TrainConfig, config: Any) -> tuple[lis
         config.anti_detection,
         predicted,
     )
-    metrics += realism + more + fusion_choices(found.clips, list(diverse.values()))
-    metrics += robustness(found, team, pipeline, folder / "changed")
+    metrics += realism + more + scoring.fusion_choices(contest, list(diverse.values()), weights)
+    metrics += robustness(found, team, pipeline, folder / "changed", weights)
+    metrics += confidence_weighting(found.clips, made, weights)
     draw_clips(folder / "samples" / "clips.png", found, settings.world.every)
     claims = demo_claims(found.clips, submissions, areas, crossed)
     return (
@@ -179,48 +177,6 @@ def sums_claim() -> Claim:
     )
 
 
-def fusion_choices(clips: Sequence[Clip], members: list[dict[str, float]]) -> list[Metric]:
-    """Fixed weights beside weights and temperatures chosen on Public; all measured on the private parts."""
-    public = [clip for clip in clips if clip.part == "Public"]
-    temperatures = [temperature(public, member) for member in members]
-    calm = [
-        dict(zip(member, scaled(np.array(list(member.values())), t), strict=True))
-        for member, t in zip(members, temperatures, strict=True)
-    ]
-    searched, searched_calm = search_weights(public, members), search_weights(public, calm)
-    choices = {
-        f"fixed {FUSION}": fuse(members, FUSION)[0],
-        f"searched on Public {searched}": fuse(members, searched)[0],
-        "fixed, temperatures " + ", ".join(f"{t:.2f}" for t in temperatures): fuse(calm, FUSION)[0],
-        f"searched {searched_calm}, with temperatures": fuse(calm, searched_calm)[0],
-    }
-    return [
-        Metric(
-            "fusion",
-            name,
-            "AUC",
-            "fraction",
-            part_aucs(clips, scores)[part],
-            f"{DATA} {part}",
-            False,
-            "diverse-ensemble",
-        )
-        for name, scores in choices.items()
-        for part in ("Private-1", POOLED)
-    ]
-
-
-def clip_crops(
-    found: TestSet, names: Sequence[str], scorer: Scorer, pipeline: Settings
-) -> list[dict[int, np.ndarray]]:
-    """Crops of some clips again, in memory: per clip, side -> (n, S, S, 3)."""
-    source, result = box_source(pipeline.boxes), []
-    for name in progress(names, "crops"):
-        parts = [p.crops for p in pieces(found.paths[name], 0, source, scorer.sizes, pipeline) if p.frames]
-        result.append({size: np.concatenate([part[size] for part in parts]) for size in scorer.sizes})
-    return result
-
-
 def predict_realism(
     found: TestSet, scorer: Scorer, pipeline: Settings, ratings: Path
 ) -> tuple[list[Metric], dict[str, float]]:
@@ -236,7 +192,7 @@ def predict_realism(
         part: np.stack(
             [
                 clip_features(scorer, crops)
-                for crops in clip_crops(found, [c.name for c in group], scorer, pipeline)
+                for crops in clip_crops([found.paths[c.name] for c in group], scorer, pipeline)
             ]
         )
         for part, group in groups.items()
@@ -255,17 +211,25 @@ def predict_realism(
     return metrics, {name: float(unrated[creators == name].mean()) for name in dict.fromkeys(creators)}
 
 
-def clip_realism(ratings: Path) -> dict[str, float]:
-    """Mean realism of each clip over its raters, from a ratings table."""
-    read_ratings(ratings)  # checks every line
-    lines = [line.split(",") for line in ratings.read_text().splitlines()[1:]]
-    marks: dict[str, list[int]] = {}
-    for _, clip, _, realism, *_ in lines:
-        marks.setdefault(clip, []).append(int(realism))
-    return {clip: float(np.mean(values)) for clip, values in marks.items()}
+def confidence_weighting(
+    clips: Sequence[Clip], made: Sequence[ClipScore], weights: Sequence[float]
+) -> list[Metric]:
+    """The diverse ensemble with frames weighted by confidence instead of evenly."""
+    members = [
+        {clip.name: frames_to_video(clip.probabilities.get(name, []), "confident") for clip in made}
+        for name in TEAMS["diverse"]
+    ]
+    areas = part_aucs(clips, fuse(members, weights)[0])
+    return [
+        Metric("frames to video", "by confidence", "AUC", "fraction", areas[part], f"{DATA} {part}", False,
+               "diverse-ensemble")
+        for part in ("Public", "Private-1", "Private-2")
+    ]  # fmt: skip
 
 
-def robustness(found: TestSet, team: Scorer, pipeline: Settings, folder: Path) -> list[Metric]:
+def robustness(
+    found: TestSet, team: Scorer, pipeline: Settings, folder: Path, weights: Sequence[float]
+) -> list[Metric]:
     """AUC of the diverse ensemble on the uncompressed clips of Private-1, as they are, changed, and
     attacked.
     """
@@ -276,10 +240,10 @@ def robustness(found: TestSet, team: Scorer, pipeline: Settings, folder: Path) -
         changed = paths if change == "unchanged" else change_videos(paths, folder / change, change)
         made = score_videos(changed, team, pipeline)
         members = [{clip.name: clip.score[name] for clip in made} for name in team.networks]
-        results[change] = auc(*arrays(clips, fuse(members, FUSION)[0]))
+        results[change] = auc(*arrays(clips, fuse(members, weights)[0]))
     name = TEAMS["diverse"][1]
     size = team.networks[name][2]
-    crops = clip_crops(found, [clip.name for clip in clips], team, pipeline)
+    crops = clip_crops(paths, team, pipeline)
     attacked = {
         clip.name: float(attack(team, name, images[size], clip.label).mean())
         for clip, images in zip(clips, crops, strict=True)

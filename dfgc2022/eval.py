@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from dfgc2022 import contest as scoring
-from dfgc2022.creation import Definition, published_rows, read_ratings
+from dfgc2022.creation import Definition, clip_realism, published_rows, read_ratings
 from dfgc2022.data import dfgc2022
 from dfgc2022.demo import evaluate_demo
 from dfgc2022.pipeline import Scorer, Settings, score_videos
 from dfgc2022.protocol import fuse, write_submission
+from dfgc2022.realism import predict_unrated
 from dfgc2022.train import Config as TrainConfig
 from dfgc2022.train import load_members
 from shared.io import find_run, load_config, runs_root
@@ -45,11 +46,14 @@ class Config:
     preds: tuple[Path, ...] = ()
     """Submission files (`name, probability` lines) to score on --dfgc."""
     weights: tuple[float, ...] = ()
-    """Fuse the submissions with these weights, in their order; 0.2 0.3 0.5 are the winner's for Swin,
-    ConvNeXt (epoch 10) and ConvNeXt (epoch 30).
+    """Fuse the submissions with these weights, in their order, beside weights searched on Public; 0.2 0.3
+    0.5 are the winner's for Swin, ConvNeXt (epoch 10) and ConvNeXt (epoch 30). Embedded contest: the
+    ensembles' weights, by default the winner's.
     """
     ratings: Path | None = None
-    """Ratings table for the creation track: submission,clip,rater,realism,mouth,quality,expression,id."""
+    """Ratings table for the creation track: submission,clip,rater,realism,mouth,quality,expression,id. With
+    --run, the realism of submissions without ratings is predicted from those with, and labelled so.
+    """
     anti_detection: Definition = "auc10"
     """Definition of the anti-detection term; the one that was run is not documented."""
     boxes: str = "auto"
@@ -94,7 +98,7 @@ def main(config: Config) -> None:
     print(folder)
 
 
-SHOWN = ("detection top-3", "robustness", "predicted realism", "fusion")
+SHOWN = ("detection top-3", "robustness", "predicted realism", "fusion", "frames to video")
 """Tables shown again beside the published ones; results.json holds all."""
 
 
@@ -103,13 +107,16 @@ def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
     found = dfgc2022(config.dfgc)
     folder.mkdir(parents=True, exist_ok=True)
     submissions = scoring.read_submissions(config.preds, found.clips) if config.preds else {}
+    scorer, pipeline = None, Settings(config.boxes, config.every)
     if config.run is not None:
-        scorer = Scorer(load_members(find_run("dfgc2022", config.run), settings), pick_device(config.device))
+        device = pick_device(config.device)
+        networks = load_members(find_run("dfgc2022", config.run), settings)
+        scorer = Scorer(networks, device, bf16=device.type == "cuda")
         videos = [found.paths[clip.name] for clip in found.clips]
         made = score_videos(
             videos,
             scorer,
-            Settings(config.boxes, config.every),
+            pipeline,
             folder / "scores.jsonl",
             workers=config.workers,
         )
@@ -121,8 +128,9 @@ def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
             write_submission(folder / f"{name}.txt", submissions[name])
     if not submissions:
         raise UserError("nothing to score: give --preds or --run")
+    members = list(submissions.values())
     if config.weights:
-        fused, warnings = fuse(list(submissions.values()), config.weights)
+        fused, warnings = fuse(members, config.weights)
         print("".join(f"warning: {warning}\n" for warning in warnings), end="")
         submissions["fusion"] = fused
         write_submission(folder / "fusion.txt", fused)
@@ -139,10 +147,18 @@ def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
     )
     metrics, crossed = scoring.score_detection(contest, config.draws)
     scoring.draw_pictures(folder / "samples", contest, crossed)
+    if 2 <= len(members) <= 5:  # the grid of weights grows as 11^(members - 1)
+        even = (1 / len(members),) * len(members)
+        metrics += scoring.fusion_choices(contest, members, config.weights or even)
     if complete:
         print_published()
     if config.ratings:
-        _, more = scoring.score_creation(contest, read_ratings(config.ratings), config.anti_detection)
+        predicted = None
+        if scorer is not None:
+            rated = clip_realism(config.ratings)
+            predicted = predict_unrated(found.clips, found.paths, rated, scorer, pipeline)
+        terms = read_ratings(config.ratings)
+        _, more = scoring.score_creation(contest, terms, config.anti_detection, predicted)
         metrics += more
     return metrics, {"matrix": vars(crossed)}
 

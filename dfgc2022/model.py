@@ -238,7 +238,7 @@ DETECTORS: dict[str, Detector] = {
         num_heads=(3, 6, 12, 24),
     ),
     "swin_micro": _swin(
-        "", img_size=48, patch_size=2, window_size=6, embed_dim=24, depths=(1, 2, 1), num_heads=(2, 4, 4)
+        "", img_size=32, patch_size=2, window_size=4, embed_dim=24, depths=(1, 2, 1), num_heads=(2, 4, 4)
     ),
 }
 OFFICIAL = tuple(DETECTORS)[:3]

@@ -27,6 +27,7 @@ from shared.runtime import UserError
 
 NO_FACE = 0.5
 """Score of a video without any face, the winner's rule."""
+Average = Literal["mean", "confident"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Settings:
     """Crop arithmetic."""
     faces: Literal["best", "max", "mean"] = "best"
     """Frames with several faces: the most probable one, or the largest or mean score of all of them."""
+    average: Average = "mean"
+    """Frames to video: the arithmetic mean (the contest's), or weighted by how sure each frame is."""
 
 
 @dataclass
@@ -54,7 +57,7 @@ class ClipScore:
     probabilities: dict[str, list[float]] = field(default_factory=dict)
     """Detector -> probability of fake of each scored frame."""
     score: dict[str, float] = field(default_factory=dict)
-    """Detector -> arithmetic mean over the frames, 0.5 when there are none."""
+    """Detector -> average over the frames, 0.5 when there are none."""
     looked_at: int = 0
     """Frames in which a face was looked for."""
     note: str = ""
@@ -259,10 +262,22 @@ def _finish(clip: ClipScore, settings: Settings, note: str) -> None:
     for name, values in clip.probabilities.items():
         per_frame = [float(merge(np.array(values)[frames == index])) for index in clip.frames]
         clip.probabilities[name] = per_frame
-        clip.score[name] = float(np.mean(per_frame)) if per_frame else NO_FACE
+        clip.score[name] = frames_to_video(per_frame, settings.average)
     clip.note = note
     if not clip.frames and not note:
         clip.note = f"{clip.name}: no face in the {clip.looked_at} frames looked at"
+
+
+def frames_to_video(probabilities: Sequence[float], average: Average = "mean") -> float:
+    """Probabilities of fake of a video's frames -> that of the video, 0.5 when there are none.
+
+    mean: the winner's rule. confident: each frame weighs |2 p - 1|, so that undecided frames count little.
+    """
+    p = np.array(probabilities)
+    sure = np.abs(2 * p - 1)
+    if average == "confident" and sure.sum() > 0:
+        return float((sure * p).sum() / sure.sum())
+    return float(p.mean()) if len(p) else NO_FACE
 
 
 def _resume(out: Path | None, scorer: Scorer, settings: Settings) -> dict[str, ClipScore]:

@@ -3,9 +3,12 @@
 python predict.py --input clip.mp4                          the newest run
 python predict.py --input folder/ --run runs/dfgc2022/paper-0 --boxes mtcnn
 python predict.py --input clip.mp4 --official convnext_xlarge_384_in22ft1k --weights convnext_30.pth
+python predict.py --input clip.mp4 --weights swin_40.pth convnext_10.pth convnext_30.pth --official \\
+    swin_large_patch4_window12_384_in22k convnext_xlarge_384_in22ft1k convnext_xlarge_384_in22ft1k
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,12 +18,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from torch import nn
 
 from dfgc2022.boxes import Rule, box_source
-from dfgc2022.model import OFFICIAL, detector, load_official
-from dfgc2022.pipeline import ClipScore, Scorer, Settings, pieces, score_videos
+from dfgc2022.model import OFFICIAL, Detector, detector, load_official
+from dfgc2022.pipeline import Average, ClipScore, Scorer, Settings, pieces, score_videos
 from dfgc2022.protocol import FUSION, write_submission
-from dfgc2022.train import TEAMS, load_members
+from dfgc2022.train import TEAMS, load_members, plan
 from dfgc2022.train import Config as TrainConfig
 from dfgc2022.video import list_videos
 from shared.io import find_run, load_config
@@ -39,10 +43,16 @@ class Config:
     """Where scores.jsonl, submission.txt and one .json and .png per video go."""
     run: Path | None = None
     """Run folder of the detectors. None: the newest."""
-    official: Literal[OFFICIAL] | None = None
-    """Use this released network instead of a run, with `weights`."""
-    weights: Path | None = None
-    """Released file of the official network."""
+    members: tuple[str, ...] = ()
+    """Detectors of the run, by the names of the files in its `members`. None: the diverse team of an embedded
+    contest, otherwise what training ended with.
+    """
+    official: tuple[Literal[OFFICIAL], ...] = ()
+    """Use these released networks instead of a run, each with its file in `weights`."""
+    weights: tuple[Path, ...] = ()
+    """Released files of the official networks. Three detectors are fused 0.2, 0.3, 0.5 in their order, the
+    winner's being Swin, ConvNeXt of epoch 10, ConvNeXt of epoch 30; others evenly.
+    """
     boxes: str = "auto"
     """Face boxes: auto, mtcnn, haar, skin, crops, or the path of a .csv or .onnx (YuNet) file."""
     every: int = 10
@@ -51,23 +61,41 @@ class Config:
     """Crop arithmetic: the winner's, the 2021 baseline's, the box as it is, or the whole frame."""
     faces: Literal["best", "max", "mean"] = "best"
     """Several faces in a frame: the most probable one, or the largest or mean score."""
+    average: Average = "mean"
+    """Frames to video: the contest's mean, or weighted by how sure each frame is."""
     workers: int = 0
     """Processes that read videos."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
 
-def load_detectors(config: Config) -> dict:
-    """The detectors asked for: name -> (network, list entry, side)."""
-    if config.official:
-        if config.weights is None:
-            raise UserError(f"--official {config.official}: give its file with --weights")
-        entry = detector(config.official)
-        return {config.official: (load_official(config.official, config.weights), entry, entry.size)}
-    folder = find_run("dfgc2022", config.run)
-    members = load_members(folder, load_config(folder, TrainConfig))
-    # Of an embedded contest only its best team scores; baselines and controls stay out.
-    return {name: members[name] for name in TEAMS["diverse"] if name in members} or members
+def load_detectors(
+    run: Path | None, members: Sequence[str], official: Sequence[str], weights: Sequence[Path]
+) -> dict[str, tuple[nn.Module, Detector, int]]:
+    """Detectors of a run, or released ones: name -> (network, list entry, side). See `Config`."""
+    if len(official) != len(weights):
+        raise UserError(
+            f"--official names {len(official)} networks, --weights {len(weights)} files; "
+            "give one file for each network"
+        )
+    if official:
+        stems = [path.stem for path in weights]
+        if len(set(stems)) < len(stems):
+            raise UserError("--weights: two files share a name; detectors are called by their files")
+        return {
+            path.stem: (load_official(name, path), detector(name), detector(name).size)
+            for name, path in zip(official, weights, strict=True)
+        }
+    folder = find_run("dfgc2022", run)
+    settings = load_config(folder, TrainConfig)
+    found = load_members(folder, settings)
+    unknown = [name for name in members if name not in found]
+    if unknown:
+        raise UserError(f"{folder}: no member {unknown[0]!r}; there are {', '.join(found)}")
+    # Of an embedded contest only its best team scores; baselines and controls stay out, and so do the
+    # weights of earlier epochs.
+    team = [name for name in TEAMS["diverse"] if name in found]
+    return {name: found[name] for name in members or team or [name for name, _ in plan(settings)]}
 
 
 def combined(clip: ClipScore) -> tuple[float, np.ndarray, bool]:
@@ -115,9 +143,10 @@ def draw_timeline(path: Path, video: Path, clip: ClipScore, scorer: Scorer, sett
 
 def main(config: Config) -> None:
     videos = list_videos(config.input)
-    settings = Settings(config.boxes, config.every, config.crop, config.faces)
+    settings = Settings(config.boxes, config.every, config.crop, config.faces, config.average)
     device = pick_device(config.device)
-    scorer = Scorer(load_detectors(config), device, bf16=device.type == "cuda")
+    networks = load_detectors(config.run, config.members, config.official, config.weights)
+    scorer = Scorer(networks, device, bf16=device.type == "cuda")
     config.out.mkdir(parents=True, exist_ok=True)
     clips = score_videos(videos, scorer, settings, config.out / "scores.jsonl", workers=config.workers)
     scores = {}

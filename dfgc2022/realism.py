@@ -6,6 +6,8 @@ predicted value is never shown as a rating.
 """
 
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +19,23 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import MinMaxScaler
 from sklearn.svm import SVR, LinearSVR
 
+from dfgc2022.boxes import box_source
 from dfgc2022.model import pooled_features
-from dfgc2022.pipeline import Scorer, normalise
+from dfgc2022.pipeline import Scorer, Settings, normalise, pieces
+from dfgc2022.protocol import Clip
+from shared.io import progress
+from shared.runtime import UserError
+
+
+def clip_crops(videos: Sequence[Path], scorer: Scorer, settings: Settings) -> Iterator[dict[int, np.ndarray]]:
+    """Crops of each video in memory: side -> (n, S, S, 3). Raises UserError on a video without any face."""
+    source = box_source(settings.boxes)
+    for video in progress(videos, "crops"):
+        found = list(pieces(video, 0, source, scorer.sizes, settings))
+        parts = [piece.crops for piece in found if piece.frames]
+        if not parts:
+            raise UserError(found[-1].note or f"{video}: no face found")
+        yield {size: np.concatenate([part[size] for part in parts]) for size in scorer.sizes}
 
 
 @torch.inference_mode()
@@ -81,6 +98,41 @@ class RealismModel:
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         return np.clip(self.model.predict(features[:, self.chosen]), 1, 5)
+
+
+def predict_unrated(
+    clips: Sequence[Clip],
+    paths: Mapping[str, Path],
+    rated: Mapping[str, float],
+    scorer: Scorer,
+    settings: Settings,
+) -> dict[str, float]:
+    """Realism predicted for creators of whom no clip is rated: creator -> mean over its clips.
+
+    rated: clip -> mean realism of the raters; these clips train the model. Raises UserError with fewer than
+    20 of them.
+    """
+    known = [clip for clip in clips if clip.label == 1 and clip.name in rated]
+    judged = {clip.creator for clip in known}
+    unknown = [clip for clip in clips if clip.label == 1 and clip.creator and clip.creator not in judged]
+    if not unknown:
+        return {}
+    if len(known) < 20:
+        raise UserError(
+            f"predicted realism needs 20 rated clips of this test set, the ratings name {len(known)}"
+        )
+    features = [
+        np.stack(
+            [
+                clip_features(scorer, crops)
+                for crops in clip_crops([paths[c.name] for c in group], scorer, settings)
+            ]
+        )
+        for group in (known, unknown)
+    ]
+    model = RealismModel().fit(features[0], np.array([rated[clip.name] for clip in known]))
+    values, creators = model.predict(features[1]), np.array([clip.creator for clip in unknown])
+    return {name: float(values[creators == name].mean()) for name in dict.fromkeys(creators.tolist())}
 
 
 def agreement(predicted: np.ndarray, mos: np.ndarray, logistic: bool = False) -> dict[str, float]:

@@ -44,7 +44,7 @@ from shared.runtime import (
     start,
 )
 
-CX, SWIN = {"detector": "convnext_micro"}, {"detector": "swin_micro", "lr": 5e-4}
+CX, SWIN = {"detector": "convnext_micro"}, {"detector": "swin_micro", "lr": 1e-3}
 MEMBERS: dict[str, dict] = {
     "diverse-swin": {**SWIN, "train_creators": "diverse"},
     "diverse-convnext-0": {**CX, "train_creators": "diverse"},
@@ -52,7 +52,7 @@ MEMBERS: dict[str, dict] = {
     "single-swin": {**SWIN, "train_creators": "single"},
     "single-convnext-0": {**CX, "train_creators": "single"},
     "single-convnext-1": {**CX, "train_creators": "single", "member_seed": 1},
-    "shuffled": {**CX, "train_creators": "diverse", "shuffle_labels": True, "steps": 400},
+    "shuffled": {**CX, "train_creators": "diverse", "shuffle_labels": True},
     "augmented": {**CX, "train_creators": "diverse", "augment": "winner"},
     "one-frame": {**CX, "train_creators": "diverse", "frames_per_video": 1},
     "blended": {**CX, "train_creators": "diverse", "blending": 0.3},
@@ -151,7 +151,7 @@ class Config(RunConfig):
 
 
 SMALL = {
-    "init": "none", "augment": "flips", "schedule": "onecycle", "lr": 2e-3, "batch_size": 32, "steps": 800,
+    "init": "none", "augment": "flips", "schedule": "onecycle", "lr": 2e-3, "batch_size": 32, "steps": 700,
     "keep_every": 0,
 }  # fmt: skip
 PRESETS = {

@@ -1,6 +1,8 @@
 """Video files: frames out of them, only the wanted ones decoded to pixels, and clips into them."""
 
+import errno
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,7 +75,8 @@ def write_clips(
     """Write clips of equal shape (F, H, W, 3) uint8 RGB as H.264 files, all through one ffmpeg process.
 
     crf: constant rate factor of x264, 0 to 51; 23 and 40 are FaceForensics++'s c23 and c40. H and W must be
-    even. audio: add a silent track. Raises RuntimeError with ffmpeg's words when it fails.
+    even. audio: add a silent track. Raises OSError when the disk is full, UserError with ffmpeg's last word
+    when it fails otherwise.
     """
     frames, height, width, _ = clips[0].shape
     if any(clip.shape != clips[0].shape for clip in clips) or height % 2 or width % 2:
@@ -105,12 +108,20 @@ def write_clips(
         cuts = ",".join(str(frames * number) for number in range(1, len(paths)))
         command += ["-f", "segment", "-segment_frames", cuts, "-reset_timestamps", "1", str(pattern)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    for clip in clips:
-        for frame in clip:  # one at a time, so that no clip is copied whole
-            process.stdin.write(frame.tobytes())
-    said = process.communicate()[1].decode(errors="replace")
-    if process.returncode:
-        raise RuntimeError(f"ffmpeg could not write {paths[0]}: {said}")
+    broken = False
+    try:
+        for clip in clips:
+            for frame in clip:  # one at a time, so that no clip is copied whole
+                process.stdin.write(frame.tobytes())
+    except BrokenPipeError:
+        broken = True  # ffmpeg ended early; why stands in what it said
+    said = process.communicate()[1].decode(errors="replace").strip()
+    if process.returncode or broken:
+        for part in folder.glob(f".{os.getpid()}-*.mp4"):
+            part.unlink()
+        if os.strerror(errno.ENOSPC) in said or shutil.disk_usage(folder).free < 2**20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(paths[0]))
+        raise UserError(f"{paths[0]}: ffmpeg could not write it ({(said or 'no message').splitlines()[-1]})")
     for number, path in enumerate(paths):
         Path(str(pattern) % number).replace(path)
 

@@ -1,10 +1,10 @@
 """The demo's contest: procedural people, five "creators" of face swaps, real video files in the public
 layout.
 
-A clip shows one person for a few seconds; a fake shows a donor's face, drawn in the target's pose and head
-shape, processed by its creator and composited into the target's frames through an ellipse, as a face swap
-would be. Train, Public and Private-1 use people of their own; Private-2 uses other creators and other
-post-processing.
+Every clip is a recording of one person, with the camera's noise; a fake shows a donor's recorded face in the
+target's pose and head shape, processed by its creator and composited into the target's recorded frames
+through an ellipse, as a face swap would be. Post-processing and the encoder come last. Train, Public and
+Private-1 use people of their own; Private-2 uses other creators and other post-processing.
 """
 
 import csv
@@ -27,6 +27,7 @@ CREATORS = ("lowres", "smooth", "seam", "sharp", "checker")
 POSTS = {"none": 10, "c23": 23, "c40": 40, "noise": 10, "blur": 10}
 """Post-processing -> constant rate factor of the H.264 encoder."""
 SKULL = ("face_width", "face_length", "forehead", "cheekbones", "jaw", "chin", "cheeks", "ear_angle")
+COMPLEXION = ("skin_tone", "undertone")
 HAIR = (*(name for name in IDENTITY if name.startswith("hair")), "fringe", "parting", "widow_peak", "balding")
 
 
@@ -51,13 +52,19 @@ class Size:
 
 
 class Scene(NamedTuple):
-    """Clips of n people, all (n, keys, ...): drawn frames of a target and of a donor in its place,
-    landmarks.
-    """
+    """Drawn frames of n targets and of a donor in the place of each, and landmarks; no camera yet."""
 
     target: np.ndarray  # (n, keys, P, P, 3) float32 in [0, 255]
     donor: np.ndarray
     landmarks: np.ndarray  # (n, keys, 68, 2)
+
+
+class Recording(NamedTuple):
+    """One person and a donor as filmed, F = keys * every - gap frames: what creators work on."""
+
+    target: np.ndarray  # (F, P, P, 3) float32 in [0, 255]
+    donor: np.ndarray
+    landmarks: np.ndarray  # (F, 68, 2)
 
 
 def build_world(folder: Path, seed: int, size: Size) -> Path:
@@ -106,13 +113,14 @@ def _train_set(folder: Path, seed: int, size: Size, boxes: list) -> None:
     jobs: list[tuple[Path, np.ndarray]] = []
     for person in range(size.train):
         creator = CREATORS[int(rng.integers(3))]
-        clips = {"real": scene.target[person]}
+        filmed = record(scene, person, size, rng)
+        clips = {"real": filmed.target}
         for name in dict.fromkeys((CREATORS[0], creator)):
-            clips[name] = swap(scene, person, name, rng)
-        for name, keys in clips.items():
+            clips[name] = swap(filmed, name, rng)
+        for name, frames in clips.items():
             path = folder / "Train" / f"{person:04d}-{name}.mp4"
-            jobs.append((path, _film(keys, "none", size, rng)))
-            _note_boxes(boxes, path.name, scene.landmarks[person], size, rng)
+            jobs.append((path, post_process(frames, "none", rng)))
+            _note_boxes(boxes, path.name, filmed.landmarks, size, rng)
         lists["diverse"] += [f"{person:04d}-real.mp4 0", f"{person:04d}-{creator}.mp4 1"]
         lists["single"] += [f"{person:04d}-real.mp4 0", f"{person:04d}-{CREATORS[0]}.mp4 1"]
     _encode(jobs, "none")
@@ -137,19 +145,20 @@ def _test_part(
     jobs: dict[str, list] = {post: [] for post in posts}
     for person in range(size.test):
         target = f"{person // 2 + 1}/{person % 2 + 1}"
-        clips = [("", shown.target[person], shown.landmarks[person]) for shown in (scene, others)]
-        clips += [(name, swap(scene, person, name, rng), scene.landmarks[person]) for name in creators]
-        for creator, keys, landmarks in clips:
+        filmed, other = (record(shown, person, size, rng) for shown in (scene, others))
+        ideal = swap(filmed, "ideal", rng)
+        clips = [("", shown.target, shown.landmarks) for shown in (filmed, other)]
+        clips += [(name, swap(filmed, name, rng), filmed.landmarks) for name in creators]
+        for creator, frames, landmarks in clips:
             post = posts[int(rng.integers(len(posts)))]
             name = "".join(map(chr, rng.integers(97, 123, 10))) + ".mp4"
-            frames = _film(keys, post, size, rng)
-            jobs[post].append((folder / name, frames))
+            clip = post_process(frames, post, rng)
+            jobs[post].append((folder / name, clip))
             _note_boxes(boxes, name, landmarks, size, rng)
             meta.append([name, int(bool(creator)), part, f"{target}/1" if creator else target, post, creator])
             if creator and part != "Private-2":
-                ideal = swap(scene, person, "ideal", rng)
                 for rater in range(5):
-                    marks = simulated_rating(frames[:: size.every], ideal, scene, person, rng)
+                    marks = simulated_rating(clip, ideal, filmed, rng)
                     ratings.append([creator, name, rater, *marks])
     for post, clips in jobs.items():
         _encode(clips, post)
@@ -159,15 +168,15 @@ def _test_part(
 
 
 def scenes(people: int, seed: int, size: Size, donors: bool = True) -> Scene:
-    """Draw `people` targets in motion, and for each a donor with the target's head shape, hair, pose and
-    light.
+    """Draw `people` targets in motion, and for each a donor with the target's head shape, hair, complexion,
+    pose and light.
 
     Pure function of the arguments.
     """
     base = sample(people, seed, strength=0.6, worn=0.3).replace(noise=0.0, hat=0.0)
     base = base.replace(scale=1.15)
     donor = sample(people, seed + 1000, strength=0.6, worn=0.3)
-    kept = {name: base[name] for name in (*SKULL, *HAIR, "masculinity", "greying")}
+    kept = {name: base[name] for name in (*SKULL, *HAIR, *COMPLEXION, "masculinity", "greying")}
     donor = Params(donor.identity, base.attributes, base.age, base.seed).replace(**kept)
     steps, turns = np.linspace(0, 1, size.keys), sample(people, seed + 2000, strength=0.6)
     moving = ("yaw", "pitch", "mouth_open", "smile", "shift_x", "gaze_x")
@@ -186,12 +195,33 @@ def scenes(people: int, seed: int, size: Size, donors: bool = True) -> Scene:
     return Scene(target, donor_frames, torch.stack(parts["landmarks"], 1).numpy())
 
 
-def swap(scene: Scene, person: int, creator: str, rng: np.random.Generator) -> np.ndarray:
-    """A creator's fake of one person, (keys, P, P, 3) in [0, 255]. `ideal`: the swap without any artefact."""
-    target, donor = scene.target[person], scene.donor[person]
+def record(scene: Scene, person: int, size: Size, rng: np.random.Generator) -> Recording:
+    """A person (and the donor, where there is one) filmed: blended frames between the drawn ones, and the
+    noise of a camera, deviation 2 of 255, new in every frame.
+    """
+    fraction = np.arange(size.keys * size.every - size.gap) / size.every
+    low = np.floor(fraction).astype(int)
+    high = np.minimum(low + 1, size.keys - 1)
+    share = (fraction - low).astype(np.float32)
+
+    def between(keys: np.ndarray) -> np.ndarray:
+        weight = share.reshape(-1, *[1] * (keys.ndim - 1))
+        return keys[low] * (1 - weight) + keys[high] * weight
+
+    target, donor = (
+        between(keys[person]) + 2 * rng.standard_normal((len(low), *keys.shape[2:]), np.float32)
+        if keys.size
+        else keys
+        for keys in (scene.target, scene.donor)
+    )
+    return Recording(target, donor, between(scene.landmarks[person]))
+
+
+def swap(filmed: Recording, creator: str, rng: np.random.Generator) -> np.ndarray:
+    """A creator's fake, (F, P, P, 3) in [0, 255]. `ideal`: the swap without any artefact."""
     offset = rng.choice([-1, 1], 3) * rng.uniform(18, 32, 3) if creator == "seam" else np.zeros(3)
     frames = []
-    for frame, face, landmarks in zip(target, donor, scene.landmarks[person], strict=True):
+    for frame, face, landmarks in zip(*filmed, strict=True):
         distance = ellipse_distance(landmarks, frame.shape[0])
         weight = np.clip((0.9 - distance) / 0.25, 0, 1)[..., None]
         inside = weight[..., 0] > 0.5
@@ -227,21 +257,13 @@ def ellipse_distance(landmarks: np.ndarray, pixels: int) -> np.ndarray:
     return (((x - centre[0]) / axes[0]) ** 2 + ((y - centre[1]) / axes[1]) ** 2).astype(np.float32)
 
 
-def _film(keys: np.ndarray, post: str, size: Size, rng: np.random.Generator) -> np.ndarray:
-    """Drawn frames -> a clip (keys * every - gap, P, P, 3) uint8 with blended frames between, camera noise
-    and what the organisers do to it before the encoder.
-    """
-    fraction = np.arange(size.keys * size.every - size.gap) / size.every
-    low = np.floor(fraction).astype(int)
-    high = np.minimum(low + 1, size.keys - 1)
-    weight = (fraction - low)[:, None, None, None].astype(np.float32)
-    clip = keys[low] * (1 - weight) + keys[high] * weight
-    clip = clip + rng.normal(0, 2, clip.shape)
+def post_process(frames: np.ndarray, post: str, rng: np.random.Generator) -> np.ndarray:
+    """What the organisers do to a clip (F, P, P, 3) before the encoder; bytes."""
     if post == "noise":
-        clip = clip + rng.normal(0, 4, clip.shape)
+        frames = frames + 4 * rng.standard_normal(frames.shape, np.float32)
     if post == "blur":
-        clip = np.stack([cv2.GaussianBlur(frame, (0, 0), 0.7) for frame in clip])
-    return np.clip(np.rint(clip), 0, 255).astype(np.uint8)
+        frames = np.stack([cv2.GaussianBlur(frame, (0, 0), 0.7) for frame in frames])
+    return np.clip(np.rint(frames), 0, 255).astype(np.uint8)
 
 
 def _encode(jobs: Sequence[tuple[Path, np.ndarray]], post: str) -> None:
@@ -251,22 +273,22 @@ def _encode(jobs: Sequence[tuple[Path, np.ndarray]], post: str) -> None:
 
 def _note_boxes(boxes: list, name: str, landmarks: np.ndarray, size: Size, rng: np.random.Generator) -> None:
     """A face detector's boxes: the true ones, moved by about a pixel."""
-    for key, points in enumerate(landmarks):
+    for index in range(0, len(landmarks), size.every):
+        points = landmarks[index]
         box = np.concatenate([points.min(0), points.max(0)]) + rng.normal(0, 0.8, 4)
-        boxes.append([name, key * size.every, *(f"{value:.2f}" for value in box), "0.99"])
+        boxes.append([name, index, *(f"{value:.2f}" for value in box), "0.99"])
 
 
 def simulated_rating(
-    frames: np.ndarray, ideal: np.ndarray, scene: Scene, person: int, rng: np.random.Generator
+    clip: np.ndarray, ideal: np.ndarray, filmed: Recording, rng: np.random.Generator
 ) -> list[int]:
     """One simulated rater's five marks, 1 to 5, of a fake: what is wrong with its face, plus the rater's
     mood.
 
     Realism, mouth and quality fall with the distance to the ideal swap, ID with the distance to the donor.
     """
-    frames = frames.astype(np.float32)
-    inside = np.stack([ellipse_distance(points, frames.shape[1]) < 0.7 for points in scene.landmarks[person]])
-    donor = scene.donor[person]
+    frames, donor = clip.astype(np.float32), filmed.donor
+    inside = np.stack([ellipse_distance(points, frames.shape[1]) < 0.7 for points in filmed.landmarks])
 
     def distance(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.sqrt(np.mean((a[inside] - b[inside]) ** 2)))

@@ -15,7 +15,7 @@ import torch
 
 import dfgc2022
 from dfgc2022 import eval as evaluation
-from dfgc2022 import export, extract, predict, train
+from dfgc2022 import export, extract, model, predict, train
 from dfgc2022.data import dfgc2022 as read_release
 from dfgc2022.protocol import FUSION, write_submission
 from dfgc2022.world import Size, build_world
@@ -144,9 +144,40 @@ def test_contest_from_submission_files(tmp_path, capsys):
     evaluation.main(config)
     said = capsys.readouterr().out
     assert "not scored" in said and "leaderboard" in said and "announced formula" in said
+    assert "AUC by compression" in said and "weights and temperatures chosen on Public" in said
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     board = {m["method"]: m["value"] for m in results["metrics"] if m["dataset"].endswith("Private (1+2)")}
     assert set(board) == {"a", "b", "c", "fusion"} and board["a"] > board["b"]
+    choices = [m["setting"] for m in results["metrics"] if m["table"] == "fusion"]
+    assert choices[0] == "fixed 0.2, 0.3, 0.5" and any(name.startswith("searched on") for name in choices)
+    by_group = {m["method"] for m in results["metrics"] if m["table"] == "by identity group"}
+    assert by_group == set(board)
+
+
+def test_a_run_scores_a_release_and_predicts_what_nobody_rated(trained, tmp_path, capsys):
+    world = trained / "world"
+    config = evaluation.Config(
+        dfgc=world,
+        run=trained,
+        boxes=str(world / "boxes.csv"),
+        every=3,
+        ratings=world / "ratings.csv",
+        draws=20,
+        device="cpu",
+        out=tmp_path / "o",
+    )
+    evaluation.main(config)
+    said = capsys.readouterr().out
+    assert "checker (realism predicted)" in said and "smooth (realism predicted)" not in said
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    creation = {
+        (m["method"], m["metric"]): m["value"] for m in results["metrics"] if m["table"] == "creation"
+    }
+    assert 1 <= creation["checker", "realism"] <= 5 and ("checker", "mouth") not in creation
+    few = tmp_path / "few.csv"
+    few.write_text("".join((world / "ratings.csv").read_text().splitlines(keepends=True)[:6]))
+    with pytest.raises(UserError, match="needs 20 rated clips"):
+        evaluation.main(dataclasses.replace(config, ratings=few))
 
 
 def test_killed_training_ends_with_the_same_numbers(tmp_path, one_thread):
@@ -208,3 +239,39 @@ def test_mistakes_get_one_message(call, message, tmp_path):
 def test_a_mistake_on_the_command_line_exits_with_2(tmp_path):
     result = run("train.py", "demo", "--members", "nobody", "--out", tmp_path / "x", code=2)
     assert result.stderr.startswith("error: unknown member") and "Traceback" not in result.stderr
+
+
+def test_predict_takes_members_and_released_files(trained, tmp_path, monkeypatch):
+    team = list(predict.load_detectors(trained, (), (), ()))
+    assert team == TEAM and list(predict.load_detectors(trained, TEAM[2:], (), ())) == TEAM[2:]
+    with pytest.raises(UserError, match="no member 'x'"):
+        predict.load_detectors(trained, ("x",), (), ())
+    name = "xception_dfgc21_baseline"
+    small = model.Detector(lambda: model.Xception(middle=1, width=0.1), 64, model.HALF)
+    monkeypatch.setattr(model, "DETECTORS", model.DETECTORS | {name: small})
+    paths = [tmp_path / f"epoch{number}.pth" for number in range(3)]
+    for path in paths:
+        torch.save(model.official(name).state_dict(), path)
+    clip = next((trained / "world" / "Train").glob("*.mp4"))
+    out = tmp_path / "out"
+    boxes = str(trained / "world" / "boxes.csv")
+    predict.main(
+        predict.Config(
+            clip, out, official=(name,) * 3, weights=tuple(paths), boxes=boxes, every=1, device="cpu"
+        )
+    )
+    record = json.loads((out / f"{clip.name}.json").read_text())
+    parts = record["detectors"]["score"]
+    assert list(parts) == ["epoch0", "epoch1", "epoch2"]
+    assert record["score"] == pytest.approx(float(np.dot(FUSION, list(parts.values()))), abs=1e-6)
+    with pytest.raises(UserError, match="share a name"):
+        predict.load_detectors(None, (), (name,) * 2, (paths[0], paths[0]))
+
+
+@pytest.mark.slow
+def test_claims_of_the_demo(tmp_path):
+    """The demo preset as a user runs it, seed 0: minutes."""
+    run("train.py", "demo", "--out", tmp_path / "demo")
+    run("eval.py", "--run", tmp_path / "demo")
+    claims = json.loads((tmp_path / "demo" / "results.json").read_text())["claims"]
+    assert [claim["id"] for claim in claims if not claim["holds"]] == []

@@ -31,7 +31,7 @@ from dfgc2022.recipe import add_adversarial, build_schedule, split_people
 from dfgc2022.robustness import attack
 from dfgc2022.train import Config, plan
 from dfgc2022.video import read_frames
-from dfgc2022.world import CREATORS, Size, build_world, scenes, swap
+from dfgc2022.world import CREATORS, Size, build_world, record, scenes, swap
 from shared.runtime import UserError
 
 GREY = np.full((40, 40, 3), 128, np.uint8)
@@ -232,6 +232,15 @@ def test_dfgc2022_release(release):
     assert len(dfgc2022(release / "Detection Dataset", ["Public"]).clips) == 2
 
 
+def test_rounds_come_from_the_creation_tracks_lists(release):
+    touch(release / "Result Clips" / "metadata_C1.txt", b"1/1/3\n1/1/7\n")
+    touch(release / "Result Clips" / "metadata_C2.txt", b"3/1/2\n")
+    assert [clip.round for clip in dfgc2022(release).clips] == ["1", "", "2"]
+    touch(release / "Result Clips" / "metadata_C3.txt", b"1/1/3\n")
+    with pytest.raises(UserError, match="1/1/3 is a target of round 1 already"):
+        dfgc2022(release)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -240,6 +249,7 @@ def test_dfgc2022_release(release):
         ("Public Label.json", b'{"zzzzzzzzzz.mp4": 1}', "labelled but not there"),
         ("Public Label.json", b"[", "not readable as JSON"),
         ("Detection Dataset Meta.csv", b"a,b\n1,2\n", "column videoName is missing"),
+        ("Detection Dataset Meta.csv", b"videoName\na.mp4\na\n", "a stands there twice"),
     ],
 )
 def test_contradictions_in_a_release_are_named(release, name, content, message):
@@ -255,13 +265,17 @@ def test_fakes_differ_inside_the_face_only_and_as_their_creators_do():
     size = Size(keys=2)
     scene = scenes(2, 0, size)
     rng = np.random.default_rng(0)
-    ideal = swap(scene, 0, "ideal", rng)
-    assert np.abs(ideal - scene.target[0])[:, :8].max() == 0  # the border is the target's
-    gaps = {name: swap(scene, 0, name, rng) - ideal for name in CREATORS}
+    filmed = record(scene, 0, size, rng)
+    ideal = swap(filmed, "ideal", rng)
+    border = (ideal - np.clip(filmed.target, 0, 255))[:, :8]
+    assert np.abs(border).max() == 0  # the border is the target's
+    gaps = {name: swap(filmed, name, rng) - ideal for name in CREATORS}
     assert all(np.abs(gap).mean() > 0.3 for gap in gaps.values())
     detail = {name: float(np.abs(np.diff(gap + ideal, axis=2)).mean()) for name, gap in gaps.items()}
     flat = float(np.abs(np.diff(ideal, axis=2)).mean())
     assert detail["lowres"] < flat and detail["smooth"] < flat < detail["sharp"] and flat < detail["checker"]
+    # The camera films before the creator works: its noise is in the recording, not in a smoothed face.
+    assert np.diff(filmed.target[:, :6, :6], axis=0).std() == pytest.approx(2 * 2**0.5, rel=0.2)
     again = scenes(2, 0, size)
     assert np.array_equal(again.target, scene.target) and not np.array_equal(
         scenes(2, 1, size).target, scene.target

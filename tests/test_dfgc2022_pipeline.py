@@ -14,9 +14,10 @@ from PIL import Image
 from torch import nn
 
 from dfgc2022 import boxes as box_sources
+from dfgc2022.bench import reference_path
 from dfgc2022.boxes import MtcnnBoxes, TableBoxes, box_source, crop_face, crop_square
 from dfgc2022.model import Detector
-from dfgc2022.pipeline import Scorer, Settings, score_videos
+from dfgc2022.pipeline import Scorer, Settings, frames_to_video, score_videos
 from dfgc2022.video import VideoError, batched, list_videos, read_frames, write_clips
 from shared.runtime import UserError
 
@@ -108,6 +109,10 @@ def test_table_of_boxes_in_all_layouts(tmp_path):
     [
         ("a,b\n1,2\n", "unknown header"),
         ("video,frame,x1,y1,x2,y2\na,0,1,2,x,4\n", "line 2: could not convert"),
+        (
+            "video,frame,x1,y1,x2,y2\na,0,1,2,nan,4\n",
+            "line 2: a,0,1,2,nan,4: a number of the box is not finite",
+        ),
     ],
 )
 def test_bad_tables_are_named(tmp_path, text, message):
@@ -185,6 +190,23 @@ def test_many_clips_through_one_encoder_are_their_own_files(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
     with pytest.raises(ValueError, match="even"):
         write_clips(paths, [film(2, height=47)] * 3, crf=5)
+
+
+@pytest.mark.parametrize(
+    ("says", "error", "message"),
+    [
+        ("x: No space left on device", OSError, "No space left"),
+        ("first\nUnknown encoder", UserError, "Unknown enc"),
+    ],
+)
+def test_an_encoder_that_dies_is_one_message(tmp_path, monkeypatch, says, error, message):
+    broken = tmp_path / "ffmpeg"
+    broken.write_text(f"#!/bin/sh\nprintf '{says}\\n' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(broken))
+    with pytest.raises(error, match=message) as caught:
+        write_clips([tmp_path / "a.mp4"], [film(100)], 10)
+    assert "a.mp4" in str(caught.value)
 
 
 def test_groups_are_bounded_in_bytes_and_keep_what_was_read():
@@ -266,6 +288,16 @@ def test_score_is_the_mean_over_sampled_frames(contest):
     assert clip.score["brightness"] == pytest.approx(np.mean(expected), abs=1e-5)
 
 
+def test_the_pipeline_scores_like_the_every_frame_reference(contest, tmp_path):
+    """What bench.py times: every frame cropped, written and read back, against sampled frames in memory."""
+    folder, boxes = contest
+    videos = [folder / f"good{number}.mp4" for number in range(3)]
+    reference = reference_path(videos, scorer(), boxes, tmp_path / "crops")
+    fast = [clip.score["brightness"] for clip in score_videos(videos, scorer(), Settings(boxes))]
+    assert np.allclose(reference, fast, atol=1e-6) and len(set(reference)) == 3
+    assert len(list((tmp_path / "crops" / "good0.mp4").iterdir())) == 3  # frames with a box in the table
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_across_videos_change_nothing(contest, workers):
     folder, boxes = contest
@@ -306,6 +338,13 @@ def test_several_faces(tmp_path):
         for faces in ("best", "max", "mean")
     )
     assert largest > best and mean == pytest.approx((best + largest) / 2, abs=1e-6)
+
+
+def test_frames_to_video():
+    assert frames_to_video([0.2, 0.9, 0.5]) == pytest.approx(1.6 / 3)
+    assert frames_to_video([0.2, 0.9, 0.5], "confident") == pytest.approx((0.6 * 0.2 + 0.8 * 0.9) / 1.4)
+    assert frames_to_video([], "mean") == frames_to_video([], "confident") == 0.5
+    assert frames_to_video([0.5, 0.5], "confident") == 0.5
 
 
 def test_folders_of_saved_crops_use_every_tenth_number(tmp_path):

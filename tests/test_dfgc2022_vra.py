@@ -1,0 +1,111 @@
+"""DFGC 2022: realism predicted on the DFGC-VRA clips: layout, the 2023 split, agreement with the raters."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dfgc2022 import vra
+from dfgc2022.model import detector
+from dfgc2022.pipeline import Scorer
+from dfgc2022.predict import load_detectors
+from dfgc2022.video import write_clips
+from dfgc2022.vra import RatedClip, assess, read_vra
+from shared.published import load_published
+from shared.runtime import UserError
+
+GROUPS = [number for number in range(1, 23) if number not in (11, 17)]
+
+
+def all_clips() -> list[RatedClip]:
+    """The 35 submissions of the published realism scores, on the 40 identities of their round."""
+    found = []
+    for row in load_published("dfgc2022")["rows"]:
+        if row["table"] == "MOS per submission":
+            number = int("".join(c for c in row["method"].split()[-1] if c.isdigit()))
+            for group in GROUPS:
+                for _ in (1, 2):
+                    found.append(RatedClip(Path(), int(row["setting"][-1]), group, number, row["value"]))
+    return found
+
+
+def test_the_2023_split_has_its_published_sizes():
+    splits = [clip.split for clip in all_clips()]
+    assert {name: splits.count(name) for name in sorted(set(splits))} == {
+        "test-1": 300, "test-2": 280, "test-3": 120, "train": 700,
+    }  # fmt: skip
+
+
+def test_realism_that_is_in_the_features_is_found():
+    clips = all_clips()
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(len(clips), 24))
+    features[:, 5] += 3 * np.array([clip.mos for clip in clips])
+    found = {(m.setting, m.metric): m.value for m in assess(clips, features)}
+    for name in ("test-1", "test-2"):
+        what = vra.TESTS[name]
+        assert found[f"{name}, {what}, per clip", "PLCC"] > 0.8
+        assert found[f"{name}, {what}, per submission", "PLCC"] > 0.95
+    pairs = [found[f"{n}, {w}, per clip", k] for n, w in vra.TESTS.items() for k in ("PLCC", "SRCC")]
+    assert found["final score", "mean of PLCC and SRCC"] == pytest.approx(np.mean(pairs))
+    assert all(
+        not m.comparable and m.method == "predicted realism"
+        for m in assess(clips[:400] + clips[900:], features[: 400 + len(clips) - 900])
+    )
+
+
+@pytest.fixture
+def release(tmp_path):
+    clip = np.random.default_rng(0).integers(60, 200, (3, 48, 48, 3), np.uint8)
+    names = {1: "1-1-3-submit-73479", 2: "3-2-1-submit-82495", 3: "3-1-6-submit-00000"}
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "crop").mkdir()
+    for number, name in names.items():
+        write_clips([tmp_path / f"C{number}" / f"{name}.mp4"], [clip], 10)
+        blanks = ",," if number == 1 else ""
+        (tmp_path / "metadata" / f"C{number}-mos.csv").write_text(
+            f"name,{blanks}mos\n{name}-crop,{blanks}3.2\n"
+        )
+        (tmp_path / "crop" / f"C{number}_crop_video.csv").write_text(
+            f"video_name,x,y,w,h\n{name}.mp4,0.5,0.5,0.6,0.6\n"
+        )
+    return tmp_path
+
+
+def test_reading_the_release_and_its_features(release):
+    clips = read_vra(release)
+    assert [(c.round, c.group, c.submission, c.mos, c.split) for c in clips] == [
+        (1, 1, 73479, 3.2, "test-2"), (2, 3, 82495, 3.2, "test-1"), (3, 3, 0, 3.2, "test-3"),
+    ]  # fmt: skip
+    entry = detector("convnext_micro")
+    scorer = Scorer({"a": (entry.build(), entry, entry.size)})
+    config = vra.Config(release, every=1)
+    first = vra.features_of(clips, scorer, config, release / "out")
+    assert first.shape == (3, 2 * 96) and np.isfinite(first).all()
+    for path in (release / "C1").iterdir():
+        path.unlink()  # the second call reads what the first one kept
+    assert np.array_equal(vra.features_of(clips, scorer, config, release / "out"), first)
+    with pytest.raises(UserError, match="no clip of train"):
+        assess(clips, first)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,mos\n1-1-3-submit-73479-crop,5.2\n", "line 2"),
+        ("name,mos\n1-1-3-submit-73479-crop,nan\n", "line 2"),
+        ("name,mos\nsomething,3\n", "not a clip and a score"),
+        ("name,mos\n1-1-9-submit-73479-crop,3\n", "rated in C1-mos.csv but not there"),
+    ],
+)
+def test_bad_scores_are_named(release, text, message):
+    (release / "metadata" / "C1-mos.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_vra(release)
+
+
+def test_a_missing_table_and_unequal_weights_are_named(tmp_path):
+    with pytest.raises(UserError, match="C1-mos.csv: not readable"):
+        read_vra(tmp_path)
+    with pytest.raises(UserError, match="names 1 networks, --weights 0 files"):
+        load_detectors(None, (), ("xception_dfgc21_baseline",), ())
