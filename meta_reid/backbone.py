@@ -137,7 +137,7 @@ class Block(nn.Module):
         y = norm(self.units[-1], self.units[-1].conv(y))
         if self.shortcut:
             x = norm(self.shortcut, self.shortcut.conv(x))
-        return (y + x).relu_() if y.requires_grad else y.add_(x).relu_()
+        return y.add_(x).relu_()  # no norm needs its own output to go back
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:

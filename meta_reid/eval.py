@@ -4,7 +4,6 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from meta_reid.figures import embedding_plot, ranking_lists, weight_bars
 from meta_reid.items import Split, manifest
 from meta_reid.model import META
 from meta_reid.protocols import SETTINGS, Result, average, embed, evaluate, prepare, targets_of
+from meta_reid.tables import latex, markdown
 from meta_reid.train import Config, Row, load_sources, plan, run_seeds
 from shared.io import find_run, load_config, load_weights, write_image
 from shared.published import (
@@ -242,12 +242,15 @@ def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, fol
     targets = target_sets(config)
     for row in rows.values():
         by_part: dict[str, list[Result]] = {}
+        weights: dict[str, Tensor] = {}
         for target in targets:
             if row.config.method == "plain":
                 found = {row.name: measure_plain(row, target, options, device)}
             else:
                 measured = measure(row, target, options, device)
                 found = {f"{row.name} {part}": result for part, result in measured.results.items()}
+                if measured.weights is not None:
+                    weights[target.name] = measured.weights.mean(0)
                 query, gallery = target.splits[0]
                 best = next(part for part in measured.features if part.startswith("full:"))
                 sheet = ranking_lists(measured.features[best], target, query[:8], gallery)
@@ -263,10 +266,13 @@ def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, fol
                     if len(target.splits) > 1:
                         metrics.append(
                             Metric(table, settings, f"{name} std", "percent", result.std[name], target.name,
-                                   False, part)
+                                   False, method)
                         )  # fmt: skip
                 if result.skipped:
                     print(f"{target.name}, {part}: {result.skipped} queries without a true match, left out")
+        if weights:
+            names = load_sources(config, row.config.seed)[1].names
+            weight_bars(weights, names, folder / "samples" / f"weights-{row.name}.png")
         if len(targets) > 1:
             for part, results in by_part.items():
                 released = part.endswith("full:official")
@@ -276,31 +282,6 @@ def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, fol
                         Metric(table, settings, name, "percent", value, "average", released, method)
                     )
     return metrics
-
-
-def markdown(metrics: list[Metric]) -> str:
-    """mAP / Rank-1 of every method and data set as a Markdown table, seeds averaged."""
-    sets = list(dict.fromkeys(metric.dataset for metric in metrics))
-    methods = list(dict.fromkeys(metric.method for metric in metrics))
-    lines = ["| method | " + " | ".join(sets) + " |", "|---" * (len(sets) + 1) + "|"]
-    for method in methods:
-        cells = []
-        for data in sets:
-            pair = [
-                [m.value for m in metrics if (m.method, m.dataset, m.metric) == (method, data, name)]
-                for name in ("mAP", "Rank-1")
-            ]
-            cells.append(" / ".join(f"{mean(values):.1f}" for values in pair) if all(pair) else "-")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def latex(table: str) -> str:
-    """The same table for LaTeX."""
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
-    body = [" & ".join(cell.replace("_", r"\_") for cell in row) + r" \\" for row in rows[:1] + rows[2:]]
-    columns = "l" + "c" * (len(rows[0]) - 1)
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}"]) + "\n"
 
 
 def main() -> None:
@@ -321,10 +302,11 @@ def main() -> None:
         claims, metrics = walker_claims(config, rows, options, folder)
     else:
         metrics = protocol_metrics(config, rows, options, folder)
-    print_metrics([m for m in metrics if m.metric in ("mAP", "Rank-1")], load_published("meta_reid"))
+    published = load_published("meta_reid")
+    print_metrics([m for m in metrics if m.metric in ("mAP", "Rank-1")], published)
     if claims:
         print_claims(claims)
-    table = markdown(metrics)
+    table = markdown(metrics, published["rows"])
     (folder / "table.md").write_text(table)
     (folder / "table.tex").write_text(latex(table))
     write_results(folder, claims, metrics, environment(config, time.perf_counter() - begin))

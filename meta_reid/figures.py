@@ -55,7 +55,8 @@ def weight_bars(weights: dict[str, Tensor], experts: list[str], path: Path) -> N
         axes.bar(places, [float(w[k]) for w in weights.values()], width, label=f"expert {name}")
     axes.set_xticks(range(len(weights)), [f"images of {name}" for name in weights])
     axes.set_ylabel("mean weight")
-    axes.legend()
+    axes.set_ylim(0, 1.15)
+    axes.legend(loc="upper center", ncols=len(experts))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

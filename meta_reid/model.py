@@ -83,7 +83,7 @@ class META(nn.Module):
 
     classes: identities of each source domain, in the domains' order; K = len(classes) >= 2.
     scoring: "separate" has one scoring network for each expert, as released, and serves aggregation
-    `learned`; "shared" has one for all, on r / sqrt(C_l), and serves `shared`; "both" has both.
+    `learned`; "shared" has one for all, on r / (L sqrt(C_l)), and serves `shared`; "both" has both.
     instance_norm: False puts BN where the global branch has IN (ablation).
     episodic_grad: let the consistency loss reach the shared convolutions through the other experts.
     scoring_relu: a ReLU between the two layers of the scoring networks.
@@ -134,9 +134,10 @@ class META(nn.Module):
             first, last = scoring_layers(len(self.backbone.units), small=suffix == "shared")
             self.add_module(f"affine1_{suffix}", first)
             self.add_module(f"affine2_{suffix}", last)
-        self.register_buffer(
-            "layer_norms", torch.tensor(self.backbone.channels, dtype=torch.float).sqrt(), persistent=False
-        )
+        # Over the layers the scores are a mean, not a sum: with a sum one step of SGD moves them by more than
+        # a softmax bears, and which expert ends up with all the weight is left to chance.
+        scale = len(self.backbone.units) * torch.tensor(self.backbone.channels, dtype=torch.float).sqrt()
+        self.register_buffer("layer_norms", scale, persistent=False)
 
     def set_warm(self, warm: bool) -> None:
         """Freeze (True) or release what the warm-up freezes: shared convolutions and global BN set."""

@@ -116,13 +116,13 @@ class Config(RunConfig):
 
 WALKERS = Config(
     architecture="mini", height=48, width=24, pretrained=False, scoring="both", people=8, steps=200, lr=0.05,
-    final_lr=5e-5, warmup=30, freeze=0, save_every=100,
+    final_lr=5e-5, warmup=30, freeze=0, save_every=100, seeds=3,
     variants=("meta", "no-consistency", "no-in", "baseline"),
 )  # fmt: skip
 
 PRESETS = {
     "demo": WALKERS,
-    "study": dataclasses.replace(WALKERS, seeds=3, variants=tuple(VARIANTS)),
+    "study": dataclasses.replace(WALKERS, variants=tuple(VARIANTS)),
     "paper": Config(protocol="2", workers=8),
     "protocol1": Config(protocol="1", workers=8),
     "manifest": Config(protocol="manifest", workers=8),

@@ -232,6 +232,11 @@ def test_a_shared_scoring_network_starts_near_uniform_weights():
     model = META((3, 3, 3), "mini", scoring="both").eval()
     described = model.describe(pictures().float())
     assert (model.expert_weights(described, "shared") - 1 / 3).abs().max() < 0.1
+    # All experts are scored by one network, on their distances per channel and layer.
+    r, layers = described.relevance, torch.tensor(model.backbone.channels).sqrt() * len(model.backbone.units)
+    for k in range(3):
+        alone = model.affine2_shared(model.affine1_shared(r[:, k] / layers)).squeeze(-1)
+        torch.testing.assert_close(model.scores("shared", r, range(3))[:, k], alone)
 
 
 def test_smoothed_cross_entropy_against_its_definition():

@@ -17,8 +17,10 @@ from meta_reid.items import Item, Split, manifest
 from meta_reid.metrics import ordered_keys, rank
 from meta_reid.protocols import average, evaluate, manifest_sources, source_items, sources_of
 from meta_reid.samplers import DomainBatches, IdentityStream
+from meta_reid.tables import latex, markdown
 from meta_reid.walkers import draw
 from shared.io import write_image
+from shared.published import Metric, load_published
 from shared.runtime import UserError
 
 
@@ -408,3 +410,20 @@ def test_walkers_keep_their_clothes_and_sites_their_look():
     assert torch.equal(first.identities, other.identities)
     gap = (first.images.float() - other.images.float()).mean((0, 2, 3)).abs().max()
     assert gap > 5 and not torch.equal(draw("A", 5, 4, 8).images, first.images)
+
+
+def test_tables_show_deviations_and_the_published_rows_of_the_same_protocol():
+    def metric(name, value, data="GRID", method="meta-0 global"):
+        return Metric("Protocol-1 comparison", "M+C2+C3+CS", name, "percent", value, data, False, method)
+
+    metrics = [metric("mAP", 50.0), metric("mAP std", 2.0), metric("Rank-1", 40.0), metric("Rank-1 std", 3.0)]
+    metrics += [metric("mAP", 10.0, "average"), metric("Rank-1", 5.0, "average")]
+    metrics += [metric("mAP", value, "average", "seeds") for value in (10.0, 12.0)]
+    table = markdown(metrics, load_published("meta_reid")["rows"])
+    lines = table.splitlines()
+    assert lines[0] == "| method | GRID | average |" and len({line.count("|") for line in lines}) == 1
+    assert "| meta-0 global | 50.0 ± 2.0 / 40.0 ± 3.0 | 10.0 / 5.0 |" in lines
+    assert "| seeds | - / - | 11.0 ± 1.4 / - |" in lines
+    assert "| META, published (M) | 60.1 / 52.4 | 70.9 / 63.8 |" in lines
+    assert not any("DIMN" in line for line in lines)  # other sources, another setting
+    assert r"50.0 $\pm$ 2.0 / 40.0 $\pm$ 3.0 & 10.0 / 5.0 \\" in latex(table)

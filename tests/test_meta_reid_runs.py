@@ -13,11 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from meta_reid.eval import Options, protocol_metrics, rows_of
 from meta_reid.export import export
 from meta_reid.gallery import Index
 from meta_reid.model import META
 from meta_reid.predict import images_in
 from meta_reid.train import PRESETS, VARIANTS, learning_rate, optimiser, plan, train
+from meta_reid.walkers import draw
 from shared.io import write_image
 from shared.runtime import UserError
 
@@ -45,19 +47,20 @@ def test_schedule():
 def test_presets_and_weight_decay():
     assert PRESETS["paper"].people * PRESETS["paper"].images == 64 and PRESETS["paper"].epochs == 120
     assert PRESETS["protocol1"].protocol == "1"
-    row = plan(replace(PRESETS["demo"], variants=("meta",)), {0: [3, 3, 3]})[0]
+    row = plan(replace(PRESETS["demo"], seeds=1, variants=("meta",)), {0: [3, 3, 3]})[0]
     groups = optimiser(row.model, row.config).param_groups
     names = {id(p): name for name, p in row.model.named_parameters()}
     assert [group["weight_decay"] for group in groups] == [5e-4, 0]
     assert all("bias" in names[id(p)] for p in groups[1]["params"])
     assert not any("F_final" in names[id(p)] for group in groups for p in group["params"])
     with pytest.raises(UserError, match="unknown variant 'x'"):
-        plan(replace(PRESETS["demo"], variants=("x",)), {0: [3, 3, 3]})
+        plan(replace(PRESETS["demo"], seeds=1, variants=("x",)), {0: [3, 3, 3]})
 
 
 def test_inactive_experts_stay_still(tmp_path):
     config = replace(
         PRESETS["demo"],
+        seeds=1,
         steps=1,
         warmup=0,
         variants=("meta",),
@@ -75,12 +78,16 @@ def test_inactive_experts_stay_still(tmp_path):
 
 
 def small(**changes):
-    return replace(PRESETS["demo"], preset="demo", steps=40, save_every=20, people=4, device="cpu", **changes)
+    return replace(
+        PRESETS["demo"], preset="demo", seeds=1, steps=40, save_every=20, people=4, device="cpu", **changes
+    )
 
 
 def test_a_killed_run_continues_to_the_same_weights_and_log(tmp_path):
     whole = train(small(variants=("meta", "baseline"), out=tmp_path / "whole"))
     arguments = [
+        "--seeds",
+        "1",
         "--steps",
         "40",
         "--save-every",
@@ -109,7 +116,7 @@ def test_a_killed_run_continues_to_the_same_weights_and_log(tmp_path):
 
 
 def test_train_evaluate_and_search_from_the_folder(tmp_path):
-    trained = script("train.py", "demo", "--steps", "2", runs=tmp_path)
+    trained = script("train.py", "demo", "--seeds", "1", "--steps", "2", runs=tmp_path)
     assert trained.returncode == 0, trained.stderr
     folder = Path(trained.stdout.splitlines()[-1])
     assert folder == (tmp_path / "meta_reid" / "demo-0").resolve()
@@ -139,6 +146,31 @@ def test_train_evaluate_and_search_from_the_folder(tmp_path):
     assert answer["found"][0]["path"].endswith("b.png") and len(answer["found"]) == 2
     assert answer["looks_like"] in "ABC" and sum(answer["weight"].values()) == pytest.approx(1, abs=1e-4)
     assert list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_manifest_of_the_users_own_domains_is_trained_and_evaluated(tmp_path, capsys):
+    lines = ["path,id,camera,domain"]
+    for domain in "ABT":
+        drawn = draw(domain, people=4, views=4, seed=1)
+        for i, picture in enumerate(drawn.images):
+            write_image(tmp_path / domain / f"{i}.png", picture / 255)
+            lines.append(f"{domain}/{i}.png,{drawn.identities[i]},{i},{domain}")
+    lines.append("T/0.png,alone,0,T")
+    (tmp_path / "mine.csv").write_text("\n".join(lines))
+    changes = {"architecture": "mini", "pretrained": False, "height": 48, "width": 24, "workers": 0}
+    config = replace(
+        PRESETS["manifest"], preset="manifest", manifest=tmp_path / "mine.csv", target="T", people=4, steps=2,
+        save_every=20, device="cpu", out=tmp_path / "run", **changes,
+    )  # fmt: skip
+    folder = train(config)
+    metrics = protocol_metrics(config, rows_of(config, folder), Options(device="cpu"), folder)
+    found = {metric.method for metric in metrics}
+    assert {"meta-0 global", "meta-0 full:shared", "meta-0 mixture:official"} <= found
+    assert not any("learned" in method for method in found)  # its scoring networks were not trained
+    assert all(0 <= metric.value <= 100 and not metric.comparable for metric in metrics)
+    assert "1 queries without a true match" in capsys.readouterr().out
+    for name in ("ranking-T-meta-0.png", "weights-meta-0.png"):
+        assert (folder / "samples" / name).stat().st_size > 0
 
 
 @pytest.mark.parametrize(
