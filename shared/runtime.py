@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch.utils.data import Sampler
 
 T = TypeVar("T")
@@ -103,10 +104,12 @@ def run_main(main: Callable[[], None]) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    except OSError as error:
-        if error.errno not in FULL_DISK:
+    except (OSError, SafetensorError) as error:
+        # safetensors passes the system's error on as text alone
+        full = error.errno in FULL_DISK if isinstance(error, OSError) else "No space left" in str(error)
+        if not full:
             raise
-        where = error.filename or "the run folder's disk"
+        where = getattr(error, "filename", None) or "the run folder's disk"
         print(
             f"error: no space left writing {where}: free some, then run the same command again",
             file=sys.stderr,

@@ -31,6 +31,15 @@ TINY = {
     "mdrnets": "--size unit --image-size 16 --train-images 12 --test-images 6 --coarse-steps 2 "
     "--refine-steps 2 --copy-steps 0 --log-every 1 --checkpoint-every 1 --sample-every 100 --data simple "
     "--variants full --no-unet",
+    "anyface": "--train-faces 40 --test-faces 24 --clip-steps 2 --half-steps 1 --generator-steps 2 "
+    "--wide-steps 0 --judge-steps 2 --steps 2 --batch-size 4 --variants full "
+    "--checkpoint-every 1 --log-every 1",
+    "biphasic_age": "--size unit --image-size 16 --train-images 24 --pictures 3 --test-images 12 "
+    "--scene-images 24 --scene-size 16 --age-width 4 --age-stages 2 --identity-width 4 --guide-steps 2 "
+    "--guide-batch 4 --batch-size 4 --steps 2 --scene-steps 2 --log-every 1 --checkpoint-every 1",
+    "faceswapper": "--size.img-size 32 --size.channel-base 128 --size.max-channels 8 --size.id-dim 8 "
+    "--judge-width 4 --train-people 4 --per-person 2 --judge-people 6 --judge-steps 2 --warmup 1 "
+    "--iterations 2 --ablation-iterations 2 --variants full --checkpoint-every 1 --log-every 1",
     "most_net": "--variants most --pairs 4 --seeds 1 --extras --artists --steps 2 --batch 2 --save-every 1",
     "meta_reid": "--steps 20 --people 4 --variants meta --save-every 20",
     "irisusformer": "--train-images 6 --test-images 4 --batch-size 2 --steps 2 --save-every 1 "
@@ -38,7 +47,7 @@ TINY = {
 }
 """The smallest run that writes every kind of file."""
 
-TINY_EVAL = {"pin": "--pairs 10 --repeats 1 --queries 5"}
+TINY_EVAL = {"pin": "--pairs 10 --repeats 1 --queries 5", "faceswapper": "--test-people 6"}
 """What evaluation needs to accept a run so small."""
 
 
