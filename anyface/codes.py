@@ -1,0 +1,108 @@
+"""Make codes.safetensors, the inversions of a set's faces that training needs.
+
+Either from the pictures (an e4e encoder, W+ optimisation, or one after the other), or from a `latents.pt`
+whose rows belong to a list of file names.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from anyface.bundle import Model
+from anyface.clip import BPETokenizer
+from anyface.datasets import Layout, open_set, write_codes
+from anyface.model import Stream
+from anyface.use import EXPLAINED, invert
+from anyface.weights import load_clip, load_e4e, load_generator
+from shared.io import progress, read_image
+from shared.runtime import UserError, parse, pick_device, run_main
+from shared.weights import load_torch
+
+
+@dataclass(frozen=True)
+class CodesOptions:
+    """Where the pictures or codes are, and how to invert."""
+
+    data_root: Path | None = None
+    """A set in one of the public layouts; its train and test faces are inverted."""
+    layout: Layout = "auto"
+    """Layout of the set."""
+    latents: Path | None = None
+    """Instead of inverting: a tensor of codes (N, L, D), e.g. StyleCLIP's; needs --names."""
+    names: Path | None = None
+    """Text file with the file name of each row of --latents, one a line."""
+    generator_weights: Path | None = None
+    """StyleGAN2: stylegan2-ffhq-config-f.pt, or NVIDIA's ffhq.pkl."""
+    clip_weights: Path | None = None
+    """CLIP of the optimisation's second term: ViT-B-32.pt."""
+    e4e_weights: Path | None = None
+    """e4e_ffhq_encode.pt: start from the encoder's code."""
+    steps: int = 300
+    """Steps of the optimisation for each face; 0: the encoder alone."""
+    out: Path = Path("codes.safetensors")
+    """File to write."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: CUDA when there is one."""
+
+
+def convert(latents: Path, names: Path | None, out: Path) -> None:
+    """Name the rows of a tensor of codes. UserError when the counts differ or a name comes twice."""
+    codes = load_torch(latents)
+    if not isinstance(codes, torch.Tensor) or codes.ndim != 3:
+        raise UserError(f"{latents}: expected one tensor of codes (N, L, D)")
+    if names is None or not names.is_file():
+        raise UserError(f"--names {names}: a text file with the file name of each row of {latents} is needed")
+    stems = [Path(line.strip()).stem for line in names.read_text().splitlines() if line.strip()]
+    if len(stems) != len(codes) or len(set(stems)) != len(stems):
+        raise UserError(f"{names}: {len(stems)} names, {len(set(stems))} different, for {len(codes)} codes")
+    write_codes(out, stems, codes.float())
+
+
+def invert_set(options: CodesOptions) -> None:
+    """Codes of all pictures of a set, train and test. UserError for missing weights or pictures."""
+    if options.generator_weights is None or options.clip_weights is None:
+        raise UserError("inversion needs --generator-weights and --clip-weights")
+    device = pick_device(options.device)
+    generator, mean = load_generator(options.generator_weights)
+    clip = load_clip(options.clip_weights)
+    # `invert` works on a whole model; the text stream plays no part in it.
+    text = Stream(clip.sizes["embed_dim"], (1,), generator.n_latent, generator.style_dim, layers=1)
+    model = Model(clip, BPETokenizer(clip.context_length), generator, text, mean.to(device))
+    for part in (clip, generator):
+        part.to(device).eval().requires_grad_(False)
+    encoder = None if options.e4e_weights is None else load_e4e(options.e4e_weights)
+    if encoder is not None:
+        encoder[0].to(device).eval().requires_grad_(False)
+    names, codes, poor = [], [], []
+    for part in ("train", "test"):
+        found = open_set(options.data_root, part, options.layout)
+        for name, path in progress(list(zip(found.names, found.pictures, strict=True)), part):
+            if path is None:
+                raise UserError(f"{found.title}: no picture of face {name}; put it into images/")
+            names.append(name)
+            found_code = invert(model, read_image(path), options.steps, encoder)
+            codes.append(found_code.code.cpu())
+            poor += [name] if found_code.explained < EXPLAINED else []
+    write_codes(options.out, names, torch.cat(codes).float())
+    if poor:
+        print(
+            f"warning: {len(poor)} of {len(names)} faces are reproduced to less than {100 * EXPLAINED:.0f} % "
+            f"of their variance, e.g. {', '.join(poor[:5])}: are the pictures aligned as in FFHQ?",
+            file=sys.stderr,
+        )
+
+
+def main(options: CodesOptions) -> Path:
+    """Write the codes; returns the file."""
+    if options.latents is not None:
+        convert(options.latents, options.names, options.out)
+    else:
+        invert_set(options)
+    return options.out
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(main(parse(CodesOptions, __doc__))))

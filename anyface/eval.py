@@ -1,0 +1,366 @@
+"""Measure a run: what the method's parts are for, and the metrics of text-to-face synthesis beside baselines.
+
+No number of AnyFace's own tables is known; none stands beside what is measured here.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from anyface import sheets
+from anyface.baselines import nearest_caption, optimise_codes
+from anyface.claims import code_claims, mean, picture_claims
+from anyface.clip import image_features
+from anyface.data import Cache, Faces, build_cache, encode_captions, open_faces
+from anyface.effects import caption_counts, caption_effects, code_effects, editing, named_accuracy, read_texts
+from anyface.judges import read
+from anyface.lightcnn import grey_faces
+from anyface.model import Stream, assemble, load_official
+from anyface.protocol import (
+    Networks,
+    diversity,
+    face_similarity,
+    frechet_networks,
+    lpips_network,
+    measure,
+    r_precision,
+    rfrr,
+)
+from anyface.stages import Constants, load_constants, load_streams, plan, reads_words, variant_config
+from anyface.train import Config
+from anyface.userstudy import write_study
+from anyface.weights import load_clip
+from shared.io import find_run, load_config, write_image
+from shared.published import (
+    Claim,
+    Metric,
+    environment,
+    format_table,
+    load_published,
+    print_claims,
+    print_metrics,
+    write_results,
+)
+from shared.runtime import parse, pick_device, run_main, step_generator
+
+METRIC_SIZE = 256
+"""Side at which pictures are compared when the generator's is larger."""
+UNITS = {"R-precision@1": "%", "R-precision@10": "%"}
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Which run to measure, and how."""
+
+    run: Path | None = None
+    """Run folder; default: the newest."""
+    compared: int = 100
+    """Test captions that all methods of the comparison make a face for."""
+    optimise_steps: int = 60
+    """Steps of latent optimisation for each caption; 0 leaves it out. StyleCLIP takes 200 to 300."""
+    psi: float = 1.0
+    """Truncation of the noise layers in the draws."""
+    fid_weights: Path | None = None
+    """torch-fidelity's weights-inception-2015-12-05-6726825d.pth; FID is left out without it."""
+    lpips_weights: Path | None = None
+    """torchvision's alexnet-owt-7be5be79.pth; LPIPS is left out without it."""
+    lightcnn_weights: Path | None = None
+    """LightCNN_29Layers_V2_checkpoint.pth.tar, for RFRR; without it RFRR is left out, or in the simple
+    world measured with the judge's features and named so."""
+    second_clip: Path | None = None
+    """Another CLIP, which was no training signal, for a second R-precision."""
+    study: int = 0
+    """Captions of a user study: writes a page for blind ranking of the methods; 0 writes none."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: CUDA when there is one."""
+
+
+def make_networks(settings: EvalConfig, config: Config, constants: Constants, device) -> Networks:
+    """The networks that metrics need, as far as they are given."""
+    face = None
+    if settings.lightcnn_weights is not None:
+        light = load_official("lightcnn29v2", settings.lightcnn_weights).to(device)
+        face = ("LightCNN", lambda pictures: light(grey_faces(pictures)))
+    elif constants.judge is not None:
+        face = ("judge's features", constants.judge.features)
+    clip_input = config.behaviour.clip_input
+    lpips_net = lpips_network(settings.lpips_weights)
+    return Networks(
+        constants.clip,
+        clip_input,
+        None if settings.second_clip is None else load_clip(settings.second_clip).to(device).eval(),
+        frechet_networks(constants.clip, clip_input, settings.fid_weights, constants.judge),
+        None if lpips_net is None else lpips_net.to(device),
+        face,
+    )
+
+
+@torch.inference_mode()
+def paint(codes: Tensor, constants: Constants, batch: int = 32) -> Tensor:
+    """Codes (N, L, D) -> pictures on the CPU (N, 3, S, S), S at most `METRIC_SIZE`."""
+    pictures = []
+    for part in codes.split(batch):
+        made = constants.generator.synthesis(part)
+        if made.shape[-1] > METRIC_SIZE:
+            size = (METRIC_SIZE, METRIC_SIZE)
+            made = torch.nn.functional.interpolate(made, size, mode="bilinear", antialias=True)
+        pictures.append(made.clamp(-1, 1).cpu())
+    return torch.cat(pictures)
+
+
+def make_pictures(
+    settings: EvalConfig,
+    config: Config,
+    streams: dict[str, dict[int, tuple[Stream, Stream]]],
+    constants: Constants,
+    train: tuple[Faces, Cache],
+    test: Cache,
+) -> dict[str, Tensor]:
+    """Every method's picture (N, 3, S, S) of the compared captions."""
+    n, size = min(settings.compared, len(test.codes)), min(constants.generator.size, METRIC_SIZE)
+    texts, clip_input = test.text[:n, 0], config.behaviour.clip_input
+    codes = {}
+    for name, by_seed in streams.items():
+        tokens = test.tokens[:n, 0] if variant_config(config, name).words else None
+        codes[name] = read_texts(by_seed[min(by_seed)][0], constants.clip, texts, tokens)[0]
+    first = next(iter(codes))
+    noise = torch.randn(n, constants.generator.style_dim, generator=step_generator(config.seed, 0, 26))
+    w_z = constants.generator.mapping(noise.to(texts))
+    codes[f"{first}, noise"] = assemble(
+        w_z, codes[first], config.noise_layers, settings.psi, 8, train[1].mean
+    )
+    codes["mean face"] = train[1].mean.expand(n, -1, -1)
+    codes["own code (upper bound)"] = test.codes[:n]
+    if settings.optimise_steps:
+        codes["latent optimisation"] = optimise_codes(
+            texts, constants.generator, constants.clip, train[1].mean, clip_input, settings.optimise_steps
+        )
+    pictures = {name: paint(code, constants) for name, code in codes.items()}
+    pictures["nearest training caption"] = train[0].picture(nearest_caption(texts, train[1]).cpu(), size)
+    return pictures
+
+
+def compare(
+    pictures: dict[str, Tensor],
+    test: tuple[Faces, Cache],
+    networks: Networks,
+    constants: Constants,
+    config: Config,
+) -> dict[str, dict[str, float]]:
+    """Method -> metric -> value on the compared captions."""
+    faces, cache = test
+    first = next(iter(pictures.values()))
+    n, device = len(first), cache.codes.device
+    truth = faces.picture(torch.arange(n), first.shape[-1])
+    captions = [own[0] for own in faces.captions[:n]]
+    rows = {}
+    for name, made in pictures.items():
+        made = made.to(device)
+        rows[name] = measure(made, truth.to(device), cache.text[:n, 0], networks)
+        if networks.second_clip is not None:
+            from_second = image_features(networks.second_clip, made)
+            tokens = constants.tokenizer(captions).to(device)
+            rows[name]["R-precision@1, second CLIP"] = 100 * r_precision(
+                from_second, networks.second_clip.encode_text(tokens)
+            )
+        if constants.judge is not None:
+            rows[name]["named traits"] = 100 * named_accuracy(read(constants.judge, made).cpu(), captions)
+    if networks.face is not None:
+        label, network = networks.face
+        # The upper bound is no competitor: it has seen the photo.
+        rivals = {name: made for name, made in pictures.items() if "upper bound" not in name}
+        near = {k: face_similarity(v.to(device), truth.to(device), network) for k, v in rivals.items()}
+        for name, share in rfrr(near).items():
+            rows[name][f"RFRR ({label})"] = share
+    return rows
+
+
+def all_effects(
+    config: Config,
+    streams: dict[str, dict[int, tuple[Stream, Stream]]],
+    constants: Constants,
+    faces: Faces,
+    cache: Cache,
+    train_mean: Tensor,
+) -> tuple[dict[str, dict[int, dict[str, float]]], list[Claim]]:
+    """Effects on codes for every pair of streams, and in the world the claims."""
+    effects = {
+        name: {
+            seed: code_effects(pair, cache, train_mean, constants.clip, variant_config(config, name).words)
+            for seed, pair in by_seed.items()
+        }
+        for name, by_seed in streams.items()
+    }
+    if constants.judge is None or "full" not in streams or config.words:
+        return effects, []
+    seen, precision, edits, counts = [], [], [], []
+    for seed, (text, _) in streams["full"].items():
+        seen.append(
+            caption_effects(text, faces, cache, train_mean, constants, config.noise_layers, config.seed)
+        )
+        with torch.inference_mode():
+            made = image_features(constants.clip, constants.generator.synthesis(text(cache.text[:, 0])[0]))
+        precision.append(r_precision(made, cache.text[:, 0], top=10, seed=config.seed))
+        edits.append(editing(text, cache, constants))
+        counts.append(caption_counts(text, faces, constants, config.seed))
+        effects["full"][seed] |= seen[-1]
+    averaged = {k: mean([row[k] for row in seen]) for k in seen[0]}
+    edited = {
+        k: [mean(list(each)) for each in zip(*(row[k] for row in edits), strict=True)] for k in edits[0]
+    }
+    counted = [mean(list(each)) for each in zip(*counts, strict=True)]
+    claims = code_claims(effects) + picture_claims(
+        averaged, mean(precision), edited, counted, 10 / min(100, len(faces))
+    )
+    return effects, claims
+
+
+def draw_sheets(
+    config: Config,
+    folder: Path,
+    text: Stream,
+    w_t: Tensor,
+    constants: Constants,
+    faces: Faces,
+    cache: Cache,
+    pictures: dict[str, Tensor],
+) -> None:
+    """Pictures for a person to judge, into samples/. w_t (N, L, D): codes of the test captions."""
+    captions = [own[0] for own in faces.captions[:8]]
+    size = next(iter(pictures.values())).shape[-1]
+    first = torch.arange(len(captions))
+    beside = {"true face": faces.picture(first, size)}
+    titles = {"nearest training caption": "nearest", "no-dt": "MSE", "latent optimisation": "optimised"}
+    beside |= {title: pictures[name][:8] for name, title in titles.items() if name in pictures}
+    layers, seed = config.noise_layers, config.seed
+    others = [own[0] for own in faces.captions[1:6]]
+    made = {
+        "captions": sheets.caption_sheet(w_t[:8], captions, constants, layers, seed, beside),
+        "editing": sheets.editing_sheet(cache.codes[: len(others)], w_t[1:6], others, constants),
+    }
+    if faces.unseen is not None and not config.words:
+        unseen, truth = [own[0] for own in faces.unseen[:8]], {"true face": beside["true face"]}
+        with torch.inference_mode():
+            codes = text(encode_captions(constants.clip, constants.tokenizer, unseen, w_t.device))[0]
+        made["unseen"] = sheets.caption_sheet(codes, unseen, constants, layers, seed, truth)
+        made["build-up"] = sheets.build_up_sheet(text, faces, constants, seed)
+    if constants.wide is not None:
+        truth = {"true face": faces.picture(first, constants.wide.size)}
+        made["captions-64"] = sheets.caption_sheet(
+            w_t[:8], captions, constants, layers, seed, truth, wide=True
+        )
+    for name, picture in made.items():
+        write_image(folder / "samples" / f"test-{name}.png", picture, synthetic="AnyFace")
+
+
+def to_metrics(rows: dict[str, dict[str, float]], dataset: str, setting: str) -> list[Metric]:
+    """Rows of a table as metrics; none is comparable with a published number."""
+    return [
+        Metric("comparison", setting, metric, UNITS.get(metric, ""), value, dataset, False, method)
+        for method, row in rows.items()
+        for metric, value in row.items()
+    ]
+
+
+def table(title: str, rows: dict[str, dict[str, float]]) -> str:
+    """Methods in rows, metrics in columns."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    header = [f"{name} [{UNITS[name]}]" if name in UNITS else name for name in names]
+    cells = [[k, *(row.get(name) for name in names)] for k, row in rows.items()]
+    return format_table([title, *header], cells)
+
+
+@torch.inference_mode()
+def three_draws(w_t: Tensor, constants: Constants, config: Config) -> float:
+    """Mean pixel difference between three draws of the coarse layers of a caption's code, over codes."""
+    rng = step_generator(config.seed, 0, 27)
+    noise = torch.randn(3, len(w_t), constants.generator.style_dim, generator=rng).to(w_t)
+    codes = [assemble(constants.generator.mapping(z), w_t, config.noise_layers) for z in noise]
+    return diversity(torch.stack([paint(code, constants) for code in codes]))
+
+
+@torch.inference_mode()
+def timing(
+    text: Stream, cache: Cache, constants: Constants, words: bool, repeats: int = 5
+) -> dict[str, float]:
+    """Milliseconds for one caption's feature to become one picture, mean and deviation over `repeats`."""
+    times = []
+    for i in range(repeats + 1):
+        began = time.perf_counter()
+        at = i % len(cache.text)
+        tokens = cache.tokens[at, :1] if words else None
+        codes = read_texts(text, constants.clip, cache.text[at, :1], tokens)[0]
+        constants.generator.synthesis(codes).cpu()
+        times.append(1000 * (time.perf_counter() - began))
+    kept = torch.tensor(times[1:])  # the first one warms up
+    return {"mean": kept.mean().item(), "deviation": kept.std().item()}
+
+
+def main(settings: EvalConfig) -> Path:
+    """Evaluate a run: effects, claims, comparison, pictures; returns the run folder."""
+    began = time.perf_counter()
+    folder = find_run("anyface", settings.run)
+    config = load_config(folder, Config)
+    device = pick_device(settings.device)
+    constants = load_constants(config, folder, device)
+    stages = [stage for stage in plan(config) if not stage.part]
+    streams: dict[str, dict[int, tuple[Stream, Stream]]] = {}
+    for stage in stages:
+        streams.setdefault(stage.name, {})[stage.seed] = load_streams(config, folder, constants, stage)
+    known = (constants.clip, constants.tokenizer, constants.generator, config.behaviour.clip_input, device)
+    train_faces = open_faces(config, "train", constants.generator)
+    test_faces = one_caption_each(open_faces(config, "test", constants.generator))
+    train = build_cache(train_faces, *known, images=False)
+    test = build_cache(test_faces, *known, words=reads_words(config))
+
+    effects, claims = all_effects(config, streams, constants, test_faces, test, train.mean)
+    shown = {f"{name}/{seed}": row for name, by_seed in effects.items() for seed, row in by_seed.items()}
+    short = ("collapse index", "spread", "rank", "norm ratio")
+    print(f"\n=== {test_faces.title}: {len(test_faces)} test faces ===\n")
+    print(table("streams", {k: {name: row[name] for name in short} for k, row in shown.items()}))
+
+    pictures = make_pictures(settings, config, streams, constants, (train_faces, train), test)
+    networks = make_networks(settings, config, constants, device)
+    rows = compare(pictures, (test_faces, test), networks, constants, config)
+    n = len(next(iter(pictures.values())))
+    print("\n" + table(f"{n} captions", rows))
+    first = streams[stages[0].name][stages[0].seed]
+    texts, words = test.text[:, 0], variant_config(config, stages[0].name).words
+    w_t = read_texts(first[0], constants.clip, texts, test.tokens[:, 0] if words else None)[0]
+    drawn = three_draws(w_t[:n], constants, config)
+    speed = timing(first[0], test, constants, words)
+    print(f"\ndiversity of three draws of a caption (L1): {drawn:.4f}")
+    print(f"run time, one caption to one picture: {speed['mean']:.2f} +- {speed['deviation']:.2f} ms")
+    draw_sheets(config, folder, first[0], w_t, constants, test_faces, test, pictures)
+    if settings.study:
+        captions = [own[0] for own in test_faces.captions[: min(settings.study, n)]]
+        methods = {k: v for k, v in pictures.items() if "upper bound" not in k and k != "mean face"}
+        print(f"user study: {write_study(folder / 'study', captions, methods, config.seed)}")
+
+    setting = f"N = {n}, caption number id mod count, psi {settings.psi:g}, M {config.noise_layers}"
+    metrics = to_metrics(rows, test_faces.title, setting)
+    print()
+    headline = [m for m in metrics if m.method == stages[0].name]
+    print_metrics(headline, load_published("anyface"))
+    if claims:
+        print()
+        claims = [replace(claim, id=f"C{i}") for i, claim in enumerate(claims, start=1)]
+        print_claims(claims)
+    extra = {"effects": effects, "diversity": drawn, "milliseconds": speed}
+    write_results(folder, claims, metrics, environment(config, time.perf_counter() - began), extra)
+    return folder
+
+
+def one_caption_each(faces: Faces) -> Faces:
+    """Captions reduced to number id mod count, the only one that the released test script uses."""
+    ids = [int(name) if name.isdigit() else i for i, name in enumerate(faces.names)]
+    chosen = [[own[i % len(own)]] for i, own in zip(ids, faces.captions, strict=True)]
+    return replace(faces, captions=chosen)
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(main(parse(EvalConfig, __doc__))))

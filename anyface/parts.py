@@ -1,0 +1,187 @@
+"""The small constants of the demo, taught on drawn faces: CLIP, the generator at 32 and 64 px, the judge.
+
+At the paper's scale these come as pretrained files. Each is a `Learner`: networks, an optimiser, and the loss
+of a step, which is a pure function of (seed, step).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anyface.clip import WordTokenizer, build_clip, image_features, text_features
+from anyface.data import mixed
+from anyface.judges import Judge, judge_loss
+from anyface.stylegan2 import Generator
+from anyface.world import TRAITS, describe, draw_latents, every_wording, make_world, read_traits, render
+from shared.runtime import step_generator
+
+CONTEXT = 28
+CHANNELS = {4: 64, 8: 64, 16: 64, 32: 32, 64: 16}
+WORLD_STREAMS = {"clip": 31, "generator": 32, "wide": 33, "judge": 34, "mapping": 35, "half": 36}
+"""Numbers that keep the random draws of the parts apart."""
+
+
+@dataclass
+class Learner:
+    """Networks that learn together.
+
+    models: by the name of their file; terms: step -> weighted losses, to be summed; schedule: share of the
+    steps done -> factor on the learning rates. shared: a process computes its share of the batch and
+    gradients are averaged; otherwise every process does the same whole step. words: a text stream that reads
+    all tokens.
+    """
+
+    label: str
+    steps: int
+    models: dict[str, nn.Module]
+    optimiser: torch.optim.Optimizer
+    terms: Callable[[int], dict[str, Tensor]]
+    schedule: Callable[[float], float]
+    shared: bool = False
+    words: bool = False
+
+
+def average_gradients(learning: list[nn.Parameter], processes: int) -> None:
+    """Mean of the gradients over all processes, in one message."""
+    if processes == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    for p, mean in zip(learning, (flat / processes).split([g.numel() for g in gradients]), strict=True):
+        p.grad = mean.view_as(p)
+
+
+def warm_cosine(t: float) -> float:
+    """Factor on the learning rate at the share t of the steps: up over a twentieth, then a cosine to 0."""
+    return min(1.0, (t + 1e-3) / 0.05) * (0.5 + 0.5 * math.cos(math.pi * t))
+
+
+def constant(t: float) -> float:
+    """The released trainer has no schedule."""
+    return 1.0
+
+
+def small_clip(patch: int = 8) -> tuple[nn.Module, WordTokenizer]:
+    """CLIP for 32 px with two layers of width 64 on either side, and the tokenizer of the world's words."""
+    tokenizer = WordTokenizer.from_captions(every_wording(), CONTEXT)
+    return build_clip(
+        64, 32, 2, 64, patch, CONTEXT, tokenizer.vocab_size, 64, 2, 2, vision_heads=2
+    ), tokenizer
+
+
+def small_generator(size: int = 32) -> Generator:
+    """StyleGAN2 with codes of 64 and a mapping of three layers."""
+    return Generator(size, 64, 3, lr_mlp=1.0, channels={r: c for r, c in CHANNELS.items() if r <= size})
+
+
+def grow(larger: Generator, smaller: Generator) -> None:
+    """Give a generator the layers of one of a smaller side; its further blocks stay as they are."""
+    layers = {k: v for k, v in smaller.state_dict().items() if not k.startswith("noises")}
+    larger.load_state_dict(layers, strict=False)
+
+
+def clip_learner(
+    clip: nn.Module, tokenizer: WordTokenizer, steps: int, seed: int, device, faces: int = 6000
+) -> Learner:
+    """Symmetric contrastive loss on faces and captions in all wordings, the held-out ones too: the streams'
+    CLIP knows more of the language than their captions use. Captions name three to six traits: with fewer,
+    many faces of a batch fit each caption."""
+    clip.to(device)
+    per_face = 6
+    world = make_world(faces, seed + WORLD_STREAMS["clip"] * 1_000_003, per_face=0)
+    captions = describe(world.values, seed, per_face, held_out=None, counts=(3, 6))
+    tokens = torch.stack([tokenizer(own) for own in captions]).to(device)
+    pictures = world.pictures().to(device)
+    labels = torch.arange(64, device=device)
+
+    def terms(step: int) -> dict[str, Tensor]:
+        rng = step_generator(seed, step, WORLD_STREAMS["clip"])
+        index = torch.randint(faces, (64,), generator=rng)
+        which = torch.randint(per_face, (64,), generator=rng)
+        image = F.normalize(image_features(clip, pictures[index]), dim=1)
+        text = F.normalize(text_features(clip, tokens[index, which]), dim=1)
+        logits = clip.logit_scale.exp() * image @ text.T
+        return {"contrast": (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2}
+
+    optimiser = torch.optim.AdamW(clip.parameters(), 2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    return Learner("clip", steps, {"clip": clip}, optimiser, terms, warm_cosine)
+
+
+def teach_mapping(generator: Generator, steps: int, seed: int) -> None:
+    """Teach the mapping network alone: from w, linear heads must tell the traits of its vector, and place and
+    size. It takes seconds, and synthesis then starts from codes in which the traits lie apart."""
+    coarse = sum(len(trait.shares) for trait in TRAITS if trait.coarse)
+    counts = [len(trait.shares) for trait in TRAITS]
+    device = generator.input.input.device
+    heads = nn.Linear(generator.style_dim, sum(counts) + 3).to(device)
+    optimiser = torch.optim.Adam([*generator.style.parameters(), *heads.parameters()], 1e-2)
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-2 * warm_cosine(step / steps)
+        z = torch.randn(2, 256, 64, generator=step_generator(seed, step, WORLD_STREAMS["mapping"])).to(device)
+        told = heads(generator.mapping(z.flatten(0, 1))).view(2, 256, -1)
+        logits = torch.cat((told[0, :, :coarse], told[1, :, coarse:-3]), 1)
+        loss = judge_loss(logits, read_traits(*z)) + (told[0, :, -3:] - z[0, :, :3].tanh()).square().mean()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+
+
+def generator_learner(label: str, generator: Generator, steps: int, seed: int, device) -> Learner:
+    """Supervised style mixing: codes with the coarse layers of one face and the fine ones of another must
+    give the drawing of those traits. Every face's code is then known."""
+    generator.to(device)
+    optimiser = torch.optim.Adam(generator.parameters(), 2e-2, betas=(0.0, 0.99))
+    terms = _drawing_terms(generator, generator, seed, WORLD_STREAMS[label], 32)
+    return Learner(label, steps, {label: generator}, optimiser, terms, warm_cosine)
+
+
+def wide_learner(wide: Generator, generator: Generator, steps: int, seed: int, device) -> Learner:
+    """The generator of twice the side: the small one's layers as they are, and one more block that learns."""
+    wide.to(device).requires_grad_(False)
+    grow(wide, generator)
+    new = [*wide.convs[-2:].parameters(), *wide.to_rgbs[-1].parameters()]
+    for parameter in new:
+        parameter.requires_grad_(True)
+    optimiser = torch.optim.Adam(new, 8e-3, betas=(0.0, 0.99))
+    terms = _drawing_terms(wide, generator, seed, WORLD_STREAMS["wide"], 16)
+    return Learner("wide", steps, {"wide": wide}, optimiser, terms, warm_cosine)
+
+
+def _drawing_terms(net: Generator, mapper: Generator, seed: int, stream: int, batch: int):
+    device = net.input.input.device
+
+    def terms(step: int) -> dict[str, Tensor]:
+        rng = step_generator(seed, step, stream)
+        coarse, fine = torch.randn(2, batch, 64, generator=rng)
+        target = render(coarse, fine, net.size).to(device)
+        code = mixed(mapper.mapping(coarse.to(device)), mapper.mapping(fine.to(device)), net.n_latent)
+        made = net.synthesis(code)
+        return {"L1": F.l1_loss(made, target), "L2": F.mse_loss(made, target)}
+
+    return terms
+
+
+def judge_learner(judge: Judge, steps: int, seed: int, device) -> Learner:
+    """Cross entropy of all traits on noisy drawings."""
+    judge.to(device)
+
+    def terms(step: int) -> dict[str, Tensor]:
+        draw = step_generator(seed, step, WORLD_STREAMS["judge"])
+        coarse, fine = draw_latents(64, draw.initial_seed() % 2**31)
+        pictures = render(coarse, fine, judge.size)
+        pictures = (pictures + 0.02 * torch.randn(pictures.shape, generator=draw)).to(device)
+        return {"traits": judge_loss(judge(pictures), read_traits(coarse, fine).to(device))}
+
+    optimiser = torch.optim.Adam(judge.parameters(), 2e-3)
+    return Learner("judge", steps, {"judge": judge}, optimiser, terms, warm_cosine)
+
+
+def widen(codes: Tensor, layers: int) -> Tensor:
+    """Codes (B, L, D) for a generator of more layers: the last one again for the new layers."""
+    return torch.cat((codes, codes[:, -1:].expand(-1, layers - codes.shape[1], -1)), 1)

@@ -1,0 +1,247 @@
+"""AnyFace: metrics against closed forms and slow references, baselines, claims, the user study."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from anyface.baselines import nearest_caption, optimise_codes
+from anyface.claims import code_claims, picture_claims
+from anyface.clip import image_features
+from anyface.data import Cache
+from anyface.effects import collapse_index, editing, named_accuracy, spread
+from anyface.judges import Judge, accuracy, read, split_heads
+from anyface.parts import small_clip, small_generator, wide_learner, widen
+from anyface.protocol import (
+    Networks,
+    clip_score,
+    diversity,
+    face_similarity,
+    frechet_networks,
+    mean_rank,
+    measure,
+    own_ranks,
+    r_precision,
+    rfrr,
+)
+from anyface.stages import Constants, make_streams
+from anyface.train import PRESETS
+from anyface.userstudy import read_study, write_study
+from anyface.world import TRAITS, make_world
+from shared.published import load_published
+from shared.runtime import UserError
+
+
+@pytest.fixture(scope="module")
+def constants() -> Constants:
+    torch.manual_seed(0)
+    clip, tokenizer = small_clip()
+    networks = (clip, small_generator(), Judge())
+    for network in networks:
+        network.eval().requires_grad_(False)
+    return Constants(clip, tokenizer, networks[1], judge=networks[2])
+
+
+def random_cache(faces: int, captions: int, seed: int = 0) -> Cache:
+    rng = torch.Generator().manual_seed(seed)
+    codes = torch.randn(faces, 8, 64, generator=rng)
+    counts = np.full(faces, captions)
+    counts[0] = 1
+    text = torch.randn(faces, captions, 64, generator=rng)
+    text[0, 1:] = 0
+    return Cache(codes, torch.randn(faces, 64, generator=rng), text, counts, codes.mean(0, keepdim=True))
+
+
+def test_ranks_are_those_of_a_plain_loop():
+    rng = torch.Generator().manual_seed(1)
+    a, b = torch.randn(2, 20, 5, generator=rng)
+    expected = []
+    for i in range(20):
+        scores = [F.cosine_similarity(a[i], b[j], dim=0).item() for j in range(20)]
+        expected.append(1 + sum(score > scores[i] + 1e-7 for score in scores))
+    assert own_ranks(a, b, rivals=19).tolist() == expected
+    assert r_precision(a, a) == 1.0
+    assert (
+        own_ranks(torch.ones(9, 3), torch.ones(9, 3), rivals=4).tolist() == [3.0] * 9
+    )  # all tied: the middle
+
+
+def test_rivals_are_drawn_without_the_own_caption():
+    keys = torch.eye(30)
+    queries = torch.roll(keys, 1, 0)  # every query is nearest to another's key, and 0 to the rest
+    ranks = own_ranks(queries, keys, rivals=29)
+    assert (ranks == 2 + 28 / 2).all()
+    few = own_ranks(queries, keys, rivals=5)
+    assert set(few.tolist()) <= {1 + 5 / 2, 2 + 4 / 2} and len(set(few.tolist())) == 2
+
+
+def test_mean_rank_is_one_for_aligned_and_chance_for_foreign_features():
+    rng = torch.Generator().manual_seed(2)
+    a = torch.randn(200, 16, generator=rng)
+    assert mean_rank(a + 7, 3 * a - 5) == 1.0  # centred, so offset and scale do not matter
+    assert 85 < mean_rank(a, torch.randn(200, 16, generator=rng)) < 116
+
+
+def test_clip_score_and_diversity_in_closed_form():
+    a = torch.tensor([[1.0, 0], [1, 0]])
+    b = torch.tensor([[1.0, 1], [-1, 0]])
+    assert clip_score(a, b) == pytest.approx(100 * (0.5**0.5) / 2, abs=1e-4)
+    draws = torch.tensor([0.0, 1.0, 3.0]).view(3, 1, 1, 1, 1).expand(3, 2, 3, 4, 4)
+    assert diversity(draws) == pytest.approx((1 + 3 + 2) / 3)
+
+
+def test_rfrr_splits_ties_and_sums_to_one():
+    near = {
+        "a": torch.tensor([0.9, 0.5, 0.1]),
+        "b": torch.tensor([0.1, 0.5, 0.2]),
+        "c": torch.tensor([0, 0.5, 0]),
+    }
+    shares = rfrr(near)
+    assert shares == pytest.approx({"a": (1 + 1 / 3) / 3, "b": (1 + 1 / 3) / 3, "c": (1 / 3) / 3})
+    with pytest.raises(ValueError, match="two methods"):
+        rfrr({"a": near["a"]})
+
+
+def test_frechet_distances_are_named_after_their_network_and_tell_sets_apart(constants):
+    networks = frechet_networks(constants.clip, "correct", None, constants.judge)
+    assert set(networks) == {"frechet_clip", "frechet_judge"}  # never called FID without Inception
+    world = make_world(40, 3, per_face=1)
+    truth = world.pictures()
+    given = Networks(constants.clip, "correct", None, networks, None, None)
+    texts = image_features(constants.clip, truth)
+    same = measure(truth, truth, texts, given)
+    other = measure(-truth, truth, texts, given)
+    assert same["L1 to truth"] == 0 and same["R-precision@1"] == 100 and same["CLIP score"] > 99.99
+    for name in networks:
+        assert abs(same[name]) < 1e-3 and other[name] > 1e-2
+    assert "LPIPS" not in same and "FID" not in same
+    assert face_similarity(truth, truth, constants.judge.features).min() > 0.999
+
+
+def test_fid_needs_its_weights(constants, tmp_path):
+    with pytest.raises(UserError, match="weights-inception"):
+        frechet_networks(constants.clip, "correct", tmp_path / "none.pth", None)
+
+
+def test_collapse_and_spread():
+    rng = torch.Generator().manual_seed(3)
+    w, mean = torch.randn(50, 8, 64, generator=rng), torch.randn(1, 8, 64, generator=rng)
+    assert collapse_index(w, w, mean) == pytest.approx(1)
+    assert collapse_index(mean.expand(50, -1, -1) * 3, w, mean) == pytest.approx(0, abs=1e-5)
+    assert spread(w, w) == pytest.approx(1) and spread(mean.expand(50, -1, -1), w) == 0
+
+
+def test_judge_reads_every_trait_and_named_ones_are_counted():
+    seen = torch.tensor([[0, 1, 2, 0, 1, 0, 1]])
+    assert named_accuracy(seen, ["a person with short hair and a hat"]) == 1.0
+    assert named_accuracy(seen, ["a person with long hair and a hat"]) == 0.5
+    assert named_accuracy(seen, ["someone has blond hair, pale skin and no hat"], coarse=True) == 0.0
+    assert accuracy(seen, torch.tensor([[0, 1, 2, 0, 1, 1, 0]])) == pytest.approx(5 / 7)
+    assert accuracy(seen, torch.tensor([[0, 1, 2, 0, 1, 1, 0]]), ("hat", "lips")) == 0.5
+    judge = Judge()
+    assert [head.shape[1] for head in split_heads(judge(torch.zeros(2, 3, 32, 32)))] == [
+        len(trait.shares) for trait in TRAITS
+    ]
+    assert read(judge, torch.zeros(2, 3, 64, 64)).shape == (2, 7)  # other sizes are resized
+
+
+def test_nearest_caption_ignores_empty_rows():
+    cache = random_cache(12, 4)
+    queries = torch.stack([cache.text[i, min(i % 4, cache.counts[i] - 1)] * 5 for i in range(12)])
+    assert nearest_caption(queries, cache).tolist() == list(range(12))
+    assert nearest_caption(torch.zeros(1, 64) - cache.text[0, 0], cache).item() != 0
+
+
+def test_latent_optimisation_comes_nearer_to_the_caption(constants):
+    cache = random_cache(4, 1)
+    texts = cache.text[:, 0]
+    codes = optimise_codes(texts, constants.generator, constants.clip, cache.mean, steps=8, batch=2)
+    assert codes.shape == (4, 8, 64)
+    start = image_features(constants.clip, constants.generator.synthesis(cache.mean)).expand(4, -1)
+    end = image_features(constants.clip, constants.generator.synthesis(codes))
+    assert clip_score(end, texts) > clip_score(start, texts)
+    together = optimise_codes(texts, constants.generator, constants.clip, cache.mean, steps=3, batch=4)
+    apart = optimise_codes(texts, constants.generator, constants.clip, cache.mean, steps=3, batch=1)
+    assert torch.allclose(together, apart, atol=1e-4)  # every caption is optimised as if alone
+
+
+def test_editing_has_exact_ends(constants):
+    text, _ = make_streams(PRESETS["demo"], constants, 0)
+    result = editing(text, random_cache(6, 2), constants)
+    assert len(result["L1"]) == constants.generator.n_latent + 1
+    assert result["L1"][-1] == 0 and result["first end"] == [0] and result["last end"] == [0]
+    assert result["L1"][0] > 0
+
+
+def test_claims_fail_for_broken_builds():
+    good = {"full": {0: {"collapse index": 1.2, "spread": 0.8, "rank": 60.0}}}
+    good["no-dt"] = {0: {"collapse index": 0.1, "spread": 0.2, "rank": 60.0}}
+    good["no-cmd"] = {0: {"collapse index": 1.2, "spread": 0.8, "rank": 110.0}}
+    assert [claim.holds for claim in code_claims(good)] == [True] * 3
+    assert [claim.holds for claim in code_claims({**good, "full": good["no-dt"]})] == [False, False, True]
+    unaligned = {**good, "full": good["no-cmd"]}
+    assert [claim.holds for claim in code_claims(unaligned)] == [True, True, False]
+    two = {k: {0: v[0], 1: v[0]} for k, v in good.items()}
+    two["full"] = {0: good["full"][0], 1: good["no-cmd"][0]}
+    assert not code_claims(two)[2].holds  # every seed for itself
+
+    seen = {"accuracy": 0.65, "shuffled captions": 0.44, "mean face": 0.43, "true codes": 0.76, "fine": 0.6}
+    seen |= {"fine with noise": 0.58, "difference of draws": 0.15, "difference without noise": 0.0}
+    seen |= {"unseen": 0.6, "unseen, shuffled": 0.44}
+    edit = {"L1": [0.3, 0.2, 0.0], "cosine": [0.5, 0.3, 0.2], "first end": [0.0], "last end": [0.0]}
+    counts = [0.44, 0.5, 0.58, 0.63]
+    assert all(claim.holds for claim in picture_claims(seen, 0.4, edit, counts))
+    ignored = {**seen, "accuracy": 0.6, "shuffled captions": 0.6}  # the text does not matter
+    broken = [
+        picture_claims(ignored, 0.4, edit, counts)[0],
+        picture_claims(seen, 0.1, edit, counts)[1],
+        picture_claims({**seen, "fine with noise": 0.44}, 0.4, edit, counts)[2],
+        picture_claims({**seen, "difference without noise": 1e-4}, 0.4, edit, counts)[2],
+        picture_claims(seen, 0.4, {**edit, "L1": [0.3, 0.35, 0.0]}, counts)[3],
+        picture_claims(seen, 0.4, edit, [0.6] * 4)[4],
+        picture_claims({**seen, "unseen": 0.5}, 0.4, edit, counts)[5],
+    ]
+    assert not any(claim.holds for claim in broken)
+
+
+def test_the_wide_generator_keeps_the_small_one_and_learns_one_block():
+    torch.manual_seed(0)
+    small, wide = small_generator().requires_grad_(False), small_generator(64)
+    learner = wide_learner(wide, small, 2, 0, torch.device("cpu"))
+    for name, value in small.state_dict().items():
+        if not name.startswith("noises"):
+            assert torch.equal(wide.state_dict()[name], value), name
+    sum(learner.terms(0).values()).backward()
+    with_gradient = {name for name, p in wide.named_parameters() if p.grad is not None}
+    assert with_gradient and all(n.startswith(("convs.6", "convs.7", "to_rgbs.3")) for n in with_gradient)
+    codes = torch.randn(2, 8, 64)
+    assert torch.equal(widen(codes, 10)[:, 8], codes[:, 7]) and widen(codes, 8).shape == codes.shape
+
+
+def test_user_study_is_blind_and_its_key_gives_the_methods_back(tmp_path):
+    methods = {name: torch.full((3, 3, 8, 8), level) for name, level in (("AnyFace", 0.5), ("MSE", -0.5))}
+    page = write_study(tmp_path / "study", ["a <b>", "two", "three"], methods, seed=0)
+    text = page.read_text()
+    assert "AnyFace" not in text and "MSE" not in text and "a &lt;b&gt;" in text
+    with open(tmp_path / "study" / "key.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    for row in rows:
+        name = tmp_path / "study" / f"q{int(row['question']):03d}_{row['position']}.png"
+        with Image.open(name) as picture:
+            assert picture.getpixel((0, 0))[0] == (191 if row["method"] == "AnyFace" else 64)
+            assert "synthetic" in picture.text["Description"] and row["method"] not in str(picture.text)
+    answers = {f"q{r['question']}_{r['position']}_fit": "1" if r["method"] == "MSE" else "2" for r in rows}
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    ranks = read_study(tmp_path / "study" / "key.csv", [tmp_path / "answers.json"])
+    assert ranks == {"AnyFace": {"fit": 2.0}, "MSE": {"fit": 1.0}}
+
+
+def test_no_anyface_number_is_published():
+    published = load_published("anyface")
+    assert "no row here is a result of AnyFace" in published["note"]
+    assert not any(row["method"].lower().startswith("anyface") for row in published["rows"])

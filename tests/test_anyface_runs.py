@@ -1,0 +1,355 @@
+"""AnyFace: training, its switches, resume, several processes and evaluation in miniature."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from anyface import eval as evaluation
+from anyface.bundle import load_model
+from anyface.clip import build_clip
+from anyface.data import Cache, draw_pairs
+from anyface.judges import Judge
+from anyface.losses import BEHAVIOUR, Behaviour
+from anyface.parts import small_clip, small_generator
+from anyface.ranger import Ranger
+from anyface.stages import VARIANTS, Constants, make_streams, plan, variant_config
+from anyface.train import PRESETS, stream_learner, stream_terms, train
+from shared.io import write_image
+from shared.runtime import REPOSITORY, UserError, parse_presets, start
+
+TINY = (
+    *(
+        "--train-faces",
+        "40",
+        "--test-faces",
+        "24",
+        "--generator-steps",
+        "3",
+        "--clip-steps",
+        "3",
+        "--half-steps",
+        "2",
+    ),
+    *("--judge-steps", "2", "--wide-steps", "1", "--steps", "4", "--batch-size", "8", "--log-every", "2"),
+    *("--checkpoint-every", "2", "--sample-every", "4", "--device", "cpu", "--decode-batch", "2"),
+)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def script(name: str, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """A script from the paper's folder, as a user starts it."""
+    return subprocess.run(
+        [sys.executable, *launcher, name, *arguments],
+        cwd=REPOSITORY / "anyface",
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+def tiny(**changes):
+    config = replace(
+        PRESETS["demo"], train_faces=24, test_faces=12, half_steps=0, generator_steps=1, clip_steps=1,
+        judge_steps=1, wide_steps=0, steps=2, batch_size=8, decode_batch=2, log_every=1,
+        checkpoint_every=100, sample_every=100, variants=("full",), device="cpu",
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def constants() -> Constants:
+    torch.manual_seed(0)
+    clip, tokenizer = small_clip()
+    found = Constants(clip, tokenizer, small_generator(), judge=Judge())
+    for network in (found.clip, found.generator, found.judge):
+        network.eval().requires_grad_(False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cache(constants) -> Cache:
+    rng = torch.Generator().manual_seed(0)
+    codes = torch.randn(20, 8, 64, generator=rng)
+    tokens = constants.tokenizer(["a person with a hat", "a face"] * 20).view(20, 2, -1)
+    text, image = torch.randn(20, 2, 64, generator=rng), torch.randn(20, 64, generator=rng)
+    return Cache(codes, image, text, np.full(20, 2), codes.mean(0, keepdim=True), tokens)
+
+
+def terms_and_gradients(constants, cache, words=False, **changes):
+    config = replace(tiny(), **changes)
+    text, image = make_streams(config, constants, 0)
+    batch = draw_pairs(cache, [(i, i) for i in range(8)], 0, 0, "sample")
+    if not words:
+        batch = {name: rows for name, rows in batch.items() if not name.startswith("tokens")}
+    terms = stream_terms(text, image, batch, torch.randn(8, 64), cache, constants, config)
+    gradients = {}
+    for name, term in terms.items():
+        for net in (text, image):
+            net.zero_grad(set_to_none=True)
+        if term.requires_grad:
+            term.backward(retain_graph=True)
+        gradients[name] = {
+            f"{which}.{part}"
+            for which, net in (("text", text), ("image", image))
+            for part in ("transformer_encoder", "mapping")
+            if any(p.grad is not None and p.grad.abs().sum() > 0 for p in getattr(net, part).parameters())
+        }
+    return terms, gradients
+
+
+TEXT = {"text.transformer_encoder", "text.mapping"}
+IMAGE = {"image.transformer_encoder", "image.mapping"}
+
+
+def test_gradients_reach_what_they_should(constants, cache):
+    _, reached = terms_and_gradients(constants, cache)
+    assert reached == {
+        "dt": TEXT,
+        "norm": TEXT,
+        "mse": IMAGE,
+        "cmd": {"text.transformer_encoder", "image.transformer_encoder"},
+        "clip": TEXT,
+        "rec": IMAGE,
+    }
+    for network in (constants.clip, constants.generator):
+        assert all(p.grad is None for p in network.parameters())
+
+
+def test_the_released_trainer_gets_no_gradient_through_the_generator(constants, cache):
+    _, reached = terms_and_gradients(constants, cache, behaviour=BEHAVIOUR["official"])
+    assert reached["clip"] == reached["rec"] == set()
+    assert reached["dt"] == TEXT and reached["mse"] == IMAGE
+
+
+def test_switches_leave_out_their_terms(constants, cache):
+    def names(**changes):
+        return set(terms_and_gradients(constants, cache, **changes)[0])
+
+    everything = {"dt", "norm", "mse", "cmd", "clip", "rec"}
+    assert names() == everything
+    assert names(dt=False) == everything - {"dt", "norm"} | {"text_mse"}
+    assert names(cmd=False) == everything - {"cmd"}
+    assert names(clip_loss=False) == everything - {"clip"}
+    assert names(one_stream=True) == {"dt", "norm", "clip"}
+    assert names(lambda_rec=0.0) == everything - {"rec"}
+
+
+def test_no_picture_is_decoded_where_no_loss_needs_one(constants, cache, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(constants.generator, "synthesis", refuse)
+    monkeypatch.setattr(constants.clip, "encode_image", refuse)
+    terms, _ = terms_and_gradients(constants, cache, clip_loss=False, lambda_rec=0.0)
+    assert set(terms) == {"dt", "norm", "mse", "cmd"}
+    with pytest.raises(AssertionError, match="decoded"):
+        terms_and_gradients(constants, cache, lambda_rec=0.0)
+
+
+def test_the_official_optimiser_leaves_the_transformers_as_they_were(constants, cache):
+    for name, trained in (("paper", True), ("official", False)):
+        config = tiny(optimiser="ranger", lr=0.5, behaviour=BEHAVIOUR[name])
+        learner = stream_learner(plan(config)[-1], config, start(config), cache, constants, 0)
+        assert isinstance(learner.optimiser, Ranger)
+        before = {k: v.clone() for k, v in learner.models["text"].state_dict().items()}
+        for step in range(2):
+            learner.optimiser.zero_grad()
+            sum(learner.terms(step).values()).backward()
+            learner.optimiser.step()
+        after = learner.models["text"].state_dict()
+        moved = {key.split(".")[0] for key in after if not torch.equal(after[key], before[key])}
+        assert moved == ({"transformer_encoder", "mapping"} if trained else {"mapping"})
+
+
+def test_variants_change_what_they_name():
+    for name in VARIANTS:
+        config = variant_config(PRESETS["study"], name)
+        assert (config == PRESETS["study"]) == (name == "full")
+    assert variant_config(PRESETS["study"], "released").behaviour == BEHAVIOUR["official"]
+    assert PRESETS["official"].behaviour == BEHAVIOUR["official"]
+    assert PRESETS["paper"].behaviour == Behaviour()
+    paper = PRESETS["paper"]
+    assert (paper.optimiser, paper.lr, paper.batch_size, paper.steps) == ("ranger", 0.5, 8, 20_000)
+    assert (paper.lambda_dt, paper.lambda_cmd, paper.lambda_clip, paper.noise_layers) == (10, 0.5, 1, 4)
+    with pytest.raises(UserError, match="unknown variant"):
+        plan(replace(PRESETS["demo"], variants=("fll",)))
+
+
+# --- runs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    variants = ("--variants", "full", "no-dt", "no-cmd", "words")
+    done = script("train.py", "demo", *TINY, *variants, "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == str(folder)
+    return folder
+
+
+def test_training_leaves_the_run_folder_described(run_folder):
+    trained = {path.stem for path in (run_folder / "trained").iterdir()}
+    streams = {f"{v}-0-{s}" for v in ("full", "no-dt", "no-cmd", "words") for s in ("text", "image")}
+    assert trained == {"half", "clip", "generator", "judge", "wide"} | streams
+    log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 2 + 3 + 3 + 2 + 1 + 4 * 4
+    assert any("no-dt/0/text_mse" in row for row in log) and not any("no-cmd/0/cmd" in row for row in log)
+    assert (run_folder / "samples" / "full-0.png").is_file()
+    model = load_model(run_folder)
+    codes = model.codes(["a person with a hat", ""])
+    assert codes.shape == (2, 8, 64) and model.paint(codes).shape == (2, 3, 64, 64)
+    kept = load_file(run_folder / "trained" / "full-0-text.safetensors")
+    assert torch.equal(model.text.state_dict()["mapping.0.weight"], kept["mapping.0.weight"])
+
+
+def test_evaluation_prints_claims_and_writes_results(run_folder):
+    done = script(
+        "eval.py", "--run", str(run_folder), "--device", "cpu", "--optimise-steps", "2", "--study", "2"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == str(run_folder)
+    assert "claims:" in done.stdout and "no row here is a result of AnyFace" in done.stdout
+    results = json.loads((run_folder / "results.json").read_text())
+    assert [claim["id"] for claim in results["claims"]] == [f"C{i}" for i in range(1, 10)]
+    assert not any(metric["comparable"] for metric in results["metrics"])
+    methods = {metric["method"] for metric in results["metrics"]}
+    assert methods >= {
+        "full",
+        "no-dt",
+        "words",
+        "nearest training caption",
+        "latent optimisation",
+        "mean face",
+    }
+    shares = [m["value"] for m in results["metrics"] if m["metric"].startswith("RFRR")]
+    assert sum(shares) == pytest.approx(1, abs=1e-5)
+    names = {metric["metric"] for metric in results["metrics"]}
+    assert "frechet_judge" in names and not names & {"FID", "LPIPS"}
+    for name in ("captions", "captions-64", "editing", "unseen", "build-up"):
+        assert (run_folder / "samples" / f"test-{name}.png").is_file()
+    assert (run_folder / "study" / "key.csv").is_file()
+
+
+@pytest.fixture
+def one_thread():
+    """Sums are in the order that a script with one thread has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_here(*arguments: str) -> Path:
+    """train.py with these arguments, in this process."""
+    return train(parse_presets(PRESETS, "", list(arguments)))
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path, one_thread):
+    arguments = ["demo", *TINY, "--wide-steps", "0", "--steps", "40", "--variants", "full"]
+    run_here(*arguments, "--out", str(tmp_path / "whole"))
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments, "--out", str(tmp_path / "killed")],
+        cwd=REPOSITORY / "anyface",
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    log = tmp_path / "killed" / "log.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 12:  # in the middle of the streams
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run_here(*arguments, "--out", str(tmp_path / "killed"))
+    assert log.read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+    for path in sorted((tmp_path / "whole" / "trained").iterdir()):
+        a, b = load_file(path), load_file(tmp_path / "killed" / "trained" / path.name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), path.name
+
+
+def test_two_processes_learn_what_one_does(tmp_path, one_thread):
+    arguments = ["demo", *TINY, "--wide-steps", "0", "--decode-batch", "None", "--variants", "full"]
+    run_here(*arguments, "--out", str(tmp_path / "one"))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = script("train.py", *arguments, "--out", str(tmp_path / "two"), launcher=launcher)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for path in sorted((tmp_path / "one" / "trained").iterdir()):
+        a, b = load_file(path), load_file(tmp_path / "two" / "trained" / path.name)
+        for key in a:
+            x, y = a[key], b[key]
+            if ".self_attn.in_proj" in key and path.stem.startswith("full"):
+                # A sequence of one needs no queries and keys: Adam enlarges their gradients' rounding.
+                x, y = x.chunk(3)[2], y.chunk(3)[2]
+            assert torch.allclose(x, y, atol=3e-4), f"{path.name} {key}"
+
+
+def test_every_variant_trains(tmp_path):
+    config = tiny(out=tmp_path / "run", variants=tuple(VARIANTS), steps=1, decode_batch=2)
+    folder = train(config)
+    log = (folder / "log.jsonl").read_text()
+    assert all(f'"{name}/0/' in log for name in VARIANTS)
+    assert "NaN" not in log and "Infinity" not in log
+
+
+def test_the_paper_preset_runs_on_a_public_layout_with_files_of_weights(tmp_path):
+    root = tmp_path / "set"
+    for part, count in (("train", 9), ("test", 4)):
+        (root / "data" / f"{part}_caps").mkdir(parents=True)
+        for i in range(count):
+            number = i + 20 * (part == "test")
+            lines = "\n".join(f"caption {k} of face {number}, smiling" for k in range(10))
+            (root / "data" / f"{part}_caps" / f"{number}.txt").write_text(lines)
+            write_image(root / "images" / f"{number}.jpg", torch.rand(3, 16, 16))
+    torch.manual_seed(0)
+    generator = small_generator()
+    clip = build_clip(64, 32, 1, 64, 16, 77, 49408, 64, 1, 1)
+    torch.save(torch.randn(24, 8, 64), root / "latents.pt")
+    torch.save({"g_ema": generator.state_dict(), "latent_avg": torch.zeros(64)}, tmp_path / "g.pt")
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    config = replace(
+        PRESETS["paper"], data_root=root, generator_weights=tmp_path / "g.pt", out=tmp_path / "run",
+        clip_weights=tmp_path / "clip.pt", steps=2, batch_size=4, log_every=1, device="cpu",
+    )  # fmt: skip
+    folder = train(config)
+    model = load_model(folder)
+    assert model.codes(["any words at all"]).shape == (1, 8, 64)
+    assert not (folder / "model" / "clip.safetensors").exists()  # named by its path instead of copied
+    evaluation.main(evaluation.EvalConfig(run=folder, optimise_steps=1, device="cpu"))
+    results = json.loads((folder / "results.json").read_text())
+    assert not results["claims"] and {m["metric"] for m in results["metrics"]} >= {
+        "frechet_clip",
+        "L1 to truth",
+    }
+    assert not any(m["metric"].startswith("RFRR") for m in results["metrics"])  # no face network was given
+
+
+def test_user_mistakes_are_messages(tmp_path):
+    with pytest.raises(UserError, match="--clip-weights .*ViT-B-32.pt"):
+        train(replace(PRESETS["paper"], data_root=tmp_path, out=tmp_path / "paper", device="cpu"))
+    with pytest.raises(UserError, match="not a run folder"):
+        evaluation.main(evaluation.EvalConfig(run=tmp_path / "none"))
+    done = script("train.py", "demo", *TINY, "--variants", "fll", "--out", str(tmp_path / "demo"))
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown variant"), done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_shows_the_claims(tmp_path):
+    done = script("train.py", "demo", "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert script("eval.py", "--run", str(tmp_path / "run")).returncode == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    failed = [claim["text"] for claim in results["claims"] if not claim["holds"]]
+    assert not failed

@@ -1,0 +1,482 @@
+"""Loaders of released files, on small files of the same formats written here; hostile files are refused."""
+
+import collections
+import io
+import json
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from anyface import bundle, model, weights
+from anyface.bundle import Model, load_model, load_plus_plus, save_model
+from anyface.clip import BPETokenizer, build_clip
+from anyface.encoder import E4E
+from anyface.lightcnn import LightCNN9
+from anyface.model import CANet, FlatMapper, Stream
+from anyface.parts import small_clip, small_generator
+from anyface.stylegan2 import Discriminator, Generator
+from anyface.weights import (
+    clip_state,
+    load_clip,
+    load_e4e,
+    load_generator,
+    load_memory,
+    load_release,
+    nvidia_to_rosinality,
+    read_nvidia,
+)
+from shared.runtime import REPOSITORY, UserError
+
+KEYS = json.loads((REPOSITORY / "anyface" / "keys.json").read_text())
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    one, other = a.state_dict(), b.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# --- StyleGAN2 ------------------------------------------------------------------------------------
+
+
+def test_rosinality_file_with_and_without_filters(tmp_path):
+    torch.manual_seed(0)
+    network = small_generator(32)
+    state = network.state_dict()
+    mean = torch.randn(64)
+    torch.save({"g_ema": state, "g": state, "latent_avg": mean}, tmp_path / "full.pt")
+    bare = {key: value for key, value in state.items() if not key.endswith("kernel")}
+    torch.save({"g_ema": bare, "latent_avg": mean}, tmp_path / "bare.pt")
+    for name in ("full.pt", "bare.pt"):
+        loaded, center = load_generator(tmp_path / name)
+        # The learning-rate multiplier of the mapping is no weight: the file's is the official 0.01.
+        assert same_weights(loaded, network) and loaded.size == 32 and not loaded.training
+        assert torch.equal(center, mean.expand(1, 8, 64))
+    torch.save(state, tmp_path / "plain.pt")
+    assert load_generator(tmp_path / "plain.pt")[1].shape == (1, 8, 64)
+
+
+def test_rosinality_file_of_something_else(tmp_path):
+    torch.save({"g_ema": {"conv.weight": torch.zeros(3)}}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other.pt: no StyleGAN2 generator"):
+        load_generator(tmp_path / "other.pt")
+    (tmp_path / "damaged.pt").write_bytes(b"PK\3\4 cut off")
+    with pytest.raises(UserError, match="damaged.pt"):
+        load_generator(tmp_path / "damaged.pt")
+    with pytest.raises(UserError, match="no such file"):
+        load_generator(tmp_path / "absent.pt")
+    state = small_generator(32).state_dict()
+    state["to_rgb1.bias"] = torch.zeros(1, 4, 1, 1)
+    torch.save(state, tmp_path / "shape.pt")
+    with pytest.raises(UserError, match=r"to_rgb1.bias has shape \(1, 4, 1, 1\)"):
+        load_generator(tmp_path / "shape.pt")
+
+
+def nvidia_names(state):
+    """rosinality's names and shapes -> NVIDIA's, written from the published rules the other way round."""
+    out = {}
+    for key, value in state.items():
+        part = key.split(".")
+        if part[0] == "style":
+            out[f"mapping.fc{int(part[1]) - 1}.{part[2]}"] = value
+            continue
+        if key == "input.input":
+            out["synthesis.b4.const"] = value[0]
+            continue
+        if part[0] == "noises":
+            number = int(part[1].removeprefix("noise_"))
+            level, layer = (2, "conv1") if number == 0 else ((number + 5) // 2, f"conv{(number + 5) % 2}")
+            out[f"synthesis.b{2**level}.{layer}.noise_const"] = value[0, 0]
+            continue
+        if part[-1] == "kernel":
+            continue
+        if part[0] in ("convs", "to_rgbs"):
+            index, rest = int(part[1]), ".".join(part[2:])
+            level = 3 + (index // 2 if part[0] == "convs" else index)
+            layer = f"conv{index % 2}" if part[0] == "convs" else "torgb"
+        else:
+            level, layer, rest = 2, "conv1" if part[0] == "conv1" else "torgb", ".".join(part[1:])
+        name = {
+            "conv.weight": "weight",
+            "conv.modulation.weight": "affine.weight",
+            "conv.modulation.bias": "affine.bias",
+            "activate.bias": "bias",
+            "noise.weight": "noise_strength",
+            "bias": "bias",
+        }[rest]
+        if rest == "conv.weight":
+            value = value[0]
+        elif rest in ("bias", "noise.weight"):
+            value = value.flatten() if rest == "bias" else value[0]
+        out[f"synthesis.b{2**level}.{layer}.{name}"] = value
+    return out
+
+
+def test_nvidia_names_of_the_official_list():
+    tensors = {
+        name: torch.empty(shape, device="meta") for name, shape in KEYS["nvidia_generator_256"].items()
+    }
+    state = nvidia_to_rosinality(tensors, Path("ffhq.pkl"))
+    assert state.pop("latent_avg").shape == (512,)
+    wanted = {k: v for k, v in KEYS["stylegan2_generator_256"].items() if not k.endswith("kernel")}
+    assert {k: list(v.shape) for k, v in state.items()} == wanted
+    with pytest.raises(UserError, match="has no counterpart"):
+        nvidia_to_rosinality({"synthesis.b4.skip.weight": torch.zeros(1)}, Path("x.pkl"))
+
+
+@pytest.fixture
+def nvidia_modules(monkeypatch):
+    """The names that NVIDIA's pickles refer to, so that a file of their form can be written."""
+
+    def reconstruct(meta):
+        raise AssertionError("the loader must not call what the pickle names")
+
+    persistence, util = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
+    reconstruct.__module__, reconstruct.__qualname__ = (
+        "torch_utils.persistence",
+        "_reconstruct_persistent_obj",
+    )
+    persistence._reconstruct_persistent_obj = reconstruct
+    easy = type("EasyDict", (dict,), {"__module__": "dnnlib.util"})
+    util.EasyDict = easy
+    for name, module in (
+        ("torch_utils", types.ModuleType("torch_utils")),
+        ("torch_utils.persistence", persistence),
+        ("dnnlib", types.ModuleType("dnnlib")),
+        ("dnnlib.util", util),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+
+    class Persistent:
+        def __init__(self, class_name, parameters=None, buffers=None, modules=None, **attributes):
+            ordered = collections.OrderedDict
+            self.class_name = class_name
+            self.state = {
+                "_parameters": ordered((k, nn.Parameter(v)) for k, v in (parameters or {}).items()),
+                "_buffers": ordered((buffers or {}).items()),
+                "_modules": ordered((modules or {}).items()),
+                "_non_persistent_buffers_set": set(),
+                "_init_kwargs": easy(z_dim=16),
+                "training": False,
+                **attributes,
+            }
+
+        def __reduce__(self):
+            meta = easy(
+                type="class",
+                version=6,
+                module_src="raise SystemExit",
+                class_name=self.class_name,
+                state=self.state,
+            )
+            return reconstruct, (meta,)
+
+    return Persistent
+
+
+def tree(persistent, tensors, w_avg):
+    """NVIDIA's module tree around the tensors: Generator, mapping and synthesis, blocks, layers, affines."""
+    buffers = ("noise_const", "w_avg", "resample_filter")
+    tensors = {**tensors, "mapping.w_avg": w_avg, "synthesis.b4.resample_filter": torch.ones(4, 4)}
+
+    def build(name, level):
+        own = {k: v for k, v in level.items() if "." not in k}
+        inner: dict = {}
+        for key, value in level.items():
+            if "." in key:
+                first, rest = key.split(".", 1)
+                inner.setdefault(first, {})[rest] = value
+        return persistent(
+            name or "Generator",
+            {k: v for k, v in own.items() if k not in buffers},
+            {k: v for k, v in own.items() if k in buffers},
+            {k: build(k, v) for k, v in inner.items()},
+            img_resolution=32,
+            scale=np.float64(0.5),
+            c_dim=0,
+        )
+
+    return build("", tensors)
+
+
+@pytest.mark.parametrize("protocol", [3, 4])
+def test_nvidia_pickle_without_running_it(tmp_path, nvidia_modules, protocol):
+    torch.manual_seed(0)
+    network = Generator(32, 16, 2, channels={4: 8, 8: 8, 16: 6, 32: 4})
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if name.endswith("noise.weight"):
+                p.fill_(0.1)
+    w_avg = torch.randn(16)
+    content = {
+        "G": None,
+        "D": None,
+        "G_ema": tree(nvidia_modules, nvidia_names(network.state_dict()), w_avg),
+        "training_set_kwargs": {"resolution": 32, "mean": np.arange(3.0)},
+        "augment_pipe": None,
+    }
+    (tmp_path / "ffhq.pkl").write_bytes(pickle.dumps(content, protocol))
+    loaded, mean = load_generator(tmp_path / "ffhq.pkl")
+    assert same_weights(loaded, network)
+    assert torch.equal(mean, w_avg.expand(1, 8, 16))
+    codes = torch.randn(2, 8, 16)
+    assert torch.equal(loaded.synthesis(codes), network.synthesis(codes))
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.path)!r}, 'w').write('gone off')",)
+
+
+def test_hostile_pickles_are_refused(tmp_path, nvidia_modules):
+    mark = tmp_path / "mark"
+    (tmp_path / "bomb.pkl").write_bytes(pickle.dumps({"G_ema": Bomb(mark)}))
+    with pytest.raises(UserError, match=r"bomb.pkl: refused, the pickle asks for builtins.exec"):
+        load_generator(tmp_path / "bomb.pkl")
+    storage = pickle.dumps({"G_ema": 1})
+    hidden = b"".join(
+        [
+            b"\x80\x02ctorch.storage\n_load_from_bytes\nB",
+            len(storage).to_bytes(4, "little"),
+            storage,
+            b"\x85R.",
+        ]
+    )
+    (tmp_path / "inner.pkl").write_bytes(hidden)
+    with pytest.raises(UserError, match=r"inner.pkl"):
+        read_nvidia(tmp_path / "inner.pkl")
+    inner = io.BytesIO()
+    torch.save(Bomb(mark), inner)
+    nested = inner.getvalue()
+    data = (
+        b"\x80\x02ctorch.storage\n_load_from_bytes\nB"
+        + len(nested).to_bytes(4, "little")
+        + nested
+        + b"\x85R."
+    )
+    (tmp_path / "nested.pkl").write_bytes(data)
+    with pytest.raises(UserError, match=r"nested.pkl"):
+        read_nvidia(tmp_path / "nested.pkl")
+    torch.save({"g_ema": Bomb(mark)}, tmp_path / "bomb.pt")
+    with pytest.raises(UserError, match="refused"):
+        load_generator(tmp_path / "bomb.pt")
+    assert not mark.exists()
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"G": 1}))
+    with pytest.raises(UserError, match="no NVIDIA network pickle"):
+        read_nvidia(tmp_path / "plain.pkl")
+    labels = tree(nvidia_modules, nvidia_names(small_generator(32).state_dict()), torch.zeros(64))
+    labels.state["c_dim"] = 10
+    (tmp_path / "labels.pkl").write_bytes(pickle.dumps({"G_ema": labels}))
+    with pytest.raises(UserError, match="class labels"):
+        load_generator(tmp_path / "labels.pkl")
+
+
+# --- CLIP -----------------------------------------------------------------------------------------
+
+
+class Scripted(nn.Module):
+    """A TorchScript archive as OpenAI publishes them: CLIP's parameters and three notes, in half."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.names = list(state)
+        self.holder = nn.Module()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def as_archive(state, path):
+    """Nested modules that hold the parameters by their names, scripted and saved."""
+    root = Scripted(state)
+    del root.holder
+    for key, value in state.items():
+        *parents, leaf = key.split(".")
+        place = root
+        for name in parents:
+            if not hasattr(place, name):
+                place.add_module(name, nn.Module())
+            place = getattr(place, name)
+        if value.is_floating_point():
+            place.register_parameter(leaf, nn.Parameter(value.half()))
+        else:
+            place.register_buffer(leaf, value)
+    torch.jit.script(root).save(str(path))
+
+
+@pytest.fixture(scope="module")
+def tiny_openai():
+    torch.manual_seed(0)
+    return build_clip(16, 16, 1, 64, 8, 12, 50, 64, 1, 1)
+
+
+def test_clip_files(tmp_path, tiny_openai):
+    state = tiny_openai.state_dict()
+    torch.save(state, tmp_path / "open_clip.pt")
+    loaded = load_clip(tmp_path / "open_clip.pt")
+    assert same_weights(loaded, tiny_openai) and loaded.sizes["image_resolution"] == 16
+    notes = {"input_resolution": torch.tensor(16), "context_length": torch.tensor(12)}
+    as_archive({**state, **notes, "vocab_size": torch.tensor(50)}, tmp_path / "ViT.pt")
+    assert clip_state(tmp_path / "ViT.pt").keys() == state.keys()
+    half = load_clip(tmp_path / "ViT.pt")
+    assert half.logit_scale.dtype == torch.float32
+    assert torch.equal(half.token_embedding.weight, tiny_openai.token_embedding.weight.half().float())
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pt")
+    with pytest.raises(UserError, match=r"resnet.pt: no CLIP with a vision transformer"):
+        load_clip(tmp_path / "resnet.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "ViT.pt").read_bytes()[:2000])
+    with pytest.raises(UserError, match="cut.pt"):
+        load_clip(tmp_path / "cut.pt")
+    with pytest.raises(UserError, match="no such file"):
+        load_clip(tmp_path / "absent.pt")
+
+
+# --- other official files -------------------------------------------------------------------------
+
+
+def small_official(monkeypatch, name, build):
+    monkeypatch.setitem(model.OFFICIAL, name, build)
+
+
+def test_load_official_takes_the_release_apart(tmp_path, monkeypatch):
+    """iteration_N.pt: one dict with three networks under prefixes, and the options."""
+    torch.manual_seed(0)
+    parts = {
+        "T_map": Stream(16, (2,), 4, 8, 1, 2, 16),
+        "I_map": FlatMapper(24, 1, 512, 2),
+        "CA_NET": CANet(8, 8, 2),
+    }
+    state = {f"{name}.{key}": v for name, part in parts.items() for key, v in part.state_dict().items()}
+    torch.save({"state_dict": state, "opts": {"lr": 0.5}}, tmp_path / "iteration_1.pt")
+    small_official(monkeypatch, "anyface_T_map", lambda: Stream(16, (2,), 4, 8, 1, 2, 16))
+    small_official(monkeypatch, "anyfacepp_CA_NET", lambda: CANet(8, 8, 2))
+    loaded = model.load_official("anyface_T_map", tmp_path / "iteration_1.pt")
+    assert same_weights(loaded, parts["T_map"]) and not loaded.training
+    assert same_weights(model.load_official("anyfacepp_CA_NET", tmp_path / "iteration_1.pt"), parts["CA_NET"])
+    mapper = load_release(tmp_path / "iteration_1.pt")
+    assert same_weights(mapper, parts["I_map"]) and mapper.n_latent == 1
+    small_official(monkeypatch, "anyface_T_map", lambda: Stream(16, (2,), 4, 8, 2, 2, 16))
+    with pytest.raises(UserError, match="transformer_encoder.layers.1.*is missing"):
+        model.load_official("anyface_T_map", tmp_path / "iteration_1.pt")
+    torch.save({"state_dict": {}}, tmp_path / "empty.pt")
+    with pytest.raises(UserError, match="no AnyFace"):
+        load_release(tmp_path / "empty.pt")
+
+
+def test_load_official_light_cnn_discriminator_and_generator(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    light = LightCNN9(classes=5)
+    state = {f"module.{key}": value for key, value in light.state_dict().items()}
+    torch.save({"epoch": 80, "state_dict": state, "prec1": 98.0}, tmp_path / "LightCNN_9.pth.tar")
+    small_official(monkeypatch, "lightcnn9", lambda: LightCNN9(classes=5))
+    assert same_weights(model.load_official("lightcnn9", tmp_path / "LightCNN_9.pth.tar"), light)
+    channels = {4: 8, 8: 8, 16: 8, 32: 4}
+    critic, network = Discriminator(32, channels=channels), Generator(32, 16, 2, channels=channels)
+    torch.save({"g_ema": network.state_dict(), "d": critic.state_dict()}, tmp_path / "both.pt")
+    small_official(monkeypatch, "stylegan2_discriminator_256", lambda: Discriminator(32, channels=channels))
+    small_official(monkeypatch, "stylegan2_generator_256", lambda: Generator(32, 16, 2, channels=channels))
+    assert same_weights(model.load_official("stylegan2_discriminator_256", tmp_path / "both.pt"), critic)
+    assert same_weights(model.load_official("stylegan2_generator_256", tmp_path / "both.pt"), network)
+
+
+def test_e4e_file_holds_encoder_generator_and_mean(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    blocks = ((8, 1), (8, 1), (8, 1), (8, 1))
+    monkeypatch.setattr(weights, "E4E", lambda n: E4E(n, 512, 32, blocks))
+    encoder, network = E4E(8, 512, 32, blocks), Generator(32, 512, 1, channels={4: 8, 8: 8, 16: 8, 32: 4})
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    state |= {f"decoder.{k}": v for k, v in network.state_dict().items()}
+    mean = torch.randn(8, 512)
+    torch.save({"state_dict": state, "latent_avg": mean, "opts": {"size": 32}}, tmp_path / "e4e.pt")
+    loaded, center = load_e4e(tmp_path / "e4e.pt")
+    assert same_weights(loaded, encoder) and torch.equal(center[0], mean)
+    decoder, center = load_generator(tmp_path / "e4e.pt")
+    assert same_weights(decoder, network) and torch.equal(center[0], mean)
+    torch.save(encoder.state_dict(), tmp_path / "bare.pt")
+    with pytest.raises(UserError, match="not an e4e checkpoint"):
+        load_e4e(tmp_path / "bare.pt")
+
+
+@pytest.mark.parametrize("form", ["list", "tensor"])
+def test_memory_file(tmp_path, form):
+    banks = [torch.randn(3, 8) for _ in range(4)]
+    torch.save(banks if form == "list" else torch.stack(banks), tmp_path / "memory.pt")
+    memory = load_memory(tmp_path / "memory.pt")
+    assert all(torch.equal(a, b) for a, b in zip(memory.banks(), banks, strict=True))
+    torch.save([torch.zeros(3)], tmp_path / "flat.pt")
+    with pytest.raises(UserError, match="no memory"):
+        load_memory(tmp_path / "flat.pt")
+
+
+# --- a whole model in a folder --------------------------------------------------------------------
+
+
+def small_model() -> Model:
+    torch.manual_seed(0)
+    clip, tokenizer = small_clip()
+    text = Stream(64, (2,), 8, 64, 1, 2, 32, lr_mul=1.0)
+    image = Stream(64, (2,), 8, 64, 1, 2, 32, lr_mul=1.0)
+    return Model(
+        clip, tokenizer, small_generator(32), text, torch.randn(1, 8, 64), image, small_generator(64)
+    )
+
+
+def test_model_folder_round_trip(tmp_path):
+    made = small_model()
+    for part in (made.clip, made.text, made.image):
+        part.eval()
+    save_model(tmp_path / "model", made)
+    loaded = load_model(tmp_path / "model")
+    for name in ("clip", "generator", "text", "image", "wide"):
+        assert same_weights(getattr(loaded, name), getattr(made, name)), name
+        assert not any(p.requires_grad for p in getattr(loaded, name).parameters())
+    assert torch.equal(loaded.codes(["red hair"]), made.codes(["red hair"]))
+    assert loaded.paint(loaded.codes(["red hair"])).shape == (1, 3, 64, 64)
+    (tmp_path / "model" / "text.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="text.safetensors"):
+        load_model(tmp_path / "model")
+    with pytest.raises(UserError, match="not a run folder"):
+        load_model(tmp_path)
+
+
+def test_model_folder_names_the_users_files(tmp_path):
+    made = small_model()
+    other = Generator(64, 64, 2, channels={4: 8, 8: 8, 16: 8, 32: 8, 64: 4})
+    torch.save(small_generator(32).state_dict(), tmp_path / "g.pt")
+    made.files = {"generator": tmp_path / "g.pt"}
+    save_model(tmp_path / "model", made)
+    assert not (tmp_path / "model" / "generator.safetensors").exists()
+    assert load_model(tmp_path / "model").generator.size == 32
+    torch.save(other.state_dict(), tmp_path / "g.pt")
+    with pytest.raises(
+        UserError, match="the streams make codes of 8 x 64, the generator of 64 px takes 10 x 64"
+    ):
+        load_model(tmp_path / "model")
+
+
+def test_anyface_plus_plus_from_its_files(tmp_path, tiny_openai, monkeypatch):
+    torch.manual_seed(0)
+    network = Generator(8, 512, 1, channels={4: 4, 8: 4})
+    torch.save({"g_ema": network.state_dict(), "latent_avg": torch.zeros(512)}, tmp_path / "g.pt")
+    mapper = FlatMapper(3 * 16, 4, 512, 2)
+    state = {f"I_map.{k}": v for k, v in mapper.state_dict().items()}
+    torch.save({"state_dict": state, "opts": {}}, tmp_path / "iteration.pt")
+    torch.save([torch.randn(2, 16) for _ in range(3)], tmp_path / "memory.pt")
+    torch.save(tiny_openai.state_dict(), tmp_path / "clip.pt")
+    files = [tmp_path / name for name in ("iteration.pt", "memory.pt", "clip.pt", "g.pt")]
+    loaded = load_plus_plus(*files)
+    assert isinstance(loaded.tokenizer, BPETokenizer) and loaded.m == 2 and loaded.psi == 0.5
+    f = torch.randn(2, 16)
+    assert torch.allclose(loaded.codes_of(f), mapper(loaded.memory(f)), atol=1e-5)
+    torch.save([torch.randn(2, 12) for _ in range(3)], tmp_path / "memory.pt")
+    with pytest.raises(UserError, match="their widths do not fit"):
+        load_plus_plus(*files)
+    assert bundle.load_plus_plus is load_plus_plus
