@@ -1,0 +1,305 @@
+"""Measure a run: ages by target group and direction, identity, attributes, truth, change by part, claims.
+
+The numbers of the paper's own tables could not be read, and its judge is a commercial service: nothing here
+stands under a published number as if comparable.
+"""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from biphasic_age import protocol
+from biphasic_age.baselines import copy
+from biphasic_age.claims import face_claims, scene_claims
+from biphasic_age.faces_eval import (
+    TestFaces,
+    as_method,
+    baselines,
+    distances,
+    measure,
+    open_judges,
+    open_test,
+)
+from biphasic_age.figures import distributions
+from biphasic_age.frozen import SmallParser, freeze, load_parser
+from biphasic_age.gallery import strip_sheet
+from biphasic_age.layouts import CLASSES
+from biphasic_age.scene import GROUPS
+from biphasic_age.scene_eval import SceneTest, measure_scene, open_scene_test
+from biphasic_age.stages import GUIDES, about_file, guide_file, learned_guides, load_about, load_variant, plan
+from biphasic_age.train import Config
+from shared import metrics as shared_metrics
+from shared.io import find_run, image_grid, load_config, load_safetensors, progress, write_image
+from shared.published import (
+    Claim,
+    Metric,
+    environment,
+    format_table,
+    load_published,
+    print_claims,
+    print_metrics,
+    write_results,
+)
+from shared.runtime import parse, pick_device, run_main
+
+Table = dict[str, dict[int, dict[str, float]]]
+"""method -> seed -> metric -> value."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Which run to measure, and who judges."""
+
+    run: Path | None = None
+    """Run folder; default: the newest."""
+    age_judge: Path | None = None
+    """ONNX file of an age estimator, (N, 3, H, W) in [-1, 1] to years; without it one is trained."""
+    identity_judge: Path | None = None
+    """ONNX file of a face embedding; without it one is trained."""
+    judge_width: int = 16
+    """Channels of the trained judges' first layer; 32 suits 256x256."""
+    judge_people: int = 300
+    """Drawn people whom the judges learn from; public sets use the training fold."""
+    judge_steps: int = 300
+    """Steps of both judges."""
+    judge_batch: int = 48
+    """Pictures in each of those steps."""
+    parser_weights: Path | None = None
+    """79999_iter.pth of the public face parser, for the parsing consistency of public sets."""
+    fid_weights: Path | None = None
+    """torch-fidelity's weights-inception-2015-12-05-6726825d.pth; FID and KID are left out without it."""
+    lpips_weights: Path | None = None
+    """torchvision's alexnet-owt-7be5be79.pth; LPIPS is left out without it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: CUDA when there is one."""
+
+
+def unit(metric: str) -> str:
+    """Unit of a metric, empty for rates, cosines and ratios; `change` and `leak` are of a range of 2."""
+    if "age error" in metric:
+        return "years"
+    return "dB" if metric.endswith("PSNR") else ""
+
+
+def trained_nets(
+    config: Config, folder: Path, data: str, device: torch.device
+) -> dict[str, dict[int, nn.Module]]:
+    """Generators of a run on one set: variant -> seed -> network in evaluation mode. UserError when one is
+    not trained yet."""
+    nets: dict[str, dict[int, nn.Module]] = {}
+    for stage in plan(config):
+        if stage.data != data or stage.name == GUIDES:
+            continue
+        nets.setdefault(stage.name, {})[stage.seed] = load_variant(config, folder, stage).to(device)
+    return nets
+
+
+def means(table: Table) -> dict[str, dict[str, float]]:
+    """method -> metric -> mean over seeds."""
+    return {
+        method: {k: sum(row[k] for row in seeds.values()) / len(seeds) for k in next(iter(seeds.values()))}
+        for method, seeds in table.items()
+    }
+
+
+def evaluate_scene(
+    settings: EvalConfig, config: Config, folder: Path, device: torch.device
+) -> tuple[list[Claim], Table]:
+    """Table, claims and a picture of the two-head scene."""
+    test = open_scene_test(min(config.test_images, 100), config.scene_size, settings.judge_steps // 2, device)
+    nets = trained_nets(config, folder, "scene", device)
+    table: Table = {"copy": {config.seed: measure_scene(copy, test, device)}}
+    for name, seeds in progress(nets.items(), "scene"):
+        table[name] = {seed: measure_scene(as_method(net), test, device) for seed, net in seeds.items()}
+    columns = ("true PSNR", "self PSNR", "change", "leak", "change/leak", "age accuracy")
+    signs = ("hair rising", "wrinkles rising")
+    columns += tuple(f"{sign} {direction}" for direction in protocol.DIRECTIONS for sign in signs)
+    print("\n=== two-head scene ===\n")
+    print(summary(table, columns))
+    shown = {name: next(iter(seeds.values())) for name, seeds in nets.items()}
+    write_image(folder / "samples" / "test-scene.png", scene_sheet(test, shown, device))
+    return scene_claims(means(table)), table
+
+
+def scene_sheet(test: SceneTest, nets: dict[str, nn.Module], device: torch.device, count: int = 3) -> Tensor:
+    """The first scenes, made the oldest from the youngest: input, layout, truth, and every network; then the
+    oldest made the youngest."""
+    tiles, labels = [], ["input", "layout", "truth", *nets]
+    for source, target in ((0, GROUPS - 1), (GROUPS - 1, 0)):
+        for i in range(count):
+            image = test.scenes.image[i, source].to(device)
+            layout = test.scenes.layout[i : i + 1].to(device)
+            goal = torch.tensor([target], device=device)
+            tiles += [image, layout[0].float() / 5, test.scenes.image[i, target].to(device)]
+            made = [net(image[None] * 2 - 1, layout, goal, 0.0)[0] for net in nets.values()]
+            tiles += [picture / 2 + 0.5 for picture in made]
+    return image_grid(tiles, len(labels), column_labels=labels, scale=3)
+
+
+def evaluate_faces(
+    settings: EvalConfig, config: Config, folder: Path, data: str, device: torch.device
+) -> tuple[list[Claim], Table, dict]:
+    """Tables, claims and pictures of one set of faces."""
+    scale = load_about(about_file(folder, data))[0]
+    faces = open_test(config, data, scale.means, device)
+    judges = open_judges(settings, config, data, folder, device)
+    verifier, names = judges.verifier, scale.names
+    nets = trained_nets(config, folder, data, device)
+    print(f"\n=== {faces.source.name}: {len(faces.image)} test faces ===\n")
+    print(f"age judge: mean absolute error {judges.mae:.1f} years on real test faces")
+    print(
+        f"identity judge: accepts {100 * verifier.tar:.1f} % of {verifier.genuine:,} real pairs of a person, "
+        f"at a false accept rate of {verifier.far:.1e} on {verifier.impostor:,} pairs (threshold "
+        f"{verifier.threshold:.3f}; papers use 1e-5 of a commercial service)"
+    )
+    for name, accuracy in judges.attribute_accuracy.items():
+        print(f"attribute judge, {name}: {100 * accuracy:.1f} % right on real test faces")
+
+    parser = open_parser(settings, config, data, folder, device)
+    inception = perceptual = None
+    if settings.fid_weights:
+        inception = shared_metrics.InceptionFeatures(settings.fid_weights).to(device)
+    if settings.lpips_weights:
+        perceptual = shared_metrics.perceptual_network("alex", settings.lpips_weights).to(device)
+    jobs = [(name, config.seed, method, None) for name, method in baselines(config, data, device).items()]
+    jobs += [(name, seed, as_method(net), net) for name, seeds in nets.items() for seed, net in seeds.items()]
+    table: Table = {}
+    rows: dict[str, list[protocol.AgeRow]] = {}
+    shown: dict[str, Tensor] = {}
+    changes: dict[str, list[float]] = {}
+    seen_ages: dict[str, Tensor] = {}
+    for name, seed, method, net in progress(jobs, data):
+        numbers, of_ages, made, years = measure(method, net, faces, judges, parser)
+        if inception is not None:
+            numbers |= distances(made, faces, inception, names)
+        if perceptual is not None:
+            own = made[torch.arange(len(made), device=device), faces.group]
+            numbers["self LPIPS"] = shared_metrics.lpips(own / 2 + 0.5, faces.image / 2 + 0.5, perceptual)
+        table.setdefault(name, {})[seed] = numbers
+        if name not in rows:
+            rows[name], seen_ages[name] = of_ages, years.cpu()
+            if name in ("full", "plain", "prototypes"):
+                shown[name] = made.cpu()
+                changes[name] = protocol.part_change(
+                    made, faces.image, faces.layout, faces.group, len(CLASSES)
+                ).tolist()
+
+    print("\nages that the judge sees, mean ± deviation:")
+    print(age_table(rows, names))
+    identity = ("verification rate", "confidence", "confidence std", "confidence between outputs")
+    kept = tuple(f"kept: {name}" for name in judges.attribute_accuracy)
+    print("\n" + summary(table, ("age error older", "age error younger", *identity)))
+    print("\n" + summary(table, ("rising older", "rising younger", "true PSNR", "self PSNR", *kept)))
+    parts = ("change", "leak", "change/leak", "parsing mIoU", "cycle error", "noise diversity")
+    print("\n" + summary(table, parts))
+    print("\nmean |y - x| by part (of 2):")
+    seen = [i for i, value in enumerate(next(iter(changes.values()))) if not math.isnan(value)]
+    lines = [[CLASSES[i], *(values[i] for values in changes.values())] for i in seen]
+    print(format_table(["part", *changes], lines))
+    if inception is not None:
+        print("\n" + summary(table, tuple(k for k in next(iter(table["copy"].values())) if "ID to" in k)))
+    write_strips(folder, data, faces, shown, names)
+    distributions(seen_ages, faces.group.cpu(), names, folder / "samples" / f"test-{data}-ages.png")
+    claims = face_claims(faces.source.name, means(table), {"TAR": verifier.tar})
+    extra = {"judges": {"mae": judges.mae, "attributes": judges.attribute_accuracy, "verifier": verifier}}
+    extra["ages"] = {n: [vars(row) | {"error": row.error} for row in some] for n, some in rows.items()}
+    extra["change by part"] = {n: dict(zip(CLASSES, values, strict=True)) for n, values in changes.items()}
+    return claims, table, extra
+
+
+def open_parser(
+    settings: EvalConfig, config: Config, data: str, folder: Path, device: torch.device
+) -> nn.Module | None:
+    """A parser that was not in the losses, to parse the outputs: the public one, or the run's own."""
+    if settings.parser_weights is not None:
+        return load_parser(settings.parser_weights).to(device)
+    if "parser" not in learned_guides(config, data):
+        return None
+    stage = next(stage for stage in plan(config) if stage.data == data)
+    parser = SmallParser(len(CLASSES))
+    load_safetensors(guide_file(folder, stage, "parser"), parser)
+    return freeze(parser).to(device)
+
+
+def age_table(rows: dict[str, list[protocol.AgeRow]], names: tuple[str, ...]) -> str:
+    """Direction, target, what real faces of the group look like, and every method with its error."""
+    some = next(iter(rows.values()))
+    lines = []
+    for i, row in enumerate(some):
+        line = [row.direction, names[row.target], f"{row.real_mean:.1f} ± {row.real_std:.1f}"]
+        for entries in rows.values():
+            entry = entries[i]
+            line.append(f"{entry.mean:.1f} ± {entry.std:.1f} ({entry.error:.1f}, {100 * entry.hit:.0f} %)")
+        lines.append(line)
+    return format_table(["", "to", "real faces", *(f"{name} (error, hits)" for name in rows)], lines)
+
+
+def summary(table: Table, columns: tuple[str, ...]) -> str:
+    """Every method with some of its metrics, means over seeds; a dash where it has none."""
+    columns = tuple(name for name in columns if any(name in row for row in means(table).values()))
+    rows = [[name, *(row.get(column) for column in columns)] for name, row in means(table).items()]
+    header = [f"{name} [{unit(name)}]" if unit(name) else name for name in columns]
+    return format_table(["method", *header], rows)
+
+
+def write_strips(
+    folder: Path, data: str, faces: TestFaces, made: dict[str, Tensor], names: tuple[str, ...], count: int = 6
+) -> None:
+    """Strips young to old and old to young: of the method, of baselines, and the truth where it is known."""
+    image, groups = faces.image.cpu(), faces.group.cpu()
+    scale = max(1, 144 // image.shape[-1])
+    for title, group in (("young-to-old", 0), ("old-to-young", len(names) - 1)):
+        chosen = (groups == group).nonzero().flatten()[:count]
+        if not len(chosen):
+            continue
+        everything = made if faces.truth is None else {**made, "truth": faces.truth.cpu()}
+        order = names if group == 0 else names[::-1]
+        for name, strips in everything.items():
+            strip = strips[chosen] if group == 0 else strips[chosen].flip(1)
+            sheet = strip_sheet(image[chosen], strip, order, scale=scale)
+            made_by = None if name == "truth" else f"{name}, {title}"
+            write_image(folder / "samples" / f"test-{data}-{title}-{name}.png", sheet, made_by)
+
+
+def to_metrics(table: Table, data: str, setting: str) -> list[Metric]:
+    """Means over seeds as rows; none is comparable with published numbers, whose judge is a service."""
+    return [
+        Metric("ablation", setting, metric, unit(metric), value, data, False, method)
+        for method, row in means(table).items()
+        for metric, value in row.items()
+    ]
+
+
+def main(settings: EvalConfig) -> Path:
+    """Evaluate a run: tables, claims, pictures; returns the run folder."""
+    began = time.perf_counter()
+    folder = find_run("biphasic_age", settings.run)
+    config, device = load_config(folder, Config), pick_device(settings.device)
+    claims, metrics, extra = [], [], {}
+    for data in config.data:
+        if data == "scene":
+            found, table = evaluate_scene(settings, config, folder, device)
+            extra[data] = {"by seed": table}
+        else:
+            found, table, about = evaluate_faces(settings, config, folder, data, device)
+            extra[data] = {"by seed": table, **about}
+        claims += found
+        seeds = f"{config.seeds} seed" + ("s" if config.seeds > 1 else "")
+        metrics += to_metrics(table, data, f"{seeds}, own judges")
+    claims = [replace(claim, id=f"C{i}") for i, claim in enumerate(claims, start=1)]
+    headline = ("age error older", "age error younger", "verification rate", "true PSNR", "change/leak")
+    print()
+    print_metrics([m for m in metrics if m.metric in headline], load_published("biphasic_age"))
+    print()
+    print_claims(claims)
+    write_results(folder, claims, metrics, environment(config, time.perf_counter() - began), extra)
+    return folder
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(main(parse(EvalConfig, __doc__))))

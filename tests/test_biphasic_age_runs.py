@@ -1,0 +1,344 @@
+"""Biphasic ageing: training, resume, several processes, evaluation in miniature; the demo's claims (slow)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from biphasic_age import eval as evaluation
+from biphasic_age.data import drawn_faces
+from biphasic_age.losses import Weights
+from biphasic_age.model import Generator, TwoScales
+from biphasic_age.stages import (
+    TABLE,
+    VARIANTS,
+    build,
+    build_critic,
+    learned_guides,
+    load_generator,
+    plan,
+    weights_of,
+)
+from biphasic_age.train import PRESETS, Config, other_groups, train
+from shared.io import to_pil
+from shared.records import plain, revive
+from shared.runtime import REPOSITORY, UserError
+
+TINY = (
+    *("--size", "unit", "--image-size", "16", "--train-images", "24", "--pictures", "3"),
+    *("--test-images", "12", "--scene-images", "24", "--scene-size", "16", "--age-width", "4"),
+    *("--age-stages", "2", "--identity-width", "4", "--guide-steps", "3", "--guide-batch", "4"),
+    *("--batch-size", "4", "--log-every", "2", "--checkpoint-every", "2", "--sample-every", "100"),
+    *("--device", "cpu"),
+)
+SHORT = ("--steps", "4", "--scene-steps", "4")
+JUDGES = {"judge_people": 8, "judge_steps": 4, "judge_batch": 8, "judge_width": 4, "device": "cpu"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    """A script from the paper's folder, as a user starts it."""
+    return subprocess.run(
+        [sys.executable, name, *arguments],
+        cwd=REPOSITORY / "biphasic_age",
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+
+
+def tiny(**changes) -> Config:
+    config = replace(
+        PRESETS["demo"], data=("faces",), size="unit", image_size=16, train_images=24, pictures=3,
+        test_images=12, scene_images=24, scene_size=16, age_width=4, age_stages=2, identity_width=4,
+        guide_steps=3, guide_batch=4, batch_size=4, steps=4, scene_steps=4, variants=("full",),
+        scene_variants=("full",), log_every=2, checkpoint_every=2, sample_every=100, device="cpu",
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    names = ("--variants", "full", "plain", "--scene-variants", "full", "no-layout")
+    done = script("train.py", "demo", *TINY, *SHORT, *names, "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == str(folder)
+    return folder
+
+
+def test_training_leaves_the_run_folder_described(run_folder):
+    trained = {path.stem for path in (run_folder / "trained").iterdir()}
+    assert trained == {
+        *("scene-age-0", "scene-full-0", "scene-no-layout-0", "scene-about"),
+        *(
+            "faces-age-0",
+            "faces-identity-0",
+            "faces-parser-0",
+            "faces-full-0",
+            "faces-plain-0",
+            "faces-about",
+        ),
+    }
+    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 2 * 3 + 4 * 4
+    named = {name for line in lines for name in line}
+    for term in ("reconstruction", "cycle", "adversarial", "age", "critic", "disentangle"):
+        assert f"scene/full/0/{term}" in named and f"faces/full/0/{term}" in named
+    assert "faces/full/0/identity" in named and "scene/full/0/identity" not in named
+    assert "faces/plain/0/disentangle" not in named
+    assert (run_folder / "samples" / "faces-full-0.png").is_file()
+
+
+def test_evaluation_prints_claims_and_writes_results(run_folder):
+    judges = [word for key, value in JUDGES.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    done = script("eval.py", "--run", str(run_folder), *judges)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == str(run_folder)
+    assert "claims:" in done.stdout and "no row here is a result of the paper" in done.stdout
+    assert "mean absolute error" in done.stdout and "false accept rate" in done.stdout
+    results = json.loads((run_folder / "results.json").read_text())
+    ids = [claim["id"] for claim in results["claims"]]
+    assert ids == [f"C{i}" for i in range(1, len(ids) + 1)] and len(ids) >= 10
+    assert not any(metric["comparable"] for metric in results["metrics"])
+    assert {m["method"] for m in results["metrics"]} == {"copy", "full", "no-layout", "plain", "prototypes"}
+    assert len(results["faces"]["ages"]["full"]) == 6
+    for title in ("young-to-old", "old-to-young"):
+        for name in ("full", "plain", "prototypes", "truth"):
+            assert (run_folder / "samples" / f"test-faces-{title}-{name}.png").is_file()
+    text = Image.open(run_folder / "samples" / "test-faces-young-to-old-full.png").text
+    assert "synthetic" in text["Description"]
+
+
+def test_judges_are_kept_and_give_the_same_again(run_folder, capsys):
+    numbers = []
+    for _ in range(2):
+        evaluation.main(evaluation.EvalConfig(run=run_folder, **JUDGES))
+        capsys.readouterr()
+        numbers.append(json.loads((run_folder / "results.json").read_text())["faces"]["by seed"])
+    assert numbers[0] == numbers[1]
+    assert {path.name for path in (run_folder / "judges").iterdir()} == {
+        "faces-age.safetensors",
+        "faces-identity.safetensors",
+    }
+
+
+def test_a_run_is_loaded_for_use(run_folder):
+    trained = load_generator(run_folder)
+    assert isinstance(trained.net, Generator) and not trained.net.training and trained.data == "faces"
+    assert trained.scale.names == ("36-", "37-52", "53-68", "69+") and trained.parser is not None
+    (left, left_y), (right, right_y) = trained.eyes
+    assert 0.2 < left < 0.5 < right < 0.8 and 0.3 < left_y < 0.7 and abs(left_y - right_y) < 0.1
+    weights = trained.scale.weights(torch.tensor([30.0, 60.0]))
+    made = trained.net(torch.zeros(2, 3, 16, 16), torch.ones(2, 16, 16, dtype=torch.uint8), weights, 0.0)
+    assert made.shape == (2, 3, 16, 16)
+    with pytest.raises(UserError, match="without the variant no-self"):
+        load_generator(run_folder, "no-self")
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path):
+    arguments = ["demo", *TINY, "--data", "faces", "--variants", "full", "no-noise", "--average", "0.9"]
+    arguments += ["--steps", "30", "--guide-steps", "10", "--warmup", "3"]
+    whole = script("train.py", *arguments, "--out", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments, "--out", str(tmp_path / "killed")],
+        cwd=REPOSITORY / "biphasic_age",
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    log = tmp_path / "killed" / "log.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 12:  # in the second of three stages
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = script("train.py", *arguments, "--out", str(tmp_path / "killed"))
+    assert again.returncode == 0, again.stderr
+    assert log.read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+    for path in sorted((tmp_path / "whole" / "trained").glob("*.safetensors")):
+        a, b = load_file(path), load_file(tmp_path / "killed" / "trained" / path.name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), path.name
+
+
+def test_two_processes_train_one_network(tmp_path):
+    """Batch norm sees each process's own half on the CPU, so the weights are close, not equal, to one's."""
+    arguments = ["demo", *TINY, *SHORT, "--data", "faces", "--lr", "1e-5"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "train.py", *arguments, "--out", str(tmp_path / "two")],
+        cwd=REPOSITORY / "biphasic_age",
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert load_generator(tmp_path / "two").net is not None
+    one = train(tiny(out=tmp_path / "one", lr=1e-5))
+    a, b = (load_file(folder / "trained" / "faces-full-0.safetensors") for folder in (one, tmp_path / "two"))
+    for key in a:
+        if "norm" not in key and "running" not in key:
+            assert torch.allclose(a[key].float(), b[key].float(), atol=1.2e-4), key
+
+
+# --- switches -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_row_of_the_ablation_table_trains(name, tmp_path):
+    folder = train(tiny(out=tmp_path / "run", data=("scene",), scene_variants=(name,), scene_steps=1))
+    assert (folder / "trained" / f"scene-{name}-0.safetensors").is_file()
+
+
+def test_switches_take_out_what_they_name():
+    config = tiny()
+    for name, part in (
+        ("no-constraint", "constraint."),
+        ("no-attention", "attention."),
+        ("plain", "projection."),
+    ):
+        assert not any(part in key for key in build(config, "faces", name).state_dict())
+        assert any(part in key for key in build(config, "faces", "full").state_dict())
+    for name, term in (
+        ("no-self", "reconstruction"),
+        ("no-cycle", "cycle"),
+        ("no-age", "age"),
+        ("no-identity", "identity"),
+        ("no-adversarial", "adversarial"),
+    ):
+        changed, normal = weights_of(config, "faces", name), config.weights
+        assert getattr(changed, term) == 0 and getattr(normal, term) > 0
+        assert replace(changed, **{term: getattr(normal, term)}) == normal
+    channels = {name: build_critic(config, "faces", name).first.weight.shape[1] for name in TABLE}
+    assert channels["full"] == 22 and {n for n, c in channels.items() if c == 3} == {
+        *("no-layout", "d-image", "plain")
+    }
+    assert isinstance(build_critic(replace(config, two_scales=True), "faces", "full"), TwoScales)
+    assert set(VARIANTS) == set(PRESETS["study"].variants) == set(PRESETS["ablation"].variants)
+
+
+def test_without_layout_nothing_of_it_reaches_the_output():
+    torch.manual_seed(0)
+    image, layout = torch.rand(1, 3, 16, 16), torch.randint(0, 19, (1, 16, 16))
+    for name, same in (("full", False), ("no-layout", True)):
+        net = build(tiny(output="direct"), "faces", name).eval()
+        with torch.no_grad():
+            made = [net(image, entry, torch.tensor([1]), 0.0) for entry in (layout, layout.flip(-1))]
+        assert torch.equal(*made) == same
+
+
+def test_options_beyond_the_demo(tmp_path):
+    weights = replace(Weights(), perceptual=0.1, detail=0.1, confusion=0.1, adversarial_self=0.5)
+    config = tiny(
+        out=tmp_path / "run", weights=weights, mismatch=True, reparse=True, two_scales=True, flip=True,
+        jitter=0.1, average=0.9, warmup=2, output="gated",
+    )  # fmt: skip
+    folder = train(config)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    early = {name.rsplit("/", 1)[1] for name in lines[-2] if name != "step"}
+    late = {name.rsplit("/", 1)[1] for name in lines[-1] if name != "step"}
+    # In the warm-up only the self-driven strategy runs, and the discriminator rests.
+    assert {"cycle", "adversarial", "critic"}.isdisjoint(early) and "reconstruction" in early
+    assert late >= {"cycle", "perceptual", "detail", "confusion", "adversarial_self", "identity", "critic"}
+    assert load_generator(folder).config.weights == weights
+
+
+def test_what_a_run_must_train_itself():
+    config = tiny()
+    assert learned_guides(config, "faces") == ["age", "identity", "parser"]
+    assert learned_guides(config, "scene") == ["age"]
+    given = replace(config, age_weights=Path("a"), identity_weights=Path("i"), parser_weights=Path("p"))
+    assert learned_guides(given, "faces") == [] and plan(given)[0].name == "full"
+    with pytest.raises(UserError, match="unknown variant"):
+        plan(tiny(variants=("nothing",)))
+    with pytest.raises(UserError, match="three --limits"):
+        plan(tiny(data=("scene",), limits=(30.0, 50.0)))
+
+
+def test_targets_are_other_groups_each_as_often():
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(4).repeat(3000)
+    target = other_groups(groups, 4, generator)
+    assert (target != groups).all()
+    counts = torch.bincount(groups * 4 + target, minlength=16).view(4, 4)
+    assert (counts.diag() == 0).all() and (counts[counts > 0] - 1000).abs().max() < 120
+
+
+def test_settings_survive_the_record():
+    config = tiny(weights=replace(Weights(), cycle=3.0))
+    assert revive(json.loads(json.dumps(plain(config))), Config) == config
+
+
+# --- a set of files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory) -> Path:
+    """Drawn faces as files with layouts and a CSV list, ten people of whom each is there at four ages."""
+    root = tmp_path_factory.mktemp("set")
+    source = drawn_faces(10, 7, 16, 4)
+    (root / "parsing").mkdir()
+    lines = ["path,age,identity,sex"]
+    for i in range(len(source)):
+        image, layout = source.load(i)
+        to_pil(image).save(root / f"{i:03d}.png")
+        Image.fromarray(layout.numpy()).save(root / "parsing" / f"{i:03d}.png")
+        age = (25, 45, 60, 75)[i % 4]
+        lines.append(f"{i:03d}.png,{age},person {int(source.people[i])},M")
+    (root / "list.csv").write_text("\n".join(lines) + "\n")
+    return root / "list.csv"
+
+
+def test_a_list_of_files_is_trained_and_evaluated(listed, tmp_path, capsys):
+    folder = train(tiny(out=tmp_path / "run", data=("csv",), list=listed, workers=0))
+    assert "40 pictures of 10 people" in capsys.readouterr().out
+    evaluation.main(evaluation.EvalConfig(run=folder, **JUDGES))
+    results = json.loads((folder / "results.json").read_text())
+    full = results["csv"]["by seed"]["full"]["0"]
+    assert "true PSNR" not in full and full["verification rate"] >= 0
+    assert (folder / "samples" / "test-csv-old-to-young-full.png").is_file()
+    assert not (folder / "samples" / "test-csv-old-to-young-truth.png").exists()
+
+
+def test_people_are_needed_for_an_identity_network(listed, tmp_path):
+    lines = listed.read_text().splitlines()
+    alone = [lines[0]] + [f"{n:03d}.png,{(25, 45, 60, 75)[n % 4]},face {n}," for n in range(40)]
+    path = listed.parent / "alone.csv"
+    path.write_text("\n".join(alone))
+    with pytest.raises(UserError, match="no identity network can be trained"):
+        train(tiny(out=tmp_path / "run", data=("csv",), list=path))
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------
+
+
+def test_user_mistakes_end_with_one_message(tmp_path):
+    done = script("train.py", "paper", "--data-root", str(tmp_path / "none"), "--out", str(tmp_path / "o"))
+    assert done.returncode == 2 and done.stderr.count("error:") == 1 and "no folder" in done.stderr
+    assert "Traceback" not in done.stderr
+    with pytest.raises(UserError, match="not a run folder"):
+        evaluation.main(evaluation.EvalConfig(run=tmp_path))
+
+
+@pytest.mark.slow
+def test_the_demo_holds_its_claims(tmp_path):
+    """The demo itself: minutes. Which claims hold is measured and stands in the README."""
+    folder = train(replace(PRESETS["demo"], out=tmp_path / "run", device="cpu"))
+    evaluation.main(evaluation.EvalConfig(run=folder, device="cpu"))
+    claims = json.loads((folder / "results.json").read_text())["claims"]
+    failed = [claim["text"] for claim in claims if not claim["holds"]]
+    assert not failed, failed

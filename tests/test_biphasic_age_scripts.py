@@ -1,0 +1,156 @@
+"""Biphasic face ageing: predict.py, parse.py, augment.py and bench.py as a user calls them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from biphasic_age import augment, bench, parse, predict
+from biphasic_age.data import drawn_faces
+from shared.io import SYNTHETIC_SOURCE, read_image, write_image
+from shared.runtime import REPOSITORY, UserError
+
+ROOM = REPOSITORY / "biphasic_age"
+
+
+def portrait(size: int, seed: int = 11) -> torch.Tensor:
+    """A face (3, S, S) as the drawn training set has them."""
+    return drawn_faces(1, seed, size).images[0]
+
+
+def call(script: str, *arguments: str, runs=None) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    if runs is not None:
+        environment["PAPERS_RUNS"] = str(runs)
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        cwd=ROOM,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of very few steps, with a parser that has learned what skin is."""
+    root = tmp_path_factory.mktemp("runs")
+    done = call(
+        "train.py", "demo", "--data", "faces", "--variants", "full", "--image-size", "32", "--size", "unit",
+        "--train-images", "120", "--test-images", "8", "--steps", "2", "--guide-steps", "60",
+        "--batch-size", "4", runs=root,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def test_predict_writes_strip_pictures_and_numbers_marked_as_synthetic(runs, tmp_path):
+    photo = tmp_path / "anna.png"
+    write_image(photo, portrait(80))
+    out = tmp_path / "out"
+    done = call("predict.py", str(photo), "--ages", "25,40", "60", "--aligned", "--out", str(out), runs=runs)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == str(out)
+    result = json.loads((out / "result.json").read_text())
+    assert [entry["age"] for entry in result["ages"]] == [25, 40, 60] and result["synthetic"]
+    assert {"skin", "background"} <= result["ages"][0]["mean_change"].keys()
+    for entry in result["ages"]:
+        with Image.open(out / entry["file"]) as picture:
+            assert picture.size == (80, 80)
+            assert picture.text["DigitalSourceType"] == SYNTHETIC_SOURCE
+    with Image.open(out / "strip.png") as strip:
+        assert strip.width > 4 * 160 and "DigitalSourceType" in strip.text
+    assert read_image(out / "layout.png").shape == (3, 32, 32)
+
+
+def test_predict_goes_through_a_folder_and_names_what_failed(runs, tmp_path, monkeypatch):
+    folder = tmp_path / "photos"
+    for seed in (13, 14):
+        write_image(folder / f"p{seed}.png", portrait(48, seed))
+    write_image(folder / "grass.png", torch.rand(3, 48, 48) * torch.tensor([0.1, 0.5, 0.1]).view(3, 1, 1))
+    out = tmp_path / "out"
+    monkeypatch.setenv("PAPERS_RUNS", str(runs))
+    with pytest.raises(
+        UserError, match="1 of 3 pictures were not translated: grass.png: the parser found no"
+    ):
+        predict.main(predict.PredictConfig(folder, ages=("30",), aligned=True, out=out))
+    assert (out / "p13" / "strip.png").is_file() and (out / "p14" / "age_30.png").is_file()
+    assert not (out / "grass").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ages": ("7",)}, "outside"),
+        ({"ages": ("old",)}, "not numbers of years"),
+        ({"strength": ("hair",)}, "write PART=SHARE"),
+        ({"picture": "absent.png"}, "no such image"),
+        ({"picture": "."}, "no pictures in this folder"),
+        ({"layout": "absent.png"}, "no layout"),
+        ({"variant": "no-layout"}, "no-layout"),
+    ],
+)
+def test_mistakes_are_messages(settings, message, runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPERS_RUNS", str(runs))
+    photos = tmp_path / "photos"
+    write_image(photos / "photo.png", portrait(40))
+    (tmp_path / "empty").mkdir()
+    places = {"absent.png": tmp_path / "absent.png", ".": tmp_path / "empty"}
+    settings = {
+        key: places.get(value, value) if key in ("picture", "layout") else value
+        for key, value in settings.items()
+    }
+    settings = {"picture": photos / "photo.png", "out": tmp_path / "out", "aligned": True, **settings}
+    with pytest.raises(UserError, match=message):
+        predict.main(predict.PredictConfig(**settings))
+
+
+def test_a_mistake_is_one_line_and_code_2(tmp_path):
+    done = call("predict.py", str(tmp_path / "absent.png"), runs=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: no run in ")
+    assert "Traceback" not in done.stderr
+
+
+def test_parse_writes_a_layout_for_every_picture(runs, tmp_path, monkeypatch):
+    write_image(tmp_path / "a" / "one.png", portrait(50))
+    write_image(tmp_path / "two.png", portrait(64, 12))
+    monkeypatch.setenv("PAPERS_RUNS", str(runs))
+    config = parse.ParseConfig(tmp_path)
+    assert parse.main(config) == tmp_path / "parsing"
+    for name, side in (("one", 50), ("two", 64)):
+        with Image.open(tmp_path / "parsing" / f"{name}.png") as layout:
+            assert layout.mode == "L" and layout.size == (side, side)
+            assert (np.array(layout) == 1).mean() > 0.05
+    write_image(tmp_path / "b" / "one.png", portrait(50))
+    with pytest.raises(UserError, match="would share the layout one.png"):
+        parse.main(config)
+
+
+def test_augment_reports_before_and_after_and_writes_the_copies(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PAPERS_RUNS", str(runs))
+    config = augment.AugmentConfig(people=6, pictures=4, steps=3, batch_size=4, width=4, write=tmp_path / "c")
+    folder = augment.main(config)
+    results = json.loads((folder / "augment.json").read_text())["results"]
+    assert set(results) == {"own pictures", "with aged copies"}
+    own, more = (results[name]["training_pictures"] for name in results)
+    assert more == 4 * own and "with aged copies" in capsys.readouterr().out
+    listed = (tmp_path / "c" / "list.csv").read_text().splitlines()
+    assert listed[0] == "path,age,identity" and len(listed) == 1 + 3 * own
+    with Image.open(tmp_path / "c" / "000000.png") as copy:
+        assert "DigitalSourceType" in copy.text
+
+
+def test_bench_measures_all_forms(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PAPERS_RUNS", str(tmp_path))
+    bench.main(bench.BenchConfig(size="unit", image_size=64, seconds=0.0))
+    rows = json.loads((tmp_path / "biphasic_age" / "bench.json").read_text())["rows"]
+    steps = {row["form"]: row for row in rows if row["what"] == "training step"}
+    assert set(steps) == {"plain fp32", "fast fp32", "fast bf16"}
+    assert steps["fast fp32"]["peak_mib"] < 0.8 * steps["plain fp32"]["peak_mib"]
+    assert "x the speed" in capsys.readouterr().out
