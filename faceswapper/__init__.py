@@ -1,0 +1,1 @@
+"""FaceSwapper: one-shot progressive face swapping with disentangled identity and attributes."""

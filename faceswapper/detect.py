@@ -1,0 +1,232 @@
+"""Who finds faces, landmarks and facial parts in photos: released networks from the user's files, or the
+small finder of this folder, which needs no download.
+
+A *detector* maps photos to faces, a *landmarker* aligned crops to 98 points, a *parser* aligned crops to
+BiSeNet's labels. Anything that can be called like these takes their place.
+"""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from faceswapper.align import Face, Framing, box_of_eyes, crop_matrix, cut, to_tensor
+from faceswapper.bisenet import BiSeNet
+from faceswapper.drawing import ibug_to_wflw
+from faceswapper.finder import DISTANCE, find_faces, find_pairs, load_finder, read_crops
+from faceswapper.model import load_official
+from shared.runtime import UserError
+from shared.weights import load_state, load_torch
+
+Detector = Callable[[list[np.ndarray], list[str]], list[list[Face]]]
+"""Photos (H, W, 3) uint8 RGB and their file names -> the faces of each."""
+Landmarker = Callable[[Tensor], Tensor]
+"""Crops (B, 3, S, S) in [0, 1] -> points (B, 98, 2) in pixels of the crop."""
+Parser = Callable[[Tensor], Tensor]
+"""Crops (B, 3, S, S) in [0, 1] -> labels (B, S, S) uint8."""
+
+# --- detectors --------------------------------------------------------------------------------------
+
+
+class FinderDetector:
+    """`faceswapper.finder`: upright, nearly frontal faces; trained on procedural faces alone."""
+
+    def __init__(self, device: torch.device | str = "cpu", side: int = 320):
+        self.net, self.device, self.side = load_finder(str(device)), device, side
+
+    def __call__(self, photos: list[np.ndarray], names: list[str]) -> list[list[Face]]:
+        found: list[list[Face]] = [[] for _ in photos]
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for number, photo in enumerate(photos):
+            shapes.setdefault(photo.shape, []).append(number)
+        for (height, width, _), numbers in shapes.items():
+            # Large photos are reduced once: eyes closer than 10 reduced pixels are not looked for.
+            scale = min(1.0, self.side / min(height, width))
+            small = max(16, round(width * scale)), max(16, round(height * scale))
+            reduced = [cv2.resize(photos[n], small, interpolation=cv2.INTER_AREA) for n in numbers]
+            fx, fy = width / small[0], height / small[1]
+            for n, faces in zip(numbers, find_faces(to_tensor(reduced, self.device), self.net), strict=True):
+                for face in faces:
+                    eyes = tuple(((x + 0.5) * fx - 0.5, (y + 0.5) * fy - 0.5) for x, y in face[:2])
+                    found[n].append(Face(box_of_eyes(*eyes), eyes, face.score))
+        return found
+
+    def near(self, frames: list[np.ndarray], last: Face) -> list[Face | None]:
+        """Frames of a video -> the face near where it last was, looked for in one small window at one
+        size."""
+        size = 96
+        matrix = crop_matrix(last, size, Framing(DISTANCE / size, 0.5))
+        found = find_pairs(to_tensor([cut(f, matrix, size) for f in frames], self.device), self.net)
+        back = cv2.invertAffineTransform(matrix)
+        faces: list[Face | None] = []
+        for pairs in found:
+            if not pairs:
+                faces.append(None)
+                continue
+            score, pair = max(pairs, key=lambda each: each[0])
+            eyes = tuple(tuple(map(float, back @ (x, y, 1))) for x, y in pair)
+            faces.append(Face(box_of_eyes(*eyes), eyes, score))
+        return faces
+
+
+class YunetDetector:
+    """OpenCV's YuNet from its ONNX file. UserError when the file is missing or not YuNet."""
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; YuNet's ONNX file is in the OpenCV model zoo")
+        try:
+            self.network = cv2.FaceDetectorYN.create(str(path), "", (320, 320), 0.6)
+        except cv2.error as error:
+            raise UserError(f"{path}: not readable as YuNet ({error.err})") from None
+
+    def __call__(self, photos: list[np.ndarray], names: list[str]) -> list[list[Face]]:
+        found = []
+        for photo in photos:
+            self.network.setInputSize(photo.shape[1::-1])
+            rows = self.network.detect(photo[..., ::-1].copy())[1]
+            faces = []
+            for row in [] if rows is None else rows.astype(float):
+                x, y, w, h = row[:4]
+                eyes = tuple(sorted([(row[4], row[5]), (row[6], row[7])]))
+                faces.append(Face((x, y, x + w, y + h), eyes, row[-1]))
+            found.append(faces)
+        return found
+
+
+class MtcnnDetector:
+    """facenet-pytorch's MTCNN, the detector that the paper's author names. UserError when not installed."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        try:
+            from facenet_pytorch import MTCNN  # noqa: PLC0415 - optional
+        except ImportError:
+            raise UserError("--detector mtcnn needs facenet-pytorch (pip install facenet-pytorch)") from None
+        self.network = MTCNN(keep_all=True, device=device)
+
+    def __call__(self, photos: list[np.ndarray], names: list[str]) -> list[list[Face]]:
+        found = []
+        for photo in photos:
+            boxes, scores, points = self.network.detect(photo, landmarks=True)
+            rows = [] if boxes is None else zip(boxes, scores, points, strict=True)
+            found.append(
+                [
+                    Face(
+                        tuple(map(float, b)), tuple(sorted(tuple(map(float, p)) for p in five[:2])), float(s)
+                    )
+                    for b, s, five in rows
+                ]
+            )
+        return found
+
+
+class TableDetector:
+    """Faces given in a CSV file, by its header: `file,left,top,right,bottom` (boxes) or
+    `file,left_x,left_y,right_x,right_y` (eyes), in pixels, a line per face. In a video all frames use the
+    line of the video's file name. UserError on a missing file, another header or a value that is no
+    number."""
+
+    BOX = ["file", "left", "top", "right", "bottom"]
+    EYES = ["file", "left_x", "left_y", "right_x", "right_y"]
+
+    def __init__(self, path: Path):
+        self.path, self.faces = path, {}
+        try:
+            with open(path, newline="") as file:
+                rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not readable as a table of faces ({error})") from None
+        if not rows or rows[0] not in (self.BOX, self.EYES):
+            raise UserError(f"{path}: the first line must be {','.join(self.BOX)} or {','.join(self.EYES)}")
+        for line, row in enumerate(rows[1:], 2):
+            try:
+                name, (a, b, c, d) = row[0], map(float, row[1:])
+            except ValueError:
+                raise UserError(f"{path}, line {line}: expected a file name and four numbers") from None
+            face = Face((a, b, c, d), None)
+            if rows[0] == self.EYES:
+                eyes = tuple(sorted([(a, b), (c, d)]))
+                face = Face(box_of_eyes(*eyes), eyes)
+            self.faces.setdefault(name, []).append(face)
+
+    def __call__(self, photos: list[np.ndarray], names: list[str]) -> list[list[Face]]:
+        return [self.faces.get(name, []) for name in names]
+
+
+def whole_picture(photos: list[np.ndarray], names: list[str]) -> list[list[Face]]:
+    """For pictures that are aligned crops already: the crop is the picture."""
+    found = []
+    for photo in photos:
+        height, width = photo.shape[:2]
+        side = max(height, width) / 1.4  # crop_matrix enlarges it again
+        x, y = width / 2, height / 2
+        found.append([Face((x - side / 2, y - side / 2, x + side / 2, y + side / 2), None)])
+    return found
+
+
+def open_detector(choice: str, device: torch.device | str = "cpu") -> Detector:
+    """finder, mtcnn, crops, or the path of a .csv (given faces) or .onnx (YuNet) file. UserError
+    otherwise."""
+    if choice == "finder":
+        return FinderDetector(device)
+    if choice == "mtcnn":
+        return MtcnnDetector(device)
+    if choice == "crops":
+        return whole_picture
+    readers = {".csv": TableDetector, ".onnx": YunetDetector}
+    if Path(choice).suffix not in readers:
+        raise UserError(f"--detector {choice}: give finder, mtcnn, crops, or a .csv or .onnx file")
+    return readers[Path(choice).suffix](Path(choice))
+
+
+# --- crops ------------------------------------------------------------------------------------------
+
+
+def finder_points(crops: Tensor) -> Tensor:
+    """98 points from the finder's 68."""
+    return ibug_to_wflw(read_crops(crops, load_finder(str(crops.device)))[0])
+
+
+def finder_labels(crops: Tensor) -> Tensor:
+    """BiSeNet's labels from the finder."""
+    return read_crops(crops, load_finder(str(crops.device)))[1]
+
+
+def open_landmarker(path: Path | None, device: torch.device | str = "cpu") -> Landmarker:
+    """wing.ckpt or faceswapper.ckpt (FAN); None: the finder. UserError on a file that does not fit."""
+    if path is None:
+        return finder_points
+    fan = load_official("fan", path).requires_grad_(False).to(device)
+    # FAN counts from the edge of the first pixel, drawing from its centre.
+    return lambda crops: fan.find(crops * 2 - 1) - 0.5
+
+
+class BiSeNetParser(nn.Module):
+    """The public face parser (79999_iter.pth) at 512 pixels. UserError on another file."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.net = BiSeNet()
+        load_state(self.net, load_torch(path), path)
+        self.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer(
+            "deviation", torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1), persistent=False
+        )
+
+    @torch.inference_mode()
+    def forward(self, crops: Tensor) -> Tensor:
+        side = crops.shape[-1]
+        x = F.interpolate(crops, (512, 512), mode="bilinear", antialias=True)
+        logits = self.net((x - self.mean) / self.deviation)[0]
+        return F.interpolate(logits, (side, side), mode="bilinear").argmax(1).to(torch.uint8)
+
+
+def open_parser(path: Path | None, device: torch.device | str = "cpu") -> Parser:
+    """79999_iter.pth (BiSeNet); None: the finder."""
+    return finder_labels if path is None else BiSeNetParser(path).to(device)

@@ -1,0 +1,226 @@
+"""The FaceForensics++ protocol on prepared crops: 10 frames of 1,000 videos, every pair of the swap list
+once.
+
+Swaps are written as the official test code names them, `swapped_result_single/<source>_FS_<target>.png`,
+measured batch by batch, beside the baselines that need no training.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from faceswapper import protocol
+from faceswapper.baselines import untrained
+from faceswapper.datasets import SwapList, video_of
+from faceswapper.fusion import forehead, fuse, keep_map
+from faceswapper.landmarks import FAN
+from faceswapper.model import Generator, load_official
+from faceswapper.protocol import OnnxNetwork
+from shared.io import progress, read_image, write_image
+from shared.metrics import InceptionFeatures, fid
+from shared.published import Metric
+from shared.runtime import UserError
+
+TABLE = "unknown (paper body not readable)"
+"""Name that published.json gives the paper's table."""
+PROTOCOL_PAIRS = 10_000
+"""Swaps of the published protocol; with fewer a number is not comparable."""
+SINGLE, AFTER = "swapped_result_single", "swapped_result_afterps"
+MEAN_OF = 500
+"""Originals that the mean face is made of."""
+
+
+@dataclass(frozen=True)
+class FaceForensicsConfig:
+    """Options of the FaceForensics++ protocol."""
+
+    faceforensics: Path | None = None
+    """Folder with ff++, ff++_lm_images, ff++_mask_images and face_swap_list.txt; see the README."""
+    pictures: str = "ff++"
+    """Name of the folder of pictures in it."""
+    swaps: str = "face_swap_list.txt"
+    """Name of the list in it."""
+    recogniser: Path | None = None
+    """ONNX recogniser for ID retrieval, not the one of training (the protocol's: CosFace). Crops go in on
+    [-1, 1]."""
+    pose: Path | None = None
+    """ONNX network that gives (yaw, pitch, roll) in degrees (the protocol's: Hopenet)."""
+    expression: Path | None = None
+    """ONNX network that gives an expression vector."""
+    fan_weights: Path | None = None
+    """wing.ckpt or faceswapper.ckpt: landmarks for the proxies of pose and expression and for --post."""
+    fid_weights: Path | None = None
+    """torch-fidelity's InceptionV3 file; FID is left out without it."""
+    post: bool = False
+    """Also the official post-processing; needs parsing pictures and --fan-weights."""
+    baselines: bool = True
+    """Also the baselines that need no training."""
+    batch_size: int = 16
+    """Swaps at once."""
+
+
+class _Listed(Dataset):
+    """Items of a swap list: source and target, prefixed."""
+
+    def __init__(self, swaps: SwapList):
+        self.swaps = swaps
+
+    def __len__(self) -> int:
+        return len(self.swaps)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        source, target = self.swaps.sources.load(i), self.swaps.targets.load(i)
+        return {f"s_{k}": v for k, v in source.items()} | {f"t_{k}": v for k, v in target.items()}
+
+
+class Tally:
+    """Sums of per-picture numbers and the embeddings of one method."""
+
+    def __init__(self):
+        self.count, self.sums, self.embeddings = 0, {}, []
+
+    def add(self, values: dict[str, float], count: int) -> None:
+        """Means over a batch of `count` pictures."""
+        self.count += count
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * count
+
+    def means(self) -> dict[str, float]:
+        """Means over all pictures."""
+        return {name: total / self.count for name, total in self.sums.items()}
+
+
+def open_networks(config: FaceForensicsConfig) -> dict[str, OnnxNetwork]:
+    """The plugged-in networks that were named."""
+    named = {"recogniser": config.recogniser, "pose": config.pose, "expression": config.expression}
+    return {name: OnnxNetwork(path) for name, path in named.items() if path is not None}
+
+
+def differences(
+    swaps: Tensor, target: Tensor, mask: Tensor, networks: dict[str, OnnxNetwork], fan: FAN | None
+) -> dict[str, float]:
+    """Everything of a batch that is measured against the target."""
+    row = protocol.picture_metrics(swaps, target, mask)
+    for name in ("pose", "expression"):
+        if name in networks:
+            row[f"{name} error"] = protocol.vector_error(networks[name](swaps), networks[name](target))
+    if fan is not None:
+        mine, theirs = fan.find(swaps), fan.find(target)
+        row["pose proxy (Procrustes angle)"] = protocol.procrustes_angle(mine, theirs).mean().item()
+        row["expression proxy (openings)"] = protocol.expression_proxy(mine, theirs)
+    return row
+
+
+@torch.inference_mode()
+def measure_swaps(
+    config: FaceForensicsConfig, generator: Generator, out: Path
+) -> tuple[list[Metric], dict[str, dict[str, float]]]:
+    """All metrics of a generator and the baselines on the swap list; writes the swaps under `out`.
+
+    Returns the metrics and {"methods": method -> metric -> value, ...}. Raises UserError when data or a
+    network that an option needs is missing.
+    """
+    swaps = SwapList(config.faceforensics, generator.size.img_size, config.pictures, config.swaps)
+    if config.post and (swaps.targets.parsing is None or config.fan_weights is None):
+        raise UserError("--post needs --fan-weights and the folder ff++_parsing_images")
+    device = next(generator.parameters()).device
+    networks = open_networks(config)
+    fan = None if config.fan_weights is None else load_official("fan", config.fan_weights)
+    originals = swaps.originals
+    mean_face = torch.stack([originals.load(i)["image"] for i in range(min(MEAN_OF, len(originals)))]).mean(0)
+    tallies: dict[str, Tally] = {}
+    for start, batch in enumerate(progress(DataLoader(_Listed(swaps), config.batch_size), "swaps")):
+        target, mask = batch["t_image"], batch["t_mask"]
+        given = (batch["s_image"], target, batch["t_landmarks"], mask)
+        result = generator.swap(*(x.to(device) for x in given)).clamp(-1, 1).cpu()
+        methods = {"FaceSwapper": result}
+        if config.post:
+            methods["FaceSwapper, post-processed"] = post_processed(batch, result, fan)
+        if config.baselines:
+            points = (fan.find(batch["s_image"]), fan.find(target)) if fan else (None, None)
+            methods |= untrained(batch["s_image"], target, mask, mean_face, *points)
+        for method, pictures in methods.items():
+            tally = tallies.setdefault(method, Tally())
+            tally.add(differences(pictures, target, mask, networks, fan), len(pictures))
+            if "recogniser" in networks:
+                tally.embeddings.append(networks["recogniser"](pictures))
+        for folder, method in ((SINGLE, "FaceSwapper"), (AFTER, "FaceSwapper, post-processed")):
+            if method in methods:
+                write_swaps(out / folder, swaps.pairs, start * config.batch_size, methods[method])
+    rows = {method: tally.means() for method, tally in tallies.items()}
+    if "recogniser" in networks:
+        add_retrieval(rows, tallies, swaps, networks["recogniser"], config.batch_size)
+    if config.fid_weights is not None:
+        network = InceptionFeatures(config.fid_weights)
+        real = (p / 2 + 0.5 for p in picture_batches(originals, config.batch_size))
+        made = sorted((out / SINGLE).glob("*.png"))
+        rows["FaceSwapper"]["FID"] = fid(real, (read_image(f)[None] for f in made), network)
+    return as_metrics(rows, len(swaps), originals.name), {"methods": rows, "pairs": len(swaps)}
+
+
+def post_processed(batch: dict[str, Tensor], result: Tensor, fan: FAN) -> Tensor:
+    """The official post-processing of a batch: hair, and the forehead where the source's is covered."""
+    foreheads = [forehead(fan.find(batch[f"{which}_image"]), batch[f"{which}_mask"]) for which in ("s", "t")]
+    return fuse(result, batch["t_image"], keep_map(batch["t_parsing"], *foreheads))
+
+
+def write_swaps(folder: Path, pairs: list[tuple[str, str]], first: int, pictures: Tensor) -> None:
+    """Swaps number `first` and on, under their official names."""
+    for (source, target), picture in zip(pairs[first:], pictures, strict=False):
+        name = f"{source}_FS_{target}".replace("/", "-")
+        write_image(folder / f"{name}.png", picture / 2 + 0.5, synthetic="face swap by FaceSwapper")
+
+
+def picture_batches(pictures, size: int):
+    """Images of a picture set, batch by batch."""
+    for start in range(0, len(pictures), size):
+        chosen = range(start, min(start + size, len(pictures)))
+        yield torch.stack([pictures.load(i)["image"] for i in chosen])
+
+
+def add_retrieval(
+    rows: dict[str, dict[str, float]],
+    tallies: dict[str, Tally],
+    swaps: SwapList,
+    recognise: OnnxNetwork,
+    size: int,
+) -> None:
+    """ID retrieval among all originals, and cosines to source and target."""
+    gallery = torch.cat([recognise(part) for part in picture_batches(swaps.originals, size)])
+    at = {name: i for i, name in enumerate(swaps.originals.names)}
+    videos = [video_of(name) for name in swaps.originals.names]
+    wanted = [video_of(source) for source, _ in swaps.pairs]
+    for method, tally in tallies.items():
+        mine = torch.cat(tally.embeddings)
+        rows[method]["ID retrieval"] = protocol.id_retrieval(mine, gallery, videos, wanted)
+        for side, name in enumerate(("cos source", "cos target")):
+            theirs = gallery[[at[pair[side]] for pair in swaps.pairs]]
+            rows[method][name] = protocol.cosine(mine, theirs)
+
+
+def as_metrics(rows: dict[str, dict[str, float]], pairs: int, dataset: str) -> list[Metric]:
+    """Rows for results.json; ID retrieval is a fraction there, as the published number is.
+
+    A number may stand beside a published one only when it comes from as many swaps of FaceForensics++."""
+    metrics = []
+    for method, row in rows.items():
+        for name, value in row.items():
+            retrieval = name == "ID retrieval"
+            same = retrieval and pairs == PROTOCOL_PAIRS and dataset == "FaceForensics++"
+            unit = {"ID retrieval": "fraction", "pose error": "degrees"}.get(name, "")
+            metrics.append(
+                Metric(
+                    TABLE,
+                    "main comparison",
+                    name,
+                    unit,
+                    value / 100 if retrieval else value,
+                    dataset,
+                    same,
+                    method,
+                )
+            )
+    return metrics

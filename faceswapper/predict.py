@@ -1,0 +1,232 @@
+"""Swap a face into a photo, a folder of photos or a video, with a trained run or the released weights.
+
+    python predict.py --source face.jpg --target photo.jpg
+    python predict.py --source a.jpg b.jpg --mix 0.7 0.3 --target video.mp4 --weights faceswapper.ckpt
+
+The result is a manipulated face, for research on forgery detection, anonymisation of one's own data and film
+with the consent of everyone shown. Every file that is written says in its metadata that it is synthetic.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from torch import nn
+
+from faceswapper.align import DEMO_FRAMING, Framing, to_tensor
+from faceswapper.detect import open_detector, open_landmarker, open_parser
+from faceswapper.drawing import LandmarkValues
+from faceswapper.model import Generator, load_official
+from faceswapper.pipeline import Blending, Photo, Source, Swapped, Swapper, read_photo
+from faceswapper.train import Config as TrainConfig
+from faceswapper.trials import load_generators, main_name
+from faceswapper.video import VIDEO_ENDINGS, VideoReader, VideoWriter
+from faceswapper.weights import states_of
+from shared.io import find_run, image_grid, load_config, progress, write_image
+from shared.records import write_json
+from shared.runtime import UserError, parse, pick_device, run_main
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Which networks do the work."""
+
+    run: Path | None = None
+    """Run folder of train.py; default: the newest."""
+    variant: str | None = None
+    """Which of the run's generators; default: the method itself."""
+    weights: Path | None = None
+    """Instead of a run: the released faceswapper.ckpt."""
+    detector: str = "finder"
+    """finder (built in), mtcnn, crops (the pictures are aligned crops already), or a file: .csv with given
+    boxes or eyes, .onnx for YuNet."""
+    landmarker: Path | None = None
+    """wing.ckpt; default: the one inside --weights, otherwise the built-in finder."""
+    parser: Path | None = None
+    """79999_iter.pth of the public face parser; default: the built-in finder."""
+    eyes: tuple[float, float] | None = None
+    """Distance of the eyes in a crop, and their row, relative to its side; default: as in training."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: CUDA when there is one."""
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Whose face goes where."""
+
+    source: tuple[Path, ...]
+    """Photo of the person whose face is put in; several are averaged."""
+    target: Path
+    """Photo, folder of photos, or video."""
+    out: Path = Path("swapped")
+    """Folder for the results."""
+    mix: tuple[float, ...] | None = None
+    """Weights of several sources; default: all alike."""
+    strength: float = 1.0
+    """0 keeps the target's identity, 1 is a whole swap, between mixes both."""
+    face: Literal["largest", "surest"] | int = "largest"
+    """Which face of the target: the largest, the surest, or its number from the left, from 0."""
+    source_face: Literal["largest", "surest"] | int = "largest"
+    """Which face of the sources."""
+    strip: int = 5
+    """Pictures from target to source in the progressive strip of a photo; 0: none."""
+    batch_size: int = 16
+    """Photos or frames at a time."""
+    smooth: bool = True
+    """Video: steady the crop over time."""
+    least: int = 48
+    """Faces whose crop has a smaller side than this, in pixels, are left alone."""
+    blending: Blending = field(default_factory=Blending)
+    """How a swap goes back into its photo."""
+    networks: Annotated[Networks, tyro.conf.arg(name="")] = field(default_factory=Networks)
+    """Which networks do the work."""
+
+
+def open_swapper(config: Networks, blending: Blending, least: int) -> Swapper:
+    """Generator and everything around it. UserError when a file is missing or does not fit."""
+    device, values, framing = pick_device(config.device), "unit", Framing()
+    landmarker = config.landmarker
+    generator: Generator | nn.Module
+    if config.weights is not None:
+        generator = load_official("generator", config.weights)
+        if landmarker is None and "fan" in states_of(config.weights):
+            landmarker = config.weights
+    else:
+        generator, values, framing = of_run(find_run("faceswapper", config.run), config.variant)
+    return Swapper(
+        generator.to(device),
+        open_detector(config.detector, device),
+        open_landmarker(landmarker, device),
+        open_parser(config.parser, device),
+        framing if config.eyes is None else Framing(*config.eyes),
+        blending,
+        values,
+        least,
+    )
+
+
+def of_run(folder: Path, variant: str | None) -> tuple[Generator, LandmarkValues, Framing]:
+    """A run's generator, the values of its landmark pictures, and where it expects the eyes."""
+    name = variant or main_name(load_config(folder, TrainConfig))
+    generators, _, settings = load_generators(folder, TrainConfig, [name])
+    framing = DEMO_FRAMING if settings.data == "faces" else Framing()
+    return generators[name], settings.landmark_values, framing
+
+
+def write_photo(path: Path, photo: Photo, result: Swapped, made: str) -> None:
+    """The result as PNG, with the target's transparency."""
+    picture = to_tensor([result.photo])[0]
+    if photo.alpha is not None:
+        picture = torch.cat((picture, torch.from_numpy(photo.alpha)[None].float() / 255))
+    write_image(path, picture, made)
+
+
+def write_strip(
+    swapper: Swapper, photo: Photo, result: Swapped, source: Source, steps: int, stem: Path, made: str
+) -> None:
+    """From the target to the source's identity, as a strip and as an animation that runs there and back."""
+    crop, _ = swapper.aligned(photo.seen, result.face)
+    pictures = swapper.progressive(swapper.describe(to_tensor([crop], swapper.device)), source, steps)
+    labels = [f"{share:.2f}" for share in np.linspace(0, 1, steps)]
+    scale = max(1, 128 // pictures.shape[-1])
+    strip = image_grid(pictures, columns=steps, column_labels=labels, scale=scale)
+    write_image(stem.with_name(f"{stem.name}_strip.png"), strip, made)
+    frames = [Image.fromarray(np.uint8(p.permute(1, 2, 0).cpu().numpy() * 255 + 0.5)) for p in pictures]
+    there_and_back = frames + frames[-2:0:-1]
+    there_and_back[0].save(
+        stem.with_name(f"{stem.name}_strip.gif"),
+        save_all=True,
+        append_images=there_and_back[1:],
+        duration=150,
+        loop=0,
+        comment=f"synthetic image: {made}".encode(),
+    )
+
+
+def swap_photos(config: PredictConfig, swapper: Swapper, source: Source, made: str) -> dict:
+    """All photos of a folder, or one; returns a record for each. In a folder, photos without a usable face
+    are copied as they are and said so."""
+    folder = config.target.is_dir()
+    paths = [config.target]
+    if folder:
+        paths = sorted(p for p in config.target.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
+        if not paths:
+            raise UserError(f"{config.target}: holds no picture ({', '.join(IMAGE_ENDINGS)}) and is no video")
+    records = {}
+    for start in progress(range(0, len(paths), config.batch_size), "photos"):
+        photos = [read_photo(path) for path in paths[start : start + config.batch_size]]
+        found = swapper.detector([photo.seen for photo in photos], [photo.name for photo in photos])
+        faces = []
+        for each in found:
+            numbered = isinstance(config.face, int) and config.face >= len(each)
+            faces.append(None if folder and numbered else swapper.choose(each, config.face))
+        for photo, faces_in, result in zip(
+            photos, found, swapper.photos(photos, faces, source, config.strength), strict=True
+        ):
+            if result.face is None and not folder:
+                raise UserError(f"{photo.name}: the target {result.remark}")
+            stem = config.out / f"{config.source[0].stem}_FS_{Path(photo.name).stem}"
+            write_photo(stem.with_name(f"{stem.name}.png"), photo, result, made)
+            if result.face is not None and config.strip > 1:
+                write_strip(swapper, photo, result, source, config.strip, stem, made)
+            records[photo.name] = {
+                "faces": len(faces_in),
+                "box": None if result.face is None else [round(v, 1) for v in result.face.box],
+                "remark": result.remark,
+            }
+    if all(record["box"] is None for record in records.values()):
+        raise UserError(f"{config.target}: no photo shows a usable face")
+    return records
+
+
+def swap_video(config: PredictConfig, swapper: Swapper, source: Source, made: str) -> dict:
+    """A video with its sound. UserError when no frame shows a usable face."""
+    reader = VideoReader(config.target)
+    path = config.out / f"{config.source[0].stem}_FS_{config.target.stem}.mp4"
+    swapped, remarks = 0, {}
+    results = swapper.video(reader, source, config.face, config.batch_size, config.strength, config.smooth)
+    with VideoWriter(path, reader.size, reader.rate, made, config.target) as writer:
+        for result in progress(results, config.target.name, reader.announced or None):
+            writer.write(result.photo)
+            swapped += result.face is not None
+            if result.remark:
+                remarks[result.remark] = remarks.get(result.remark, 0) + 1
+        if not swapped:
+            raise UserError(f"{config.target}: no frame shows a usable face ({'; '.join(remarks)})")
+    said = [f"{count} frames: {remark}" for remark, count in remarks.items()] + reader.remarks
+    return {
+        config.target.name: {"frames": reader.count, "swapped": swapped, "remark": "; ".join(said) or None}
+    }
+
+
+def predict(config: PredictConfig) -> Path:
+    """Swap; returns the folder of the results."""
+    if config.batch_size < 1:
+        raise UserError(f"--batch-size {config.batch_size}: at least 1")
+    if not config.target.exists():
+        raise UserError(f"{config.target}: no such photo, folder or video")
+    swapper = open_swapper(config.networks, config.blending, config.least)
+    source = swapper.source([read_photo(path) for path in config.source], config.source_face, config.mix)
+    made = "face swapped by FaceSwapper"
+    video = config.target.suffix.lower() in VIDEO_ENDINGS
+    records = (swap_video if video else swap_photos)(config, swapper, source, made)
+    for name, record in records.items():
+        if record["remark"]:
+            print(f"warning: {name}: {record['remark']}")
+    settings = {
+        "source": [str(path) for path in config.source],
+        "mix": config.mix,
+        "strength": config.strength,
+    }
+    write_json(config.out / "result.json", {**settings, "results": records, "synthetic": True})
+    return config.out
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(predict(parse(PredictConfig, __doc__))))

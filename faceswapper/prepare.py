@@ -1,0 +1,151 @@
+"""From a folder of photos to a data set that train.py reads: crops, landmark pictures, masks and parsings.
+
+    python prepare.py photos/ --out data/mine --detector face_detection_yunet.onnx --landmarker wing.ckpt
+    --parser 79999_iter.pth
+
+Writes NAME/, NAME_lm_images/, NAME_mask_images/ and NAME_parsing_images/ as the official loaders expect them
+(landmark pictures in light colours, white faces in masks, a parsing's grey value is its label), and index.csv
+with where each crop was cut. Without a detector, landmarker or parser of your own, the small built-in finder
+is used, which was trained on procedural faces: check its pictures before you train on them.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from faceswapper.align import Framing, crop_matrix, crop_side, cut, to_tensor
+from faceswapper.detect import open_detector, open_landmarker, open_parser
+from faceswapper.drawing import draw_landmarks, face_mask, to_file
+from faceswapper.pipeline import profile, read_photo
+from faceswapper.predict import IMAGE_ENDINGS
+from shared.io import progress, write_image
+from shared.runtime import UserError, parse, pick_device, run_main
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Photos in, training pictures out."""
+
+    photos: Annotated[Path, tyro.conf.Positional]
+    """Folder of photos, searched with its subfolders, or one photo."""
+    out: Path = Path("data/prepared")
+    """Folder for the data set."""
+    name: str = "images"
+    """Name of the folder of crops; its sisters' names are made from it."""
+    size: int = 256
+    """Side of a crop in pixels."""
+    faces: Literal["largest", "all"] = "largest"
+    """Of each photo."""
+    least: int = 64
+    """Faces whose crop has a smaller side than this in the photo, in pixels, are left out."""
+    detector: str = "finder"
+    """finder (built in), mtcnn, crops (the photos are aligned crops already), .csv with given boxes or eyes,
+    or .onnx for YuNet."""
+    landmarker: Path | None = None
+    """wing.ckpt or faceswapper.ckpt; default: the built-in finder."""
+    parser: Path | None = None
+    """79999_iter.pth of the public face parser; default: the built-in finder."""
+    eyes: tuple[float, float] = (Framing.eye_distance, Framing.eye_row)
+    """Distance of the eyes in a crop, and their row, relative to its side."""
+    batch_size: int = 16
+    """Crops at a time."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: CUDA when there is one."""
+
+
+COLUMNS = ("file", "photo", "side", "profile", "a", "b", "c", "d", "e", "f")
+"""Of index.csv; a to f is the matrix from photo to crop, row by row."""
+
+
+def photo_files(path: Path) -> list[Path]:
+    """The photos below a folder in the order of their names, or the photo itself. UserError when none."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder of photos")
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
+    if not files:
+        raise UserError(f"{path}: holds no picture ({', '.join(IMAGE_ENDINGS)})")
+    return files
+
+
+class Sisters:
+    """The four folders and the index."""
+
+    def __init__(self, config: PrepareConfig):
+        device = pick_device(config.device)
+        self.config, self.device = config, device
+        self.landmarker = open_landmarker(config.landmarker, device)
+        self.parser = open_parser(config.parser, device)
+        names = ("", "_lm_images", "_mask_images", "_parsing_images")
+        self.folders = [config.out / f"{config.name}{name}" for name in names]
+        self.rows: list[tuple] = []
+        self.waiting: list[tuple] = []
+
+    def add(self, stem: str, photo: Path, pixels, matrix) -> None:
+        """Queue a crop; a full batch is written."""
+        crop = cut(pixels, matrix, self.config.size)
+        self.waiting.append((stem, photo, crop, matrix))
+        if len(self.waiting) == self.config.batch_size:
+            self.flush()
+
+    @torch.inference_mode()
+    def flush(self) -> None:
+        """Write what is queued."""
+        if not self.waiting:
+            return
+        crops = to_tensor([crop for _, _, crop, _ in self.waiting], self.device)
+        points, labels = self.landmarker(crops), self.parser(crops)
+        drawn = to_file(draw_landmarks(points, self.config.size))
+        white = face_mask(labels).float()[:, None]
+        turned = profile(points).tolist()
+        for n, (stem, photo, _, matrix) in enumerate(self.waiting):
+            parsing = labels[n : n + 1].float() / 255
+            for folder, picture in zip(self.folders, (crops[n], drawn[n], white[n], parsing), strict=True):
+                write_image(folder / f"{stem}.png", picture)
+            side = crop_side(matrix, self.config.size)
+            numbers = [f"{v:.6f}" for v in matrix.flatten()]
+            self.rows.append((f"{stem}.png", str(photo), f"{side:.0f}", int(turned[n]), *numbers))
+        self.waiting = []
+
+
+def prepare(config: PrepareConfig) -> Path:
+    """Cut and describe every face; returns the folder of the data set. UserError when no photo shows one."""
+    detector, sisters = open_detector(config.detector, pick_device(config.device)), Sisters(config)
+    framing, used, left_out = Framing(*config.eyes), set(), []
+    for path in progress(photo_files(config.photos), "photos"):
+        photo = read_photo(path)
+        faces = detector([photo.seen], [photo.name])[0]
+        if not faces:
+            left_out.append(f"{path}: no face")
+        if config.faces == "largest" and faces:
+            faces = [max(faces, key=lambda face: face.size)]
+        for face in sorted(faces, key=lambda face: face.box[0]):
+            matrix = crop_matrix(face, config.size, framing)
+            side = crop_side(matrix, config.size)
+            if side < config.least:
+                left_out.append(f"{path}: a face of {side:.0f} pixels with its surroundings")
+                continue
+            stem, number = path.stem, 1
+            while stem in used:  # the same name in two subfolders, or a second face
+                number += 1
+                stem = f"{path.stem}_{number}"
+            used.add(stem)
+            sisters.add(stem, path, photo.seen, matrix)
+    sisters.flush()
+    for line in left_out:
+        print(f"left out: {line}")
+    if not sisters.rows:
+        raise UserError(f"{config.photos}: no face was found; give their places with --detector FILE.csv")
+    with open(config.out / "index.csv", "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *sisters.rows])
+    print(f"{len(sisters.rows)} crops in {sisters.folders[0]}, {len(left_out)} left out")
+    return config.out
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(prepare(parse(PrepareConfig, __doc__))))

@@ -1,0 +1,161 @@
+"""Metrics of face swapping, in the definitions of the protocol that FaceShifter introduced.
+
+Networks are plugged in: the paper's own are a CosFace recogniser, Hopenet for pose and a network or a 3-D
+model for expression. What is measured without them is called a proxy and is not comparable with published
+numbers.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shared.metrics import psnr, ssim
+from shared.runtime import UserError
+
+EYES = ((60, 68), (68, 76))
+OUTER_LIP, INNER_LIP = (76, 88), (88, 96)
+OPENINGS = ("left eye", "right eye", "mouth", "mouth width")
+
+
+class OnnxNetwork:
+    """A network from an ONNX file: crops (B, 3, S, S) in [-1, 1] -> its first output (B, D), float32.
+
+    The crops are resized to the side that the file asks for, or to `side` where it leaves that open; then
+    x * scale + shift. Raises UserError when the file is missing, damaged or takes something else.
+    """
+
+    def __init__(self, path: Path, side: int = 112, scale: float = 1.0, shift: float = 0.0):
+        if not path.is_file():
+            raise UserError(f"no network {path}; give an ONNX file")
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors have no common base but Exception
+            raise UserError(f"{path}: damaged or not an ONNX network ({error})") from None
+        entry = self.session.get_inputs()[0]
+        if len(entry.shape) != 4:
+            raise UserError(f"{path}: its input has shape {entry.shape}, expected pictures (B, 3, S, S)")
+        self.name = entry.name
+        self.side = entry.shape[-1] if isinstance(entry.shape[-1], int) else side
+        self.scale, self.shift = scale, shift
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        x = F.interpolate(pictures.float().cpu(), (self.side, self.side), mode="bilinear", antialias=True)
+        x = x * self.scale + self.shift
+        return torch.from_numpy(np.asarray(self.session.run(None, {self.name: x.numpy()})[0]))
+
+
+# --- identity -------------------------------------------------------------------------------------------
+
+
+def id_retrieval(swaps: Tensor, gallery: Tensor, videos: list[str], wanted: list[str]) -> float:
+    """ID retrieval in %: the share of swaps whose nearest original frame, by cosine, is of the source's
+    video.
+
+    swaps (N, D), gallery (M, D): embeddings of swaps and of all original frames; videos: of each original;
+    wanted: the source's video of each swap.
+    """
+    number = {video: i for i, video in enumerate(dict.fromkeys(videos))}
+    missing = [video for video in wanted if video not in number]
+    if missing:
+        raise ValueError(f"no original frame of video {missing[0]}")
+    labels = torch.tensor([number[v] for v in videos])
+    nearest = (F.normalize(swaps) @ F.normalize(gallery).T).argmax(1).cpu()
+    return 100 * (labels[nearest] == torch.tensor([number[v] for v in wanted])).float().mean().item()
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Mean cosine of corresponding embeddings (N, D)."""
+    return F.cosine_similarity(a, b).mean().item()
+
+
+def vector_error(a: Tensor, b: Tensor) -> float:
+    """Mean L2 distance of corresponding vectors (N, D): pose error of (yaw, pitch, roll) in degrees,
+    expression error of expression vectors."""
+    return (a - b).norm(dim=1).mean().item()
+
+
+# --- proxies from landmarks -----------------------------------------------------------------------------
+
+
+def procrustes_angle(points: Tensor, onto: Tensor) -> Tensor:
+    """Angle in degrees, at least 0, of the rotation in the picture that best takes points (N, 98, 2) to
+    `onto`, after shift and scale are removed: (N,). A proxy of the pose error that sees roll and little
+    else."""
+    a, b = (p - p.mean(1, keepdim=True) for p in (points, onto))
+    sine = (a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]).sum(1)
+    cosine_ = (a * b).sum((1, 2))
+    return torch.rad2deg(torch.atan2(sine, cosine_)).abs()
+
+
+def procrustes_residual(points: Tensor, onto: Tensor) -> Tensor:
+    """What remains of the distance of two shapes (N, 98, 2) after the best shift, scale and rotation, as a
+    share of the size of `onto`, in [0, 1]: (N,). Turning the head and moving the mouth change it."""
+    a, b = (p - p.mean(1, keepdim=True) for p in (points, onto))
+    a, b = (p / p.flatten(1).norm(dim=1).view(-1, 1, 1).clamp_min(1e-8) for p in (a, b))
+    sine = (a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]).sum(1)
+    cosine_ = (a * b).sum((1, 2))
+    return (1 - (sine.square() + cosine_.square())).clamp_min(0).sqrt()
+
+
+def openings(points: Tensor) -> Tensor:
+    """Opening of both eyes and of the mouth, and the mouth's width, as shares of the distance of the eyes:
+    98 points (N, 98, 2) -> (N, 4), in the order of `OPENINGS`."""
+    eyes = [points[:, a:b] for a, b in EYES]
+    unit = (eyes[0].mean(1) - eyes[1].mean(1)).norm(dim=1).clamp_min(1e-6)
+    heights = [(eye[:, 1:4] - eye[:, 5:8].flip(1)).norm(dim=2).mean(1) for eye in eyes]
+    lip = points[:, slice(*INNER_LIP)]
+    heights.append((lip[:, 1:4] - lip[:, 5:8].flip(1)).norm(dim=2).mean(1))
+    outer = points[:, slice(*OUTER_LIP)]
+    heights.append((outer[:, 0] - outer[:, 6]).norm(dim=1))
+    return torch.stack(heights, 1) / unit[:, None]
+
+
+def expression_proxy(points: Tensor, onto: Tensor) -> float:
+    """Mean absolute difference of `openings`."""
+    return (openings(points) - openings(onto)).abs().mean().item()
+
+
+# --- pictures -------------------------------------------------------------------------------------------
+
+
+def measured(pictures: Tensor) -> Tensor:
+    """What is measured: the 8-bit picture, in [0, 1]."""
+    return (pictures.float() / 2 + 0.5).clamp(0, 1).mul(255).round().div(255)
+
+
+def region_l1(a: Tensor, b: Tensor, region: Tensor) -> float:
+    """Mean |a - b| over a region (N, 1, S, S) of weights, pictures in [-1, 1]; the mean over pictures."""
+    a, b = (2 * measured(x) - 1 for x in (a, b))
+    area = region.sum((1, 2, 3)).clamp_min(1e-6)
+    return (((a - b).abs() * region).sum((1, 2, 3)) / (3 * area)).mean().item()
+
+
+def region_psnr(a: Tensor, b: Tensor, region: Tensor) -> float:
+    """PSNR in dB over a region, from the mean squared error over all pictures."""
+    error = ((measured(a) - measured(b)).square() * region).sum() / (3 * region.sum().clamp_min(1e-6))
+    return (-10 * error.clamp_min(1e-10).log10()).item()
+
+
+def picture_metrics(swaps: Tensor, targets: Tensor, mask: Tensor) -> dict[str, float]:
+    """How much of the target is kept: L1 ([-1, 1]) and PSNR outside the face, SSIM and PSNR of the whole.
+
+    mask (N, 1, S, S), 1 = background. A copy of the target gives 0 and the largest values.
+    """
+    a, b = measured(swaps), measured(targets)
+    whole = psnr(a, b) if not torch.equal(a, b) else float("inf")
+    return {
+        "background L1": region_l1(swaps, targets, mask),
+        "background PSNR": region_psnr(swaps, targets, mask),
+        "SSIM to target": ssim(a, b),
+        "PSNR to target": whole,
+    }
+
+
+def in_batches(function: Callable[[Tensor], Tensor], pictures: Tensor, size: int = 64) -> Tensor:
+    """A network over many pictures."""
+    return torch.cat([function(part) for part in pictures.split(size)])

@@ -1,0 +1,343 @@
+"""Train FaceSwapper and its ablations.
+
+Without a preset: the demo, on drawn faces. At the paper's size: python train.py paper --data celeba
+--data-root DIR --recogniser-weights model_ir_se50.pth. Several GPUs: torchrun --nproc-per-node 8 train.py
+paper ...
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from faceswapper.data import DrawnFaces, Pairs, PictureSet, open_pictures, world
+from faceswapper.datasets import PublicSet
+from faceswapper.drawing import LandmarkValues
+from faceswapper.gallery import training_sheet
+from faceswapper.judges import train_embedder, train_reader
+from faceswapper.losses import (
+    Batch,
+    Weights,
+    discriminator_fake,
+    discriminator_real,
+    follow,
+    generator_terms,
+    pair,
+    reconstruction,
+    swap_both,
+)
+from faceswapper.model import MaskPyramid, Size
+from faceswapper.trials import Learner, Variant, build, helpers, names_of, official_recogniser, plan
+from shared.io import Run, load_weights, progress
+from shared.runtime import RunConfig, StepBatches, maybe_compile, parse_presets, run_main, start
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Data, networks, objective and schedule; the defaults are the published hyperparameters."""
+
+    data: Literal["faces"] | PublicSet = "celeba"
+    """Drawn faces, or a public set in its layout."""
+    data_root: Path | None = None
+    """Where a public set lies."""
+    pictures_folder: str | None = None
+    """Folder of pictures below data_root, where it has another name than usual."""
+    landmarks_folder: str | None = None
+    """Folder of landmark pictures below data_root; default: the pictures' sister X_lm_images."""
+    masks_folder: str | None = None
+    """Folder of masks below data_root; default: the pictures' sister X_mask_images."""
+    landmark_values: LandmarkValues = "unit"
+    """Values of drawn landmark pictures: as in the official files, or the plain drawing on [-1, 1]."""
+    train_people: int = 400
+    """Drawn faces: people in training."""
+    per_person: int = 4
+    """Drawn faces: pictures of each."""
+    judge_people: int = 1200
+    """Drawn faces: people on whom the judges are trained, one picture each."""
+    judge_steps: int = 600
+    """Drawn faces: training steps of each recogniser and of the reader of attributes."""
+    judge_width: int = 16
+    """Drawn faces: width of those networks."""
+
+    size: Size = field(default_factory=Size)
+    """Sizes of the networks."""
+    mask_pyramid: MaskPyramid = "direct"
+    """How the mask gets to the resolutions of decoder and losses: reduced from the mask itself, or each
+    from the one before, beginning at 8x8, as in the official code."""
+    variants: tuple[Variant, ...] = ("full",)
+    """What is trained: the method, and the method without one of its parts."""
+    seeds: int = 1
+    """Everything is trained with so many seeds, beginning with `seed`."""
+    recogniser_weights: Path | None = None
+    """model_ir_se50.pth, the recogniser of the identity loss for real faces."""
+    id_crop: float = 1.0
+    """Share of the side of the picture, around its centre, that the recogniser sees."""
+
+    weights: Weights = field(default_factory=Weights)
+    """Weights of the objective."""
+    r1_every: int = 1
+    """Iterations between gradient penalties, which then count as many times."""
+    batch_size: int = 8
+    """Pairs per iteration, over all processes."""
+    iterations: int = 60_000
+    """Iterations of the method."""
+    ablation_iterations: int | None = None
+    """Iterations of every other variant; default: as many. The method is then also kept as it was after so
+    many, to be compared with them."""
+    warmup: int = 0
+    """First iterations, in which only the reconstruction is trained. Variants that differ from the method in
+    the losses alone go on from the method's own warm-up."""
+    warmup_lr: float = 1e-4
+    """Learning rate of these iterations."""
+    lr: float = 1e-4
+    """Learning rate of Adam."""
+    id_lr: float = 1e-4
+    """Learning rate of the identity encoder."""
+    betas: tuple[float, float] = (0.0, 0.99)
+    """Betas of Adam."""
+    weight_decay: float = 1e-4
+    """Weight decay of Adam, coupled (L2)."""
+    ema: float = 0.999
+    """Decay of the average of the generator's weights, which is what is used."""
+    ema_start: Literal["copy", "official"] = "copy"
+    """The average starts as a copy of the generator, or as another random network, as in the official
+    code."""
+
+    log_every: int = 50
+    """Iterations between lines of the log."""
+    sample_every: int = 2000
+    """Iterations between pictures."""
+    checkpoint_every: int = 5000
+    """Iterations between checkpoints."""
+
+
+DEMO = Config(
+    data="faces",
+    size=Size(img_size=64, channel_base=512, max_channels=64, id_dim=64),
+    variants=("full", "no-identity-loss", "no-landmarks", "no-attribute-losses", "no-mask"),
+    weights=Weights(identity=3.0, reconstruction=10.0, attribute_background=5.0),
+    batch_size=2,
+    iterations=900,
+    ablation_iterations=750,
+    warmup=600,
+    warmup_lr=2e-3,
+    lr=1e-3,
+    id_lr=1e-3,
+    ema=0.99,
+    sample_every=200,
+    checkpoint_every=100,
+)
+PAPER = Config(workers=8)
+
+PRESETS = {
+    "demo": DEMO,
+    "study": replace(
+        DEMO,
+        variants=(
+            *("full", "no-identity-loss", "no-landmarks", "no-attribute-losses", "no-mask"),
+            *("no-discriminator", "unconditional", "frozen-identity"),
+        ),
+        seeds=2,
+        batch_size=4,
+        warmup=1000,
+        iterations=5000,
+        ablation_iterations=3000,
+    ),
+    "paper": PAPER,
+    "official": replace(PAPER, mask_pyramid="cascade", ema_start="official", precision="fp32"),
+}
+
+
+def average_gradients(parameters: list[nn.Parameter], processes: int) -> None:
+    """Mean of the gradients over all processes, in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if processes == 1:
+        return
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    for g, mean in zip(gradients, (flat / processes).split([g.numel() for g in gradients]), strict=True):
+        g.copy_(mean.view_as(g))
+
+
+def step(network: nn.Module, optimiser: torch.optim.Optimizer, processes: int) -> None:
+    """One step of an optimiser on gradients that are there."""
+    average_gradients(list(network.parameters()), processes)
+    optimiser.step()
+
+
+def update(
+    config: Config, learner: Learner, embed: nn.Module, batch: Batch, iteration: int, accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """One iteration: discriminator, generator, average. Returns the weighted terms.
+
+    The swaps come from one forward pass: the discriminator's step does not change the generator, so the same
+    graph serves the generator's loss afterwards.
+    """
+    generator, critic, weights = learner.generator, learner.discriminator, learner.weights
+    processes = accelerator.num_processes
+    if iteration < config.warmup:
+        with accelerator.autocast():
+            attributes, code, cache = generator.encode(batch.picture)
+            guides = generator.org_decoder.guides(batch.landmarks, batch.mask)
+            same = generator.org_decoder.decode(attributes, code, guides, cache, features=False)
+            terms = {
+                "reconstruction": 2 * weights.reconstruction * reconstruction(same.picture, batch.picture)
+            }
+        learner.optimisers["adam_g"].zero_grad()
+        terms["reconstruction"].backward()
+    else:
+        compare = bool(weights.attribute_face or weights.attribute_background)
+        with accelerator.autocast():
+            swaps = swap_both(generator, batch, features=compare)
+        terms = {}
+        if critic is not None:
+            critic.requires_grad_(True)
+            learner.optimisers["adam_d"].zero_grad()
+            penalty = config.r1_every if iteration % config.r1_every == 0 else 0
+            with accelerator.autocast():
+                terms |= discriminator_real(critic, batch, weights, penalty)
+            sum(terms.values()).backward()
+            with accelerator.autocast():
+                fake = discriminator_fake(critic, batch, swaps)
+            sum(fake.values()).backward()
+            terms |= fake
+            step(critic, learner.optimisers["adam_d"], processes)
+            critic.requires_grad_(False)
+        with accelerator.autocast():
+            mine = generator_terms(generator, critic, embed, batch, swaps, weights, config.mask_pyramid)
+        learner.optimisers["adam_g"].zero_grad()
+        sum(mine.values()).backward()
+        terms |= mine
+    step(generator, learner.optimisers["adam_g"], processes)
+    follow(learner.average, generator, config.ema)
+    return terms
+
+
+def load_batch(items: dict[str, Tensor], device: torch.device) -> Batch:
+    """A collated batch of `Pairs` on the device."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in items.items()}
+    return pair(*(moved[f"{what}_{which}"] for what in ("image", "landmarks", "mask") for which in "ab"))
+
+
+class Progress:
+    """Where a run stands: finished trials and the iteration of the next."""
+
+    def __init__(self, run: Run, done: dict[str, nn.Module]):
+        self.run, self.done = run, done
+
+    def save(self, trial: int, iteration: int, learner: Learner | None = None) -> None:
+        """Write a checkpoint of everything finished and of the trial at work."""
+        models = self.done | (learner.models if learner else {})
+        self.run.save(models, learner.optimisers if learner else {}, {"trial": trial, "iteration": iteration})
+
+
+def train_trial(
+    config: Config,
+    number: int,
+    learner: Learner,
+    embed: nn.Module,
+    pictures: PictureSet,
+    accelerator: Accelerator,
+    saved: Progress,
+    first: int,
+    before: int,
+) -> None:
+    """One trial from iteration `first` on; its averaged generator joins what is done.
+
+    number: of the trial in the plan. before: iterations of the trials before it, for the log.
+    """
+    trial, run = learner.trial, saved.run
+    for model in learner.models.values():
+        if accelerator.device.type == "cuda":
+            model.to(memory_format=torch.channels_last)
+        maybe_compile(model, config.compile)
+    batches = StepBatches(
+        len(pictures),
+        config.batch_size,
+        trial.seed,
+        trial.iterations,
+        first,
+        accelerator.process_index,
+        accelerator.num_processes,
+        draws=True,
+    )
+    loader = DataLoader(
+        Pairs(pictures, trial.seed),
+        batch_sampler=batches,
+        num_workers=config.workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    for iteration, items in enumerate(progress(loader, trial.name), first):
+        batch = trial.restrict(load_batch(items, accelerator.device))
+        if iteration == config.warmup and iteration:
+            learner.begin(saved.done[trial.warm] if trial.begins else None)
+            if trial.keeps:
+                saved.done[trial.warm] = deepcopy(learner.generator).cpu()
+        terms = update(config, learner, embed, batch, iteration, accelerator)
+        count = iteration + 1
+        last = count == trial.iterations
+        if count % config.log_every == 0 or last:
+            values = {f"{trial.name}/{name}": float(value.detach()) for name, value in terms.items()}
+            run.log(before + iteration, **values)
+        if run.is_main and (count % config.sample_every == 0 or last):
+            run.picture(f"{trial.name}-train", training_sheet(learner.average, batch))
+        if count == trial.snapshot:
+            saved.done[f"{trial.name}-at-{count}"] = deepcopy(learner.average).cpu()
+        if last:
+            saved.done[trial.name] = learner.average.cpu()
+            saved.save(number + 1, 0)
+        elif count % config.checkpoint_every == 0:
+            saved.save(number, count, learner)
+
+
+def train_helpers(config: Config, tools: dict[str, nn.Module], pictures: PictureSet) -> None:
+    """Drawn faces: the recogniser of the loss learns on the training pictures, the judges on other people."""
+    people = world(config.judge_people, 1, config.seed + 50_021)
+    others = DrawnFaces(*people, config.size.img_size, config.landmark_values)
+    steps, width = config.judge_steps, config.judge_width
+    for name, trained in (
+        ("recogniser", train_embedder(pictures, config.seed, width, steps)),
+        ("judge", train_embedder(others, config.seed + 1, width + 4, steps)),
+        ("reader", train_reader(others, config.seed + 2, width, steps)),
+    ):
+        tools[name].load_state_dict(trained.state_dict())
+
+
+def train(config: Config) -> Path:
+    """Train every trial of the plan; returns the run folder. Continues a run that was interrupted."""
+    accelerator = start(config)
+    trials = plan(config)
+    pictures = open_pictures(config, config.seed)
+    embed = None if config.data == "faces" else official_recogniser(config)
+    run = Run("faceswapper", config, accelerator.is_main_process)
+    started = (run.folder / "checkpoint").is_dir()
+    where = load_weights(run.folder, {}) if started else {"trial": 0, "iteration": 0}
+    tools = helpers(config)
+    if tools and not started:
+        train_helpers(config, tools, pictures)
+    embed = embed if embed is not None else tools["recogniser"]
+    done: dict[str, nn.Module] = dict(tools)
+    for number, trial in enumerate(trials[: where["trial"] + 1]):  # filled from the checkpoint below
+        names = names_of(trial, None if number < where["trial"] else where["iteration"])
+        done |= {name: build(config, trial, embed).requires_grad_(False) for name in names}
+    saved = Progress(run, done)
+    for number, trial in enumerate(trials[where["trial"] :], where["trial"]):
+        first = where["iteration"] if number == where["trial"] else 0
+        learner = Learner(config, trial, embed, accelerator.device)
+        if number == where["trial"]:
+            run.load(done | (learner.models if first else {}), learner.optimisers if first else {})
+        first = max(first, trial.begins)
+        embed.to(accelerator.device).eval().requires_grad_(False)
+        before = sum(earlier.iterations for earlier in trials[:number])
+        train_trial(config, number, learner, embed, pictures, accelerator, saved, first, before)
+    run.close()
+    return run.folder
+
+
+if __name__ == "__main__":
+    run_main(lambda: print(train(parse_presets(PRESETS, __doc__))))

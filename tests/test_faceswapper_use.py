@@ -1,0 +1,297 @@
+"""FaceSwapper in use: alignment, detectors, photos, bad input."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_faceswapper_scenes import eyes_of, scene, small_swapper
+
+from faceswapper.align import (
+    DEMO_FRAMING,
+    Face,
+    Framing,
+    Steady,
+    box_of_eyes,
+    crop_matrix,
+    crop_side,
+    cut,
+    paste,
+)
+from faceswapper.bisenet import BiSeNet
+from faceswapper.data import world
+from faceswapper.detect import (
+    BiSeNetParser,
+    FinderDetector,
+    TableDetector,
+    open_detector,
+    open_parser,
+    whole_picture,
+)
+from faceswapper.drawing import face_mask
+from faceswapper.finder import read_crops
+from faceswapper.pipeline import Blending, Photo, Swapper, nearest, profile, read_photo
+from shared import faces
+from shared.runtime import UserError
+
+
+@pytest.fixture(scope="module")
+def swapper():
+    return small_swapper()
+
+
+@pytest.fixture(scope="module")
+def source(swapper):
+    return swapper.source([Photo("a.png", scene((1,)))])
+
+
+# --- alignment --------------------------------------------------------------------------------------
+
+
+def test_eyes_come_to_lie_where_the_framing_says():
+    face = Face(box_of_eyes((60, 50), (80, 60)), ((60, 50), (80, 60)))
+    matrix = crop_matrix(face, 100, Framing(0.25, 0.4))
+    places = [matrix @ (*eye, 1) for eye in face.eyes]
+    np.testing.assert_allclose(places, [(37, 39.5), (62, 39.5)], atol=1e-6)
+    assert crop_side(matrix, 100) == pytest.approx(np.hypot(20, 10) / 0.25)
+    with pytest.raises(ValueError, match="same place"):
+        crop_matrix(Face(face.box, ((5, 5), (5, 5))), 100)
+
+
+def test_a_box_gives_the_upright_square_enlarged_by_1_4():
+    matrix = crop_matrix(Face((10, 20, 60, 120), None), 70)
+    # side 140 around (35, 70): from (-35, 0); pixel centres
+    np.testing.assert_allclose(matrix @ (-35 - 0.5 + 1, 0.5, 1), (0, 0), atol=1e-6)
+    np.testing.assert_allclose(matrix @ (105 - 1.5, 140 - 1.5, 1), (69, 69), atol=1e-6)
+    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    face = whole_picture([picture], ["x"])[0][0]
+    np.testing.assert_array_equal(cut(picture, crop_matrix(face, 64), 64), picture)
+    with pytest.raises(ValueError, match="empty"):
+        crop_matrix(Face((5, 5, 5, 5), None), 8)
+
+
+def test_cut_and_paste_are_inverse_and_leave_the_rest_bit_for_bit():
+    photo = cv2.GaussianBlur(scene(), (9, 9), 0)
+    eyes = eyes_of(0)
+    for size in (128, 24):  # enlarged, and shrunk with averaging
+        matrix = crop_matrix(Face(box_of_eyes(*eyes), eyes), size, DEMO_FRAMING)
+        crop = cut(photo, matrix, size)
+        alpha = np.zeros((size, size), np.float32)
+        alpha[size // 4 : -size // 4, size // 4 : -size // 4] = 1
+        out = paste(photo, crop, alpha, matrix)
+        difference = np.abs(out.astype(int) - photo)
+        assert difference.max() < (8 if size == 128 else 60) and difference.mean() < 0.5
+        assert (paste(photo, 255 - crop, 0 * alpha, matrix) == photo).all()
+        changed = (paste(photo, 255 - crop, alpha, matrix) != photo).any(-1)
+        assert changed.any() and not changed[:15].any() and not changed[:, :30].any()
+
+
+def test_pasting_outside_the_photo_changes_nothing():
+    photo = np.zeros((20, 20, 3), np.uint8)
+    matrix = np.array([[1.0, 0, 100], [0, 1.0, 100]])
+    assert (paste(photo, np.full((8, 8, 3), 255, np.uint8), np.ones((8, 8)), matrix) == 0).all()
+
+
+def test_steadying_follows_jumps_and_averages_trembling():
+    steady = Steady()
+
+    def at(x: float) -> Face:
+        return Face((0, 0, 1, 1), ((x, 0.0), (x + 40, 0.0)))
+
+    steady(at(0))
+    trembled = steady(at(1)).eyes[0][0]
+    assert 0 < trembled < 0.6
+    assert steady(at(100)).eyes[0][0] == 100
+    assert steady(None) is None and steady(at(3)).eyes[0][0] == 3
+
+
+# --- detectors --------------------------------------------------------------------------------------
+
+
+def test_the_finder_finds_drawn_faces_points_and_parts():
+    photos = [
+        scene((0, 1), ((2, 30), (100, 40))),
+        scene((2,), ((60, 50),)),
+        scene((), ()),
+    ]
+    found = open_detector("finder")(photos, ["a", "b", "c"])
+    assert [len(f) for f in found] == [2, 1, 0]
+    for n, place, photo in ((0, (2, 30), 0), (1, (100, 40), 0), (2, (60, 50), 1)):
+        wanted = np.array(eyes_of(n, place))
+        distance = np.linalg.norm(wanted[1] - wanted[0])
+        assert min(np.abs(np.array(f.eyes) - wanted).max() for f in found[photo]) < 0.15 * distance
+    params, _ = world(16, 1, 77)
+    drawn = faces.draw(params, 64)
+    points, labels = read_crops(drawn.image)
+    assert (points - drawn.landmarks).norm(dim=-1).mean() < 2.5
+    truth, mine = face_mask(faces.to_bisenet(drawn.semantics)), face_mask(labels)
+    assert (truth & mine).sum() / (truth | mine).sum() > 0.85
+
+
+def test_the_finder_near_the_last_place():
+    detector = FinderDetector()
+    frames = [scene((0,), ((30 + 3 * k, 20),)) for k in range(2)] + [scene((), ())]
+    last = detector([frames[0]], ["v"])[0][0]
+    near = detector.near(frames, last)
+    assert near[2] is None
+    for k in range(2):
+        wanted = np.array(eyes_of(0, (30 + 3 * k, 20)))
+        assert np.abs(np.array(near[k].eyes) - wanted).max() < 5
+
+
+def test_which_of_several_faces(swapper):
+    several = [
+        Face((50, 0, 60, 10), None, 0.9),
+        Face((0, 0, 20, 20), None, 0.5),
+        Face((80, 0, 95, 15), None, 0.7),
+    ]
+    assert swapper.choose(several, "largest") is several[1]
+    assert swapper.choose(several, "surest") is several[0]
+    assert [swapper.choose(several, n) for n in range(3)] == [several[1], several[0], several[2]]
+    assert swapper.choose([], "largest") is None
+    with pytest.raises(UserError, match="there are 3 faces"):
+        swapper.choose(several, 3)
+    assert nearest(several, Face((52, 1, 62, 11), None)) is several[0]
+    assert nearest(several, Face((500, 1, 510, 11), None)) is None
+
+
+def test_given_faces(tmp_path):
+    eyes, boxes, bad = (tmp_path / name for name in ("eyes.csv", "boxes.csv", "bad.csv"))
+    eyes.write_text("file,left_x,left_y,right_x,right_y\na.png,60,50,40,51\n")
+    boxes.write_text("file,left,top,right,bottom\na.png,1,2,3,4\na.png,5,6,7,8\n")
+    detector = open_detector(str(eyes))
+    assert isinstance(detector, TableDetector)
+    assert detector([None, None], ["a.png", "b.png"])[0][0].eyes == ((40, 51), (60, 50))
+    assert detector([None], ["b.png"]) == [[]]
+    assert len(open_detector(str(boxes))([None], ["a.png"])[0]) == 2
+    for text, message in (("x,y\n", "first line"), ("file,left,top,right,bottom\na,1,2\n", "line 2")):
+        bad.write_text(text)
+        with pytest.raises(UserError, match=message):
+            open_detector(str(bad))
+    for choice, message in (
+        ("eyes", "give finder"),
+        ("none.onnx", "model zoo"),
+        ("none.csv", "not readable"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_detector(choice)
+
+
+def test_the_public_parser_loads_its_file(tmp_path):
+    torch.manual_seed(0)
+    net = BiSeNet()
+    torch.save({f"module.{k}": v for k, v in net.state_dict().items()}, tmp_path / "79999_iter.pth")
+    parser = open_parser(tmp_path / "79999_iter.pth")
+    assert isinstance(parser, BiSeNetParser)
+    labels = parser(torch.rand(1, 3, 64, 64))
+    assert labels.shape == (1, 64, 64) and labels.dtype == torch.uint8 and labels.max() < 19
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="made for another model"):
+        open_parser(tmp_path / "other.pth")
+
+
+# --- photos -----------------------------------------------------------------------------------------
+
+
+def swap_one(swapper, source, photo, **options):
+    face = swapper.choose(swapper.detector([photo.seen], [photo.name])[0], "largest")
+    return swapper.photos([photo], [face], source, **options)[0]
+
+
+def test_a_swap_changes_the_face_and_nothing_else(swapper, source):
+    photo = Photo("t.png", scene())
+    result = swap_one(swapper, source, photo)
+    changed = (result.photo != photo.rgb).any(-1)
+    assert result.face is not None and 500 < changed.sum() < 96 * 96
+    assert not changed[:20].any() and not changed[:, :30].any() and not changed[130:].any()
+    assert result.remark is None
+
+
+def test_strength_and_the_progressive_strip(swapper, source):
+    photo = Photo("t.png", scene())
+    whole, none = (swap_one(swapper, source, photo, strength=s).photo for s in (1.0, 0.0))
+    assert (whole != none).any()
+    face = swapper.detector([photo.seen], ["t"])[0][0]
+    crops = swapper.describe(
+        torch.from_numpy(swapper.aligned(photo.seen, face)[0]).permute(2, 0, 1)[None] / 255
+    )
+    strip = swapper.progressive(crops, source, 3)
+    assert strip.shape == (3, 3, 64, 64)
+    for step, strength in ((0, 0.0), (1, 0.5), (2, 1.0)):
+        swap, weight = swapper.swap(crops, source, strength)
+        wanted = torch.lerp(crops.picture / 2 + 0.5, swap, weight)
+        torch.testing.assert_close(strip[step], wanted[0], atol=1e-4, rtol=1e-4)
+
+
+def test_several_sources_mix_by_their_weights(swapper):
+    a, b = (Photo(f"{n}.png", scene((n,))) for n in (1, 2))
+    code_a, code_b = (swapper.source([p]).code for p in (a, b))
+    mixed = swapper.source([a, b], mix=(3.0, 1.0)).code
+    torch.testing.assert_close(mixed, 0.75 * code_a + 0.25 * code_b, atol=1e-5, rtol=1e-4)
+    for mix in ((1.0,), (0.0, 0.0), (-1.0, 2.0)):
+        with pytest.raises(UserError, match="give 2 weights"):
+            swapper.source([a, b], mix=mix)
+
+
+def test_parts_can_stay_and_colours_follow(swapper, source):
+    photo = Photo("t.png", scene())
+    face = swapper.detector([photo.seen], ["t"])[0][0]
+    crop = torch.from_numpy(swapper.aligned(photo.seen, face)[0]).permute(2, 0, 1)[None] / 255
+    crops = swapper.describe(crop)
+    plain = swapper.swap(crops, source)
+    args = (swapper.generator, swapper.detector, swapper.landmarker, swapper.parser, DEMO_FRAMING)
+    keeping = Swapper(*args, Blending(restore=False, keep=("nose",))).swap(crops, source)
+    nose = (crops.labels == 10)[:, None]
+    assert nose.sum() > 20 and keeping[1][nose].max() == 0 and plain[1][nose].mean() > 0.5
+    coloured = Swapper(*args, Blending(restore=False, colour=True)).swap(crops, source)[0]
+    assert not torch.equal(coloured, plain[0])
+    restoring = Swapper(*args, Blending(restore=True)).swap(crops, source)
+    assert torch.equal(restoring[0], plain[0]) and (restoring[1] <= plain[1] + 1e-6).all()
+
+
+def test_bad_photos_are_defined(swapper, source):
+    empty = Photo("e.png", scene((), ()))
+    assert swap_one(swapper, source, empty).remark.startswith("shows no face")
+    with pytest.raises(UserError, match="e.png: the source shows no face"):
+        swapper.source([empty])
+    tiny = Swapper(
+        swapper.generator, swapper.detector, swapper.landmarker, swapper.parser, DEMO_FRAMING, least=300
+    )
+    refused = swap_one(tiny, source, Photo("t.png", scene()))
+    assert "smaller than 300" in refused.remark and (refused.photo == scene()).all()
+    with pytest.raises(UserError, match="smaller than 300"):
+        tiny.source([Photo("t.png", scene())])
+    # a grey picture stays grey
+    grey = np.repeat(scene().mean(-1, keepdims=True).astype(np.uint8), 3, -1)
+    result = swap_one(swapper, source, Photo("g.png", grey))
+    assert result.face is not None and (result.photo == result.photo[..., :1]).all()
+    assert (result.photo != grey).any()
+
+
+def test_files_with_transparency_rotation_and_depth(tmp_path):
+    rgba = np.dstack((scene(), np.full((160, 200), 255, np.uint8)))
+    rgba[:10, :, 3] = 0
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    photo = read_photo(tmp_path / "a.png")
+    assert photo.alpha is not None and (photo.seen[:10] == 255).all() and (photo.rgb[:10] == 128).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter
+    Image.fromarray(scene()).save(tmp_path / "b.jpg", exif=exif)
+    assert read_photo(tmp_path / "b.jpg").rgb.shape == (200, 160, 3)
+    Image.fromarray(np.full((8, 8), 65535, np.uint16)).save(tmp_path / "c.png")
+    assert (read_photo(tmp_path / "c.png").rgb == 255).all()
+    Image.fromarray(scene()).convert("L").save(tmp_path / "d.png")
+    assert read_photo(tmp_path / "d.png").grey
+    (tmp_path / "e.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
+    with pytest.raises(UserError, match="e.png: not a readable picture"):
+        read_photo(tmp_path / "e.png")
+    with pytest.raises(UserError, match="no such picture"):
+        read_photo(tmp_path / "f.png")
+
+
+def test_a_profile_is_noticed():
+    points = torch.zeros(3, 98, 2)
+    points[:, 60:68] = torch.tensor([40.0, 50.0])
+    points[:, 68:76] = torch.tensor([80.0, 50.0])
+    points[:, 54] = torch.tensor([[60.0, 75.0], [83.0, 75.0], [43.0, 75.0]])
+    assert profile(points).tolist() == [False, True, True]
