@@ -79,7 +79,7 @@ class Config(RunConfig):
     flip: bool = True
     """Mirror every other picture with its layout."""
     jitter: float = 0.05
-    """Random change of brightness, contrast and colour."""
+    """Random change of brightness, contrast and colour; none on the scene."""
     train_images: int = 2000
     """Drawn pictures for training."""
     pictures: int = 4
@@ -125,7 +125,8 @@ class Config(RunConfig):
     guide_lr: float = 1e-4
     """Their learning rate."""
     guide_jitter: float = 0.15
-    """Random change of colour in them: an age network that goes by exact colours is easily fooled."""
+    """Random change of colour in them: an age network that goes by exact colours is easily fooled. Not on the
+    scene, where colour is the sign of age."""
 
     batch_size: int = 16
     """Pictures per step, over all processes; as many again are the real ones of the discriminator."""
@@ -138,7 +139,7 @@ class Config(RunConfig):
     lr: float = 1e-4
     """Learning rate of Adam, falling linearly to 0 in the second half."""
     critic_lr: float = 1.0
-    """Learning rate of the discriminator relative to that."""
+    """Learning rate of the discriminator relative to that; 1 on the scene."""
     betas: tuple[float, float] = (0.5, 0.99)
     """Adam's moments."""
     average: float = 0.999
@@ -148,7 +149,7 @@ class Config(RunConfig):
     scene_weights: Weights = Weights(identity=0.0, expectation=0.0)
     """The same on the scene, where nobody appears twice and the ages are four."""
     mismatch: bool = False
-    """The discriminator also learns that a real face under a wrong age is false."""
+    """The discriminator also learns that a real face under a wrong age is false; not on the scene."""
     reparse: bool = False
     """Parse the translated face anew before it is translated back."""
     recompute: bool = True
@@ -165,7 +166,7 @@ class Config(RunConfig):
 SMALL = Config(
     data=("scene", "faces"), limits=DRAWN_LIMITS, image_size=32, flip=False, jitter=0.0, size="tiny",
     output="residual", scene_variants=("full", "no-layout"), age_width=24, age_stages=3, identity_width=16,
-    guide_steps=250, guide_batch=32, guide_lr=2e-3, batch_size=8, steps=600, scene_steps=250, warmup=0,
+    guide_steps=250, guide_batch=32, guide_lr=2e-3, batch_size=8, steps=600, scene_steps=400, warmup=0,
     lr=2e-3, critic_lr=2.0, average=0.0, mismatch=True, recompute=False, log_every=25, checkpoint_every=200,
     sample_every=200,
     weights=Weights(adversarial=4.0, age=0.3, expectation=0.0, reconstruction=4.0, cycle=4.0),
@@ -195,7 +196,7 @@ def faces_loader(stage: Stage, config: Config, accelerator: Accelerator, source:
         draws=True,
     )
     # Guides and variants draw different samples, all variants of a seed the same ones.
-    jitter = config.guide_jitter if guides else config.jitter
+    jitter = 0.0 if stage.data == "scene" else config.guide_jitter if guides else config.jitter
     samples = TrainSet(source, 2 * stage.seed + guides, config.flip, jitter)
     pin = accelerator.device.type == "cuda"
     return DataLoader(samples, batch_sampler=batches, num_workers=config.workers, pin_memory=pin)
@@ -272,7 +273,8 @@ def train_variant(
     average = copy.deepcopy(net).requires_grad_(False) if config.average else None
     models = {"net": net, "critic": critic} | ({"average": average} if average is not None else {})
     learning = {name: list(models[name].parameters()) for name in ("net", "critic")}
-    rates = (config.lr, config.lr * config.critic_lr)
+    scene = stage.data == "scene"
+    rates = (config.lr, config.lr * (1.0 if scene else config.critic_lr))
     adam = partial(torch.optim.Adam, betas=config.betas, fused=device.type == "cuda")
     optimisers = [adam(learning[k], rate) for k, rate in zip(("net", "critic"), rates, strict=True)]
     resume(run.folder, position, models, optimisers)
@@ -310,7 +312,8 @@ def train_variant(
             real, fakes = (real_image, real_layout, real_group), [(made.translated, layout, target)]
             if weights.adversarial_self:
                 fakes.append((made.restored, layout, group))
-            wrong = other_groups(real_group, len(config.limits) + 1, chance) if config.mismatch else None
+            mismatch = config.mismatch and not scene
+            wrong = other_groups(real_group, len(config.limits) + 1, chance) if mismatch else None
             terms["critic"] = discriminator_backward(critic, real, fakes, wrong, accelerator.autocast)
             average_gradients(learning["critic"], processes)
             optimisers[1].step()
