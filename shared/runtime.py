@@ -4,8 +4,10 @@ import dataclasses
 import errno
 import random
 import re
+import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +84,38 @@ def _report_thread(arguments: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(arguments)
 
 
+def _worker_died(error: Exception) -> bool:
+    """Whether a data-loading process is gone: PyTorch says so, or it went while its batch was fetched."""
+    if isinstance(error, RuntimeError):
+        return bool(re.match(r"DataLoader worker \(pid", str(error)))
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == "torch.utils.data.dataloader" for frame, _ in frames)
+
+
+def _report_dead_worker() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise again
+    print(
+        "error: a data-loading process died, mostly for lack of memory: use fewer --workers; the same "
+        "command continues from the last checkpoint",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a script. A user's mistake or a full disk: one message and exit code 2. A bug: its traceback."""
     threading.excepthook = _report_thread
+    try:
+        _run(main)
+    except RuntimeError as error:
+        # PyTorch reports a dead data-loading process from a signal handler, so also while another error,
+        # of the same death, is being handled.
+        if not _worker_died(error):
+            raise
+        _report_dead_worker()
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
@@ -95,15 +126,10 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:
-        if not re.match(r"DataLoader worker \(pid", str(error)):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not _worker_died(error):
             raise
-        print(
-            "error: a data-loading process died, mostly for lack of memory: use fewer --workers; the same "
-            "command continues from the last checkpoint",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        _report_dead_worker()
     except (OSError, SafetensorError) as error:
         # safetensors passes the system's error on as text alone
         full = error.errno in FULL_DISK if isinstance(error, OSError) else "No space left" in str(error)

@@ -306,7 +306,7 @@ def test_a_data_loading_process_that_dies_is_one_message():
         text=True,
         check=False,
     )
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert "error: a data-loading process died" in done.stderr and "Traceback" not in done.stderr
 
 
