@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biphasic_age.bisenet import BiSeNet
 from biphasic_age.facespace import FaceSpace
 from biphasic_age.irse import IRSE50
 from biphasic_age.layouts import CLASSES
+from shared.bisenet import BiSeNet
 from shared.runtime import UserError
 from shared.weights import load_state, load_torch, pretrained_path
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from faceswapper.align import Face, Framing, box_of_eyes, crop_matrix, cut, to_tensor
-from faceswapper.bisenet import BiSeNet
 from faceswapper.drawing import ibug_to_wflw
 from faceswapper.finder import DISTANCE, find_faces, find_pairs, load_finder, read_crops
 from faceswapper.model import load_official
+from shared.bisenet import BiSeNet
 from shared.runtime import UserError
 from shared.weights import load_state, load_torch
 

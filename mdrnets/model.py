@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from mdrnets.bisenet import BiSeNet
 from mdrnets.memory import DMM, Addressing, Routing, Update
 from mdrnets.mrem import MREM, hole_cells
 from mdrnets.parser import load_bisenet_state
+from shared.bisenet import BiSeNet
 from shared.runtime import UserError
 
 Memory = Literal["none", "shared", "disentangled"]

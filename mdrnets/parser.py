@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdrnets.bisenet import BiSeNet
+from shared.bisenet import BiSeNet
 from shared.weights import load_state, load_torch, pretrained_path
 
 GROUPS: dict[str, tuple[int, ...]] = {

@@ -18,7 +18,6 @@ from faceswapper.align import (
     cut,
     paste,
 )
-from faceswapper.bisenet import BiSeNet
 from faceswapper.data import world
 from faceswapper.detect import (
     BiSeNetParser,
@@ -32,6 +31,7 @@ from faceswapper.drawing import face_mask
 from faceswapper.finder import read_crops
 from faceswapper.pipeline import Blending, Photo, Swapper, nearest, profile, read_photo
 from shared import faces
+from shared.bisenet import BiSeNet
 from shared.runtime import UserError
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mdrnets.bisenet import BiSeNet
 from mdrnets.memory import DMM, perplexity
 from mdrnets.model import (
     SIZES,
@@ -24,6 +23,7 @@ from mdrnets.mrem import MREM, hole_cells
 from mdrnets.parser import GROUPS, BiSeNetParser, FaceSpace, TinyParser, group_of_label, merge, parts_on_grid
 from mdrnets.simple import draw_simple_faces
 from shared.bench import count_macs, count_parameters
+from shared.bisenet import BiSeNet
 from shared.runtime import REPOSITORY, UserError
 
 UNIT = SIZES["unit"]
