@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biphasic_age.facespace import FaceSpace
-from biphasic_age.irse import IRSE50
 from biphasic_age.layouts import CLASSES
 from shared.bisenet import BiSeNet
+from shared.irse import IRSE
 from shared.runtime import UserError
 from shared.weights import load_state, load_torch, pretrained_path
 
@@ -110,7 +110,7 @@ class ArcFace(nn.Module):
 
     def __init__(self, crop: tuple[float, float, float, float] = (0.2, 0.26, 0.8, 0.86)):
         super().__init__()
-        self.network, self.crop = IRSE50(), crop
+        self.network, self.crop = IRSE(), crop
 
     def _cropped(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]

@@ -4,6 +4,7 @@ Layer names are those of the official code, so that released weights load as the
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from pin.ais import AISEncoder, AISSelection
 from pin.basis import Basis
-from pin.recognizers import Backbone, LightCNN9, LightCNN29
+from pin.recognizers import LightCNN9, LightCNN29
+from shared.irse import IRSE
 from shared.runtime import UserError
 from shared.weights import load_state, load_torch
 
@@ -235,8 +237,8 @@ NETWORKS = {
     "dae": DAE,
     "encoder": Encoder,
     "pca_layer": PCASelection,
-    "arcface_ir_se50": lambda **options: Backbone(50, mode="ir_se", **options),
-    "arcface_ir50": lambda **options: Backbone(50, mode="ir", **options),
+    "arcface_ir_se50": partial(IRSE, dropout=0.4, variant="pin"),
+    "arcface_ir50": partial(IRSE, dropout=0.4, se=False, variant="pin"),
     "lightcnn9": LightCNN9,
     "lightcnn29": LightCNN29,
     "lightcnn29_v2": lambda **options: LightCNN29(v2=True, **options),

@@ -1,98 +1,11 @@
-"""Face recognisers under attack: ArcFace's IR / IR-SE backbones, Light CNN, and a small one for 32 x 32
-images."""
+"""Face recognisers under attack: Light CNN and a small one for 32 x 32 images (ArcFace's networks are in
+`shared/irse.py`), and what fits PIN's images to them."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-DEPTHS = {50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 152: (3, 8, 36, 3)}
-Variant = Literal["pin", "insightface_pytorch"]
-
-
-class SEModule(nn.Module):
-    """Squeeze and excitation: each channel times a gate computed from all channel means."""
-
-    def __init__(self, channels: int, reduction: int = 16):
-        super().__init__()
-        self.fc1 = nn.Conv2d(channels, channels // reduction, 1, bias=False)
-        self.fc2 = nn.Conv2d(channels // reduction, channels, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
-
-
-class Bottleneck(nn.Module):
-    """Improved residual unit: BN, conv, [BN,] PReLU, conv, BN, [SE].
-
-    variant "pin" has the bracketed BN and a convolution in every shortcut of stride 2;
-    "insightface_pytorch" has neither: its shortcut is the identity wherever channels stay the same.
-    """
-
-    def __init__(self, inputs: int, depth: int, stride: int, se: bool, variant: Variant):
-        super().__init__()
-        identity = stride == 1 if variant == "pin" else inputs == depth
-        if identity:
-            self.shortcut_layer = nn.MaxPool2d(1, stride)
-        else:
-            self.shortcut_layer = nn.Sequential(
-                nn.Conv2d(inputs, depth, 1, stride, bias=False), nn.BatchNorm2d(depth)
-            )
-        self.res_layer = nn.Sequential(
-            nn.BatchNorm2d(inputs),
-            nn.Conv2d(inputs, depth, 3, 1, 1, bias=False),
-            *([nn.BatchNorm2d(depth)] if variant == "pin" else []),
-            nn.PReLU(depth),
-            nn.Conv2d(depth, depth, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(depth),
-            *([SEModule(depth)] if se else []),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.res_layer(x) + self.shortcut_layer(x)
-
-
-class Backbone(nn.Module):
-    """ArcFace's IR or IR-SE network: (B, 3, 112, 112) in [-1, 1] -> unit vectors (B, 512)."""
-
-    def __init__(
-        self,
-        layers: int = 50,
-        dropout: float = 0.4,
-        mode: str = "ir_se",
-        variant: Variant = "pin",
-        width: int = 512,
-    ):
-        super().__init__()
-        self.input_layer = nn.Sequential(
-            nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64)
-        )
-        self.output_layer = nn.Sequential(
-            nn.BatchNorm2d(512),
-            nn.Dropout(dropout),
-            nn.Flatten(),
-            nn.Linear(512 * 7 * 7, width),
-            nn.BatchNorm1d(width),
-        )
-        blocks, inputs = [], 64
-        for depth, count in zip((64, 128, 256, 512), DEPTHS[layers], strict=True):
-            for i in range(count):
-                blocks.append(Bottleneck(inputs, depth, 2 if i == 0 else 1, mode == "ir_se", variant))
-                inputs = depth
-        self.body = nn.Sequential(*blocks)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Feature map (B, 512, 7, 7)."""
-        return self.body(self.input_layer(x))
-
-    def forward_head(self, features: Tensor) -> Tensor:
-        """Feature map -> unit vectors (B, 512)."""
-        return F.normalize(self.output_layer(features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 class MFM(nn.Module):

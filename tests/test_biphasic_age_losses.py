@@ -21,10 +21,10 @@ from biphasic_age.frozen import (
     load_parser,
     require_face,
 )
-from biphasic_age.irse import IRSE50
 from biphasic_age.losses import Weights
 from biphasic_age.model import SIZES, Discriminator, Generator, Switches, TwoScales
 from biphasic_age.objective import Guides, discriminator_backward, generator_backward
+from shared.irse import IRSE
 from shared.runtime import UserError
 
 NOTHING = Weights(adversarial=0, age=0, identity=0, reconstruction=0, cycle=0, disentangle=0, expectation=0)
@@ -282,7 +282,7 @@ def test_identity_network_embeds_on_the_unit_sphere():
 
 def test_published_networks_load_their_files_and_refuse_others(tmp_path):
     torch.manual_seed(0)
-    parser, identity, age = BiSeNetParser(64).network, IRSE50(), AgeNet()
+    parser, identity, age = BiSeNetParser(64).network, IRSE(), AgeNet()
     files = {name: tmp_path / f"{name}.pth" for name in ("parser", "identity", "age")}
     torch.save({f"module.{k}": v for k, v in parser.state_dict().items()}, files["parser"])
     torch.save(identity.state_dict(), files["identity"])
@@ -321,7 +321,7 @@ def test_absent_weights_say_what_to_get_and_which_option(load, option, tmp_path)
 
 def test_published_names():
     with torch.device("meta"):
-        names = {name: list(p.shape) for name, p in IRSE50().state_dict().items()}
+        names = {name: list(p.shape) for name, p in IRSE().state_dict().items()}
         parser = {name: list(p.shape) for name, p in BiSeNetParser().network.state_dict().items()}
     assert len(names) == 397 and names["output_layer.3.weight"] == [512, 25088]
     assert names["body.0.res_layer.5.fc1.weight"] == [4, 64, 1, 1]
