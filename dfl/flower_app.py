@@ -1,6 +1,6 @@
 """DFL on Flower: the same client code and the same server behind messages, for several machines.
 
-    flwr run .                                   # a deployment or simulation as Flower is configured
+    flwr run . here                              # a deployment, see the README
     python train.py demo --engine flower         # a simulation inside the ordinary training script
 
 A TRAIN message carries what `Download` holds, its reply what `Upload` holds; the private part of a client
