@@ -45,17 +45,6 @@ class Learner:
     words: bool = False
 
 
-def average_gradients(learning: list[nn.Parameter], processes: int) -> None:
-    """Mean of the gradients over all processes, in one message."""
-    if processes == 1:
-        return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
-    flat = torch.cat([g.flatten() for g in gradients])
-    torch.distributed.all_reduce(flat)
-    for p, mean in zip(learning, (flat / processes).split([g.numel() for g in gradients]), strict=True):
-        p.grad = mean.view_as(p)
-
-
 def warm_cosine(t: float) -> float:
     """Factor on the learning rate at the share t of the steps: up over a twentieth, then a cosine to 0."""
     return min(1.0, (t + 1e-3) / 0.05) * (0.5 + 0.5 * math.cos(math.pi * t))

@@ -22,7 +22,7 @@ from anyface.clip import image_features
 from anyface.data import Cache, DataName, Faces, build_cache, cut, draw_pairs, open_faces, read_text
 from anyface.losses import BEHAVIOUR, Behaviour
 from anyface.model import assemble
-from anyface.parts import Learner, average_gradients, constant, warm_cosine
+from anyface.parts import Learner, constant, warm_cosine
 from anyface.ranger import Ranger
 from anyface.stages import (
     Constants,
@@ -37,6 +37,7 @@ from anyface.stages import (
     whole_model,
 )
 from shared.io import Run, image_grid, load_weights, progress
+from shared.loop import Position, average_gradients
 from shared.runtime import (
     RunConfig,
     StepBatches,
@@ -159,21 +160,6 @@ PRESETS = {
     "paper": PAPER,
     "official": replace(PAPER, behaviour=BEHAVIOUR["official"]),
 }  # fmt: skip
-
-
-class Position:
-    """Where a run stands: stage, step, the optimiser in the middle of it, the sums for the next log line."""
-
-    def __init__(self):
-        self.stage = self.step = self.averaged = 0
-        self.optimiser: dict = {}
-        self.sums: dict[str, Tensor] = {}
-
-    def state_dict(self) -> dict:
-        return vars(self)
-
-    def load_state_dict(self, saved: dict) -> None:
-        vars(self).update(saved)
 
 
 # --- the method -----------------------------------------------------------------------------------------
@@ -301,7 +287,7 @@ def learn(
         group["initial_lr"] = group["lr"]
     if position.step:
         load_weights(run.folder, learner.models)
-        learner.optimiser.load_state_dict(position.optimiser)
+        learner.optimiser.load_state_dict(*position.optimisers)
     learning = [p for group in learner.optimiser.param_groups for p in group["params"]]
     for step in progress(range(position.step, learner.steps), learner.label):
         # Dropout's draws depend on (seed, step, process) alone, so a resumed run makes the same.
@@ -316,18 +302,13 @@ def learn(
 
         position.step = step + 1
         final = position.step == learner.steps
-        for name, value in terms.items():
-            position.sums[name] = position.sums.get(name, 0) + value.detach()
-        position.averaged += 1
+        position.add(terms)
         if position.step % config.log_every == 0 or final:
-            means = accelerator.reduce(torch.stack(list(position.sums.values())), "mean") / position.averaged
-            named = zip(position.sums, means.tolist(), strict=True)
-            run.log(before + position.step, **{f"{learner.label}/{name}": value for name, value in named})
-            position.sums, position.averaged = {}, 0
+            run.log(before + position.step, **position.means(accelerator, learner.label))
         if show and (position.step % config.sample_every == 0 or final):
             run.picture(learner.label.replace("/", "-"), show())
         if position.step % config.checkpoint_every == 0 and not final:
-            position.optimiser = learner.optimiser.state_dict()
+            position.optimisers = [learner.optimiser.state_dict()]
             run.save(learner.models, {"position": position}, {"stage": learner.label, "step": position.step})
 
 
@@ -378,7 +359,7 @@ def train(config: Config) -> Path:
             if accelerator.is_main_process:
                 save_stage(run.folder, stage, learner.models)
             accelerator.wait_for_everyone()
-            position.stage, position.step, position.optimiser = number + 1, 0, {}
+            position.next_stage()
             run.save({}, {"position": position}, {"stage": stage.label, "step": stage.steps})
         before += stage.steps
     if accelerator.is_main_process:

@@ -20,7 +20,6 @@ from biphasic_age.data import DRAWN_LIMITS, DataName, FaceSet, TrainSet, all_fac
 from biphasic_age.datasets import LayoutOrder
 from biphasic_age.frozen import age_training_loss
 from biphasic_age.gallery import training_sheet
-from biphasic_age.loop import Position, average_gradients, follow
 from biphasic_age.losses import Weights
 from biphasic_age.model import Output, SizeName
 from biphasic_age.objective import discriminator_backward, generator_backward
@@ -42,6 +41,7 @@ from biphasic_age.stages import (
     weights_of,
 )
 from shared.io import Run, load_weights, progress
+from shared.loop import Position, average_gradients, follow
 from shared.runtime import (
     RunConfig,
     StepBatches,
@@ -346,15 +346,10 @@ def finish_step(
 ) -> None:
     """Add a step's losses to the sums on the device, log their means now and then, save now and then."""
     final = position.step == stage.steps
-    for name, value in terms.items():
-        position.sums[name] = position.sums.get(name, 0) + value.detach()
-    position.averaged += 1
+    position.add(terms)
     if position.step % config.log_every == 0 or final:
-        means = accelerator.reduce(torch.stack(list(position.sums.values())), "mean") / position.averaged
-        named = zip(position.sums, means.tolist(), strict=True)
         total = sum(s.steps for s in plan(config)[: position.stage]) + position.step
-        run.log(total, **{f"{stage.label}/{name}": value for name, value in named})
-        position.sums, position.averaged = {}, 0
+        run.log(total, **position.means(accelerator, stage.label))
     if position.step % config.checkpoint_every == 0 and not final:
         position.optimisers = [optimiser.state_dict() for optimiser in optimisers]
         run.save(models, {"position": position}, {"stage": stage.label, "step": position.step})
@@ -384,7 +379,7 @@ def train(config: Config) -> Path:
             for path, network in trained.items():
                 save_weights(network, path)
         accelerator.wait_for_everyone()
-        position.stage, position.step, position.optimisers = position.stage + 1, 0, []
+        position.next_stage()
         run.save({}, {"position": position}, {"stage": stage.label, "step": stage.steps})
     run.close()
     return run.folder

@@ -34,6 +34,7 @@ from dfgc2022.recipe import (
 )
 from dfgc2022.world import Size
 from shared.io import Run, image_grid, load_safetensors, progress
+from shared.loop import Standing
 from shared.runtime import (
     RunConfig,
     UserError,
@@ -197,7 +198,7 @@ def plan(config: Config) -> list[tuple[str, Config]]:
     return members
 
 
-class Position:
+class Position(Standing):
     """Where a run stands, for its checkpoint: the member in training, its step and all that it needs to go
     on.
     """
@@ -207,12 +208,6 @@ class Position:
         self.step = 0
         self.best = float("inf")
         self.state: dict | None = None
-
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, saved: dict) -> None:
-        vars(self).update(saved)
 
     def next_member(self) -> None:
         self.member, self.step, self.best, self.state = self.member + 1, 0, float("inf"), None

@@ -23,6 +23,7 @@ from dfl.data import ClientData, Federated, Samples, contact_sheet, load_data
 from dfl.engine import State, part
 from dfl.federation import Federation, evaluate
 from shared.io import Run, progress
+from shared.loop import Standing
 from shared.runtime import RunConfig, UserError, parse_presets, run_main, start
 from shared.weights import load_state, load_torch
 
@@ -235,18 +236,12 @@ def plan(config: Config) -> list[Trial]:
     return trials
 
 
-class Position:
+class Position(Standing):
     """Where a run stands, for its checkpoint: the trial and the federation in the middle of it."""
 
     def __init__(self) -> None:
         self.trial = 0
         self.federation: dict | None = None
-
-    def state_dict(self) -> dict:
-        return vars(self)
-
-    def load_state_dict(self, saved: dict) -> None:
-        vars(self).update(saved)
 
 
 def train(config: Config) -> Path:

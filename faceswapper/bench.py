@@ -25,7 +25,6 @@ from faceswapper.losses import (
     Weights,
     discriminator_fake,
     discriminator_real,
-    follow,
     generator_terms,
     swap_both,
 )
@@ -35,6 +34,7 @@ from faceswapper.recognizer import IRSE50, Recogniser
 from faceswapper.video import VideoReader, VideoWriter
 from shared.bench import count_macs, count_parameters, peak_memory, report, throughput
 from shared.faces import draw
+from shared.loop import follow
 from shared.runtime import parse, pick_device, run_main
 
 WANTED = {"training step": (1.5, 0.8), "video": (3.0, None)}

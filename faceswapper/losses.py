@@ -209,10 +209,3 @@ def generator_terms(
             loss = attribute_background(same.features, swaps.swap.features, masks)
             terms["attribute_background"] = weights.attribute_background * 2 * loss
     return terms
-
-
-@torch.no_grad()
-def follow(average: torch.nn.Module, module: torch.nn.Module, decay: float) -> None:
-    """Exponential moving average of the parameters: average <- decay average + (1 - decay) module."""
-    pairs = list(average.parameters()), list(module.parameters())
-    torch._foreach_lerp_(*pairs, 1 - decay)

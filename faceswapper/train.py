@@ -25,7 +25,6 @@ from faceswapper.losses import (
     Weights,
     discriminator_fake,
     discriminator_real,
-    follow,
     generator_terms,
     pair,
     reconstruction,
@@ -34,6 +33,7 @@ from faceswapper.losses import (
 from faceswapper.model import MaskPyramid, Size
 from faceswapper.trials import Learner, Variant, build, helpers, names_of, official_recogniser, plan
 from shared.io import Run, load_weights, progress
+from shared.loop import average_gradients, follow
 from shared.runtime import RunConfig, StepBatches, maybe_compile, parse_presets, run_main, start
 
 
@@ -153,20 +153,9 @@ PRESETS = {
 }
 
 
-def average_gradients(parameters: list[nn.Parameter], processes: int) -> None:
-    """Mean of the gradients over all processes, in one message."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if processes == 1:
-        return
-    flat = torch.cat([g.flatten() for g in gradients])
-    torch.distributed.all_reduce(flat)
-    for g, mean in zip(gradients, (flat / processes).split([g.numel() for g in gradients]), strict=True):
-        g.copy_(mean.view_as(g))
-
-
 def step(network: nn.Module, optimiser: torch.optim.Optimizer, processes: int) -> None:
     """One step of an optimiser on gradients that are there."""
-    average_gradients(list(network.parameters()), processes)
+    average_gradients([p for p in network.parameters() if p.grad is not None], processes)
     optimiser.step()
 
 

@@ -25,6 +25,7 @@ from irisusformer.losses import objective
 from irisusformer.model import IrisUsformer
 from irisusformer.pictures import overview
 from shared.io import Run, find_run, load_config, load_safetensors, load_weights, progress
+from shared.loop import follow
 from shared.runtime import (
     RunConfig,
     StepBatches,
@@ -285,15 +286,9 @@ class Learner:
             group["lr"] = learning_rate(c, step)
         self.optimizer.step()
         if self.average is not None:
-            self.follow(min(c.ema, (step + 1) / (step + 10)))
+            # Early steps count more.
+            follow(self.average, self.model, min(c.ema, (step + 1) / (step + 10)))
         return {name: value.detach() for name, value in (*terms.items(), ("norm", norm))}
-
-    @torch.no_grad()
-    def follow(self, decay: float) -> None:
-        """Average the weights; early steps count more, buffers are copied."""
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-        for mine, its in zip(self.average.buffers(), self.model.buffers(), strict=True):
-            mine.copy_(its)
 
 
 @torch.no_grad()

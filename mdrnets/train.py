@@ -28,6 +28,7 @@ from mdrnets.objective import coarse_losses, feature_network, needs_features, re
 from mdrnets.parser import ParserKind, TinyParser, parts_on_grid
 from mdrnets.stages import TABLE_A, VARIANTS, Stage, learn_faces, plan, prepare, save_stage, stage_file
 from shared.io import Run, load_weights, progress
+from shared.loop import Position, average_gradients
 from shared.records import write_json
 from shared.runtime import (
     RunConfig,
@@ -189,22 +190,6 @@ PRESETS = {
 }
 
 
-class Position:
-    """Where a run stands: stage, step, the optimisers in the middle of it and the sums for the next log
-    line."""
-
-    def __init__(self):
-        self.stage = self.step = self.averaged = 0
-        self.optimisers: list[dict] = []
-        self.sums: dict[str, Tensor] = {}
-
-    def state_dict(self) -> dict:
-        return vars(self)
-
-    def load_state_dict(self, saved: dict) -> None:
-        vars(self).update(saved)
-
-
 def write_memory(net: MDRNet, batch: dict[str, Tensor], generator: torch.Generator) -> None:
     """`ema`: encode the undamaged picture and write it into the blocks of its true parts: the labels where
     there are any, otherwise what the parser sees in the undamaged picture."""
@@ -217,20 +202,6 @@ def write_memory(net: MDRNet, batch: dict[str, Tensor], generator: torch.Generat
         parsing = torch.where(known, truth, parser_sees)
         features = net.refine.features(x, torch.zeros_like(batch["mask"]), parsing)
         dmm.write(dmm.queries(features).flatten(0, 1), parsing.argmax(1).flatten(), generator)
-
-
-def average_gradients(learning: list[nn.Parameter], processes: int) -> None:
-    """Mean of the gradients over all processes, in one message."""
-    if processes == 1:
-        return
-    learning = [p for p in learning if p.requires_grad]
-    # A module that this process's share did not need has no gradient here and may have one elsewhere.
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
-    flat = torch.cat([g.flatten() for g in gradients])
-    torch.distributed.all_reduce(flat)
-    means = (flat / processes).split([g.numel() for g in gradients])
-    for p, mean in zip(learning, means, strict=True):
-        p.grad = mean.view_as(p)
 
 
 def update(optimiser: torch.optim.Optimizer, loss: Tensor, learning: list[nn.Parameter], processes: int):
@@ -355,15 +326,10 @@ def record(
     terms: dict[str, Tensor],
 ) -> None:
     """Add a step's losses to the sums on the device; at every `log_every` steps log their means."""
-    for name, value in terms.items():
-        position.sums[name] = position.sums.get(name, 0) + value.detach()
-    position.averaged += 1
+    position.add(terms)
     if position.step % config.log_every == 0 or position.step == stage.steps:
-        means = accelerator.reduce(torch.stack(list(position.sums.values())), "mean") / position.averaged
-        named = zip(position.sums, means.tolist(), strict=True)
         total = sum(s.steps for s in plan(config)[: position.stage]) + position.step
-        run.log(total, **{f"{stage.label}/{name}": value for name, value in named})
-        position.sums, position.averaged = {}, 0
+        run.log(total, **position.means(accelerator, stage.label))
 
 
 def train(config: Config) -> Path:
@@ -383,7 +349,7 @@ def train(config: Config) -> Path:
         if accelerator.is_main_process:
             save_stage(net, stage_file(run.folder, stage))
         accelerator.wait_for_everyone()
-        position.stage, position.step, position.optimisers = position.stage + 1, 0, []
+        position.next_stage()
         run.save({}, {"position": position}, {"stage": stage.label, "step": stage.steps})
     record_file = run.folder / "copy_task.json"
     if config.copy_steps and accelerator.is_main_process and not record_file.exists():

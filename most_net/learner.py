@@ -77,14 +77,6 @@ class Learner:
         """The weights to validate and to keep: the average, where there is one."""
         return self.average or self.net
 
-    @torch.no_grad()
-    def follow(self, decay: float) -> None:
-        """Move the average towards the network; buffers, the memory among them, are copied."""
-        for mine, theirs in zip(self.average.parameters(), self.net.parameters(), strict=True):
-            mine.lerp_(theirs, 1 - decay)
-        for mine, theirs in zip(self.average.buffers(), self.net.buffers(), strict=True):
-            mine.copy_(theirs)
-
     def validate(self, pairs: Pairs, size: int) -> float:
         """SSIM on held-out pairs; remembers the best weights."""
         window = 11 if pairs.photos.shape[-2] >= 64 else 7

@@ -20,6 +20,7 @@ from most_net.model import FULL, TINY, Architecture, MostNet, flatten
 from most_net.pairs import Alignment, Layout
 from most_net.trials import Trial, Variant, begin, build, plan, split_data, styles_of, trial_pairs
 from shared.io import Run, image_grid, load_weights, progress
+from shared.loop import follow
 from shared.runtime import (
     RunConfig,
     parse_presets,
@@ -242,7 +243,7 @@ def update(
         accelerator.backward(terms["discriminator"])
         learner.optimizers[1].step()
     if learner.average is not None:
-        learner.follow(config.ema)
+        follow(learner.average, learner.net, config.ema)  # the memory is a buffer: copied
     return terms, out
 
 

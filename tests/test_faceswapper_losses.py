@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from faceswapper import literal, losses
 from faceswapper.losses import Weights
 from faceswapper.model import Discriminator, Generator, Size, initialise, swapped
+from shared.loop import follow
 
 TINY = Size(img_size=32, channel_base=128, max_channels=8, id_dim=6)
 
@@ -161,7 +162,7 @@ def test_a_whole_training_step_equals_the_official_one():
             g_opt.zero_grad()
             sum(losses.generator_terms(g, d, r.embed, batch, swaps, Weights()).values()).backward()
             g_opt.step()
-            losses.follow(average, g, 0.999)
+            follow(average, g, 0.999)
     for a, b in zip(nets["fast"], nets["official"], strict=True):
         for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
             torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
@@ -256,10 +257,3 @@ def test_partners_lie_in_the_other_half():
     x_ab, x_ba = losses.swap_both(g, losses.pair(*pairs)).swap.picture.chunk(2)
     torch.testing.assert_close(x_ba, g.swap(a, b, lm_b, mask_b), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(x_ab, g.swap(b, a, lm_a, mask_a), atol=1e-5, rtol=1e-4)
-
-
-def test_average_follows():
-    new, old = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
-    wanted = 0.9 * old.weight + 0.1 * new.weight.detach()
-    losses.follow(old, new, 0.9)
-    torch.testing.assert_close(old.weight, wanted)

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from irisusformer import eval as evaluation
@@ -209,6 +210,12 @@ def test_weight_decay_spares_norms_and_biases():
     assert {p.ndim for p in others["params"]} == {1} and min(p.ndim for p in decayed["params"]) == 4
 
 
+def eyes_in_white() -> dict[str, torch.Tensor]:
+    """A batch in which everything is iris."""
+    mask = torch.ones(2, 1, 32, 32, dtype=torch.uint8)
+    return {"image": torch.rand(2, 3, 32, 32), "mask": mask, "regions": mask.repeat(1, 2, 1, 1)}
+
+
 def test_weighting_begins_after_the_plain_start(monkeypatch):
     seen = []
 
@@ -221,23 +228,21 @@ def test_weighting_begins_after_the_plain_start(monkeypatch):
     original = module.objective
     monkeypatch.setattr(module, "objective", spy)
     learner = Learner("learned", replace(SMALL, steps=10, plain_start=0.2), torch.device("cpu"))
-    batch = {"image": torch.rand(2, 3, 32, 32), "mask": torch.ones(2, 1, 32, 32, dtype=torch.uint8)}
-    batch["regions"] = batch["mask"].repeat(1, 2, 1, 1)
-    from accelerate import Accelerator
-
     for step in range(4):
-        learner.update(learner.model, batch, step, Accelerator(cpu=True))
+        learner.update(learner.model, eyes_in_white(), step, Accelerator(cpu=True))
     assert seen == ["none", "none", "attenuate", "attenuate"]
 
 
 def test_average_of_the_weights_follows_them():
-    learner = Learner("learned", replace(SMALL, ema=0.9), torch.device("cpu"))
-    parameter, average = next(learner.model.parameters()), next(learner.average.parameters())
-    before = average.clone()
-    parameter.data += 1
-    learner.follow(0.75)
-    torch.testing.assert_close(average, before + 0.25)
-    assert learner.result is learner.average
+    """Early steps count more: the decay begins at 1/10."""
+    for ema, step, decay in ((0.9, 0, 0.1), (0.9, 200, 0.9)):
+        learner = Learner("learned", replace(SMALL, ema=ema, steps=1000), torch.device("cpu"))
+        parameter, average = next(learner.model.parameters()), next(learner.average.parameters())
+        before = average.clone()
+        learner.update(learner.model, eyes_in_white(), step, Accelerator(cpu=True))
+        assert not torch.equal(parameter, before)
+        torch.testing.assert_close(average, decay * before + (1 - decay) * parameter.detach())
+        assert learner.result is learner.average
 
 
 def test_training_sets_tau_from_the_training_images(tmp_path):

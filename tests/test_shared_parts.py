@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 from shared.irse import IRSE, Trunk
+from shared.loop import Position, average_gradients, follow
 
 SMALL = ((8, 1), (8, 2), (16, 1), (16, 1))
 
@@ -45,3 +48,56 @@ def test_variants_of_the_unit(se):
         torch.testing.assert_close(second(x), second.res_layer(x) + x)
         assert len(unit.res_layer) == 5 + se + (variant == "pin")
         assert hasattr(unit.res_layer[-1], "fc1") == se
+
+
+# --- loop -----------------------------------------------------------------------------------------
+
+
+def test_position_goes_through_a_checkpoint_and_means_start_anew():
+    accelerator = Accelerator(cpu=True)
+    position = Position()
+    position.stage, position.step = 2, 7
+    for value in (1.0, 3.0):
+        position.add({"a": torch.tensor(value, requires_grad=True), "b": torch.tensor(-value)})
+    again = Position()
+    again.load_state_dict(position.state_dict())
+    assert (again.stage, again.step) == (2, 7)
+    assert again.means(accelerator, "here") == {"here/a": 2.0, "here/b": -2.0}
+    again.add({"c": torch.tensor(5.0)})
+    assert again.means(accelerator, "there") == {"there/c": 5.0}
+    again.optimisers = [{"state": {}}]
+    again.next_stage()
+    assert (again.stage, again.step, again.optimisers) == (3, 0, [])
+
+
+def test_average_follows_weights_and_copies_buffers():
+    new = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    old = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).requires_grad_(False)
+    new[1].running_mean.fill_(4)
+    new[1].num_batches_tracked.fill_(5)
+    wanted = 0.9 * old[0].weight + 0.1 * new[0].weight.detach()
+    follow(old, new, 0.9)
+    torch.testing.assert_close(old[0].weight, wanted)
+    assert torch.equal(old[1].running_mean, new[1].running_mean) and old[1].num_batches_tracked == 5
+
+
+def test_gradients_of_two_processes(monkeypatch):
+    """The other process has twice the gradients, and some where this one has none; frozen ones are left."""
+    layers = [nn.Linear(2, 2) for _ in range(3)]
+    layers[2].requires_grad_(False)
+    learning = [p for layer in layers for p in layer.parameters()]
+    layers[0](torch.ones(1, 2)).sum().backward()
+    own = [p.grad.clone() for p in layers[0].parameters()]
+    average_gradients(learning, 1)
+    assert all(torch.equal(p.grad, g) for p, g in zip(layers[0].parameters(), own, strict=True))
+
+    def reduce(flat: torch.Tensor) -> None:
+        assert len(flat) == 12
+        flat += torch.cat((2 * flat[:6], torch.full((6,), 8.0)))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    average_gradients(learning, 2)
+    for p, g in zip(layers[0].parameters(), own, strict=True):
+        torch.testing.assert_close(p.grad, 1.5 * g)
+    assert all(bool((p.grad == 4).all()) for p in layers[1].parameters())
+    assert all(p.grad is None for p in layers[2].parameters())
