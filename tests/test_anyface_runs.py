@@ -1,14 +1,11 @@
 """AnyFace: training, its switches, resume, several processes and evaluation in miniature."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -25,38 +22,10 @@ from anyface.ranger import Ranger
 from anyface.stages import VARIANTS, Constants, make_streams, plan, variant_config
 from anyface.train import PRESETS, stream_learner, stream_terms, train
 from shared.io import write_image
-from shared.runtime import REPOSITORY, UserError, parse_presets, start
+from shared.runtime import UserError, parse_presets, start
 
-TINY = (
-    *(
-        "--train-faces",
-        "40",
-        "--test-faces",
-        "24",
-        "--generator-steps",
-        "3",
-        "--clip-steps",
-        "3",
-        "--half-steps",
-        "2",
-    ),
-    *("--judge-steps", "2", "--wide-steps", "1", "--steps", "4", "--batch-size", "8", "--log-every", "2"),
-    *("--checkpoint-every", "2", "--sample-every", "4", "--device", "cpu", "--decode-batch", "2"),
-)
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-
-
-def script(name: str, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    """A script from the paper's folder, as a user starts it."""
-    return subprocess.run(
-        [sys.executable, *launcher, name, *arguments],
-        cwd=REPOSITORY / "anyface",
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
+TINY = (*helpers.TINY["anyface"], "--device", "cpu")
+script = partial(helpers.script, "anyface")
 
 
 def tiny(**changes):
@@ -243,15 +212,6 @@ def test_evaluation_prints_claims_and_writes_results(run_folder):
     assert (run_folder / "study" / "key.csv").is_file()
 
 
-@pytest.fixture
-def one_thread():
-    """Sums are in the order that a script with one thread has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run_here(*arguments: str) -> Path:
     """train.py with these arguments, in this process."""
     return train(parse_presets(PRESETS, "", list(arguments)))
@@ -260,32 +220,19 @@ def run_here(*arguments: str) -> Path:
 def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path, one_thread):
     arguments = ["demo", *TINY, "--wide-steps", "0", "--steps", "40", "--variants", "full"]
     run_here(*arguments, "--out", str(tmp_path / "whole"))
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *arguments, "--out", str(tmp_path / "killed")],
-        cwd=REPOSITORY / "anyface",
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    log = tmp_path / "killed" / "log.jsonl"
-    while not log.exists() or log.read_text().count("\n") < 12:  # in the middle of the streams
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    run_here(*arguments, "--out", str(tmp_path / "killed"))
-    assert log.read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
-    for path in sorted((tmp_path / "whole" / "trained").iterdir()):
-        a, b = load_file(path), load_file(tmp_path / "killed" / "trained" / path.name)
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), path.name
+    killed = tmp_path / "killed"
+    # In the middle of the streams.
+    middle = partial(helpers.has_logged, killed, 12)
+    helpers.kill_when(middle, "anyface", *arguments, "--out", killed)
+    run_here(*arguments, "--out", str(killed))
+    helpers.assert_same_runs(killed, tmp_path / "whole")
 
 
 def test_two_processes_learn_what_one_does(tmp_path, one_thread):
     arguments = ["demo", *TINY, "--wide-steps", "0", "--decode-batch", "None", "--variants", "full"]
     run_here(*arguments, "--out", str(tmp_path / "one"))
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = script("train.py", *arguments, "--out", str(tmp_path / "two"), launcher=launcher)
-    assert done.returncode == 0, done.stderr[-2000:]
+    launcher = helpers.TWO_PROCESSES
+    script("train.py", *arguments, "--out", tmp_path / "two", launcher=launcher, code=0)
     for path in sorted((tmp_path / "one" / "trained").iterdir()):
         a, b = load_file(path), load_file(tmp_path / "two" / "trained" / path.name)
         for key in a:

@@ -1,14 +1,11 @@
 """Biphasic ageing: training, resume, several processes, evaluation in miniature; the demo's claims (slow)."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from PIL import Image
@@ -31,48 +28,23 @@ from biphasic_age.stages import (
 from biphasic_age.train import PRESETS, Config, other_groups, train
 from shared.io import to_pil
 from shared.records import plain, revive
-from shared.runtime import REPOSITORY, UserError
+from shared.runtime import UserError, parse_presets
 
-TINY = (
-    *("--size", "unit", "--image-size", "16", "--train-images", "24", "--pictures", "3"),
-    *("--test-images", "12", "--scene-images", "24", "--scene-size", "16", "--age-width", "4"),
-    *("--age-stages", "2", "--identity-width", "4", "--guide-steps", "3", "--guide-batch", "4"),
-    *("--batch-size", "4", "--log-every", "2", "--checkpoint-every", "2", "--sample-every", "100"),
-    *("--device", "cpu"),
-)
-SHORT = ("--steps", "4", "--scene-steps", "4")
+TINY = (*helpers.TINY["biphasic_age"], "--device", "cpu")
 JUDGES = {"judge_people": 8, "judge_steps": 4, "judge_batch": 8, "judge_width": 4, "device": "cpu"}
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-
-
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    """A script from the paper's folder, as a user starts it."""
-    return subprocess.run(
-        [sys.executable, name, *arguments],
-        cwd=REPOSITORY / "biphasic_age",
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
+script = partial(helpers.script, "biphasic_age")
 
 
 def tiny(**changes) -> Config:
-    config = replace(
-        PRESETS["demo"], data=("faces",), size="unit", image_size=16, train_images=24, pictures=3,
-        test_images=12, scene_images=24, scene_size=16, age_width=4, age_stages=2, identity_width=4,
-        guide_steps=3, guide_batch=4, batch_size=4, steps=4, scene_steps=4, variants=("full",),
-        scene_variants=("full",), log_every=2, checkpoint_every=2, sample_every=100, device="cpu",
-    )  # fmt: skip
-    return replace(config, **changes)
+    one = {"data": ("faces",), "variants": ("full",), "scene_variants": ("full",)}
+    return replace(parse_presets(PRESETS, "", ["demo", *TINY]), **one | changes)
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     names = ("--variants", "full", "plain", "--scene-variants", "full", "no-layout")
-    done = script("train.py", "demo", *TINY, *SHORT, *names, "--out", str(folder))
+    done = script("train.py", "demo", *TINY, *names, "--out", str(folder))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(folder)
     return folder
@@ -150,43 +122,20 @@ def test_a_run_is_loaded_for_use(run_folder):
 def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path):
     arguments = ["demo", *TINY, "--data", "faces", "--variants", "full", "no-noise", "--average", "0.9"]
     arguments += ["--steps", "30", "--guide-steps", "10", "--warmup", "3"]
-    whole = script("train.py", *arguments, "--out", str(tmp_path / "whole"))
-    assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *arguments, "--out", str(tmp_path / "killed")],
-        cwd=REPOSITORY / "biphasic_age",
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    log = tmp_path / "killed" / "log.jsonl"
-    while not log.exists() or log.read_text().count("\n") < 12:  # in the second of three stages
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    again = script("train.py", *arguments, "--out", str(tmp_path / "killed"))
-    assert again.returncode == 0, again.stderr
-    assert log.read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
-    for path in sorted((tmp_path / "whole" / "trained").glob("*.safetensors")):
-        a, b = load_file(path), load_file(tmp_path / "killed" / "trained" / path.name)
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), path.name
+    script("train.py", *arguments, "--out", tmp_path / "whole", code=0)
+    killed = tmp_path / "killed"
+    # In the second of three stages.
+    middle = partial(helpers.has_logged, killed, 12)
+    helpers.kill_when(middle, "biphasic_age", *arguments, "--out", killed)
+    script("train.py", *arguments, "--out", killed, code=0)
+    helpers.assert_same_runs(killed, tmp_path / "whole")
 
 
 def test_two_processes_train_one_network(tmp_path):
     """Batch norm sees each process's own half on the CPU, so the weights are close, not equal, to one's."""
-    arguments = ["demo", *TINY, *SHORT, "--data", "faces", "--lr", "1e-5"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "train.py", *arguments, "--out", str(tmp_path / "two")],
-        cwd=REPOSITORY / "biphasic_age",
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = ["demo", *TINY, "--data", "faces", "--lr", "1e-5"]
+    launcher = helpers.TWO_PROCESSES
+    script("train.py", *arguments, "--out", tmp_path / "two", launcher=launcher, code=0)
     assert load_generator(tmp_path / "two").net is not None
     one = train(tiny(out=tmp_path / "one", lr=1e-5))
     a, b = (load_file(folder / "trained" / "faces-full-0.safetensors") for folder in (one, tmp_path / "two"))

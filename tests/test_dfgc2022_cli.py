@@ -2,13 +2,9 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -22,22 +18,13 @@ from dfgc2022.world import Size, build_world
 from shared.runtime import UserError
 
 FOLDER = Path(dfgc2022.__file__).parent
-TINY = ["--world.train", "6", "--world.test", "4", "--world.keys", "2", "--steps", "4", "--batch-size", "8"]
-TINY += ["--log-every", "2", "--checkpoint-every", "2"]
+TINY = helpers.TINY["dfgc2022"]
 TEAM = ["diverse-swin", "diverse-convnext-0", "diverse-convnext-1"]
 
 
 def run(script, *arguments, code=0, **environment):
-    result = subprocess.run(
-        [sys.executable, script, *map(str, arguments)],
-        cwd=FOLDER,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment},
-        check=False,
-    )
-    assert result.returncode == code, result.stdout + result.stderr
-    return result
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    return helpers.script("dfgc2022", script, *arguments, code=code, timeout=None, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -195,28 +182,10 @@ def test_killed_training_ends_with_the_same_numbers(tmp_path, one_thread):
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.train(dataclasses.replace(config, out=whole))
-    arguments = ["train.py", "demo", *TINY, "--members", *names, "--device", "cpu", "--out", str(killed)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=FOLDER, env=environment, stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 100
-    while not (killed / "checkpoint").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    arguments = ["demo", *TINY, "--members", *names, "--device", "cpu", "--out", killed]
+    helpers.kill_when((killed / "checkpoint").exists, "dfgc2022", *arguments)
     train.train(dataclasses.replace(config, out=killed))
-    for name in ("log.jsonl", *(f"members/{name}.safetensors" for name in names)):
-        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
-
-
-@pytest.fixture
-def one_thread():
-    """Sums in the order of a single thread, as in the subprocess."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    helpers.assert_same_runs(killed, whole)
 
 
 @pytest.mark.parametrize(

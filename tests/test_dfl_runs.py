@@ -1,40 +1,21 @@
 """dfl as a user runs it: train, eval and predict as subprocesses, kill and resume, two processes."""
 
 import json
-import os
 import random
 import re
-import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from shared.io import read_image, write_image
-from shared.runtime import REPOSITORY
 
-SMALL = [
-    *("demo", "--trials", "dfl", "fedavg", "--seeds", "1", "--sweep", "--clients", "4", "--per-client", "40"),
-    *("--test-images", "200", "--checkpoint-every", "2"),
-]
-
-
-def script(
-    name: str, *arguments: object, launcher: tuple[str, ...] = (), **options
-) -> subprocess.CompletedProcess:
-    """Run a script of the folder from the folder."""
-    return subprocess.run(
-        [sys.executable, *launcher, name, *map(str, arguments)],
-        cwd=REPOSITORY / "dfl",
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **options},
-    )
+SMALL = ["demo", "--trials", "dfl", "fedavg", *helpers.TINY["dfl"]]
+script = partial(helpers.script, "dfl")
 
 
 def outcome(folder: Path) -> tuple[list[dict], dict]:
@@ -112,42 +93,24 @@ def test_prediction_mistakes(run, tmp_path, arguments, message):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_runs_end_as_the_uninterrupted_one(run, tmp_path, seed):
     chance = random.Random(seed)
-    expected = outcome(run)
     folder = tmp_path / "run"
-    command = [sys.executable, "train.py", *SMALL, "--rounds", "6", "--out", str(folder)]
-    kills = 0
-    while kills < 2:
-        process = subprocess.Popen(
-            command,
-            cwd=REPOSITORY / "dfl",
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+    for kills in range(2):
         wanted = chance.randint(1, 5) + 5 * kills
-        while process.poll() is None:  # kill it when so many lines have been logged
-            if (folder / "log.jsonl").exists() and len(
-                (folder / "log.jsonl").read_text().splitlines()
-            ) >= wanted:
-                time.sleep(chance.random() * 0.05)
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.005)
-        process.wait()
-        kills += 1
-    done = script("train.py", *SMALL, "--rounds", 6, "--out", folder)
-    assert done.returncode == 0, done.stderr
-    log, weights = outcome(folder)
-    assert log == expected[0]
-    assert weights.keys() == expected[1].keys()
-    assert all(torch.equal(weights[name], value) for name, value in expected[1].items())
+
+        def reached(lines: int = wanted) -> bool:
+            there = helpers.has_logged(folder, lines)
+            time.sleep(chance.random() * 0.05 if there else 0)
+            return there
+
+        helpers.kill_when(reached, "dfl", *SMALL, "--rounds", 6, "--out", folder)
+    script("train.py", *SMALL, "--rounds", 6, "--out", folder, code=0)
+    helpers.assert_same_runs(folder, run)
 
 
 def test_two_processes_give_the_curve_of_one(run, tmp_path):
     folder = tmp_path / "two"
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = script("train.py", *SMALL, "--rounds", 6, "--out", folder, launcher=launcher)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launcher = helpers.TWO_PROCESSES
+    script("train.py", *SMALL, "--rounds", 6, "--out", folder, launcher=launcher, code=0)
     log, weights = outcome(folder)
     expected_log, expected = outcome(run)
     assert len(log) == len(expected_log)

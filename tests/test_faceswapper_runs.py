@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -49,18 +49,6 @@ def tiny(out: Path, **changes) -> Config:
     return replace(PRESETS["demo"], preset="demo", **settings | changes)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted((folder / "checkpoint").glob("*.safetensors"))
-    return {f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()}
-
-
-def assert_same_runs(first: Path, second: Path) -> None:
-    assert (first / "log.jsonl").read_text() == (second / "log.jsonl").read_text()
-    a, b = weights(first), weights(second)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A run that nothing disturbed."""
@@ -68,42 +56,18 @@ def whole(tmp_path_factory) -> Path:
     return train(tiny(tmp_path_factory.mktemp("whole") / "run"))
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from shared.io import Run
-from test_faceswapper_runs import tiny, train
-torch.set_num_threads(1)
-saves = 0
-whole = Run.save
-def save(self, *arguments):
-    global saves
-    whole(self, *arguments)
-    saves += 1
-    if saves == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-Run.save = save
-train(tiny(Path(sys.argv[1])))
-"""
-
-
 # Saves: 6 of the method (warm-up to 2, snapshot at 4), 2 of a trial that goes on from there, 4 of another.
 @pytest.mark.parametrize("saves", [1, 5, 7])
 def test_killed_and_resumed_run_is_the_same(tmp_path, whole, saves):
-    paths = os.pathsep.join([str(FOLDER.parent), str(Path(__file__).parent)])
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(saves)]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
+    program = (
+        "from pathlib import Path\n"
+        "from test_faceswapper_runs import tiny, train\n"
+        "train(tiny(Path(sys.argv[2])))"
     )
-    assert done.returncode == -9, done.stderr
+    helpers.die_after(saves, program, tmp_path / "killed")
     torch.set_num_threads(1)
     train(tiny(tmp_path / "killed"))
-    assert_same_runs(whole, tmp_path / "killed")
+    helpers.assert_same_runs(whole, tmp_path / "killed")
 
 
 def test_what_a_run_leaves_behind(whole):
@@ -262,25 +226,11 @@ def test_grid_has_every_source_on_every_target():
 # --- scripts --------------------------------------------------------------------------------------------
 
 
-def script(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-    environment = {"PYTHONPATH": str(FOLDER.parent), "PAPERS_RUNS": str(folder), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=FOLDER,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == code, done.stderr
-    return done
+SMALL = [*helpers.TINY["faceswapper"], "--device", "cpu"]
 
 
-SIZES = "--size.img-size 32 --size.channel-base 128 --size.max-channels 8 --size.id-dim 8"
-LENGTHS = (
-    "--train-people 4 --judge-people 6 --judge-steps 2 --warmup 1 --iterations 3 --ablation-iterations 2"
-)
-SMALL = f"{SIZES} {LENGTHS} --device cpu".split()
+def script(folder: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+    return helpers.script("faceswapper", *arguments, PAPERS_RUNS=str(folder), **{"code": 0} | options)
 
 
 def test_scripts_from_their_folder(tmp_path):
@@ -332,28 +282,21 @@ def test_training_on_files(tmp_path, monkeypatch):
 def test_two_processes_learn_what_one_does(tmp_path):
     one = [*SMALL, "--variants", "full", "--batch-size", "2", "--weights.r1", "0"]
     script(tmp_path / "one", "train.py", "demo", *one)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script(tmp_path / "two", *launcher, "train.py", "demo", *one)
-    a, b = (weights(tmp_path / name / "faceswapper/demo-0") for name in ("one", "two"))
-    assert all(torch.allclose(a[name], b[name], atol=2e-3) for name in a if name.startswith("full-0/"))
+    script(tmp_path / "two", "train.py", "demo", *one, launcher=helpers.TWO_PROCESSES)
+    file = "faceswapper/demo-0/checkpoint/full-0.safetensors"
+    a, b = (load_file(tmp_path / name / file) for name in ("one", "two"))
+    assert all(torch.allclose(a[name], b[name], atol=2e-3) for name in a)
 
 
 @pytest.mark.slow
 def test_claims_of_the_demo(tmp_path):
-    folder = Path(script_long(tmp_path, "train.py", "demo"))
-    assert Path(script_long(tmp_path, "eval.py")) == folder
+    folder = Path(last_line(tmp_path, "train.py", "demo"))
+    assert Path(last_line(tmp_path, "eval.py")) == folder
     claims = json.loads((folder / "results.json").read_text())["claims"]
     assert not [claim["text"] for claim in claims if not claim["holds"]]
 
 
-def script_long(folder: Path, *arguments: str) -> str:
-    """A script of the demo itself; its last line."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=FOLDER,
-        env=os.environ | {"PYTHONPATH": str(FOLDER.parent), "PAPERS_RUNS": str(folder)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.splitlines()[-1]
+def last_line(folder: Path, *arguments: str) -> str:
+    """A script of the demo itself, which takes minutes; its last line."""
+    threads = str(os.cpu_count())
+    return script(folder, *arguments, timeout=None, OMP_NUM_THREADS=threads).stdout.splitlines()[-1]

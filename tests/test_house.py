@@ -3,16 +3,16 @@
 import contextlib
 import fcntl
 import io
-import os
 import pickle
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
+from helpers import TINY, weights
 from safetensors.torch import save_file
 
 from shared.report import PAPERS
@@ -20,32 +20,19 @@ from shared.runtime import REPOSITORY
 
 HERE = [paper for paper in PAPERS if (REPOSITORY / paper / "train.py").is_file()]
 
-TINY = {
-    "pin": "--people 8 --images-per-person 6 --test-people 6 --test-images 5 --size 16 --components 20 "
-    "--keep 8 --dae-widths 4 8 --esn-widths 4 8 --hidden 16 --dae-steps 4 --esn-steps 4 "
-    "--recognizer-epochs 1 --save-every 2 --variants pin",
-    "dfgc2022": "--world.train 6 --world.test 4 --world.keys 2 --steps 2 --batch-size 4 --log-every 1 "
-    "--checkpoint-every 1 --members diverse-swin diverse-convnext-0 diverse-convnext-1",
-    "dfl": "--trials dfl --seeds 1 --sweep --clients 3 --per-client 20 --test-images 50 --rounds 2 "
-    "--checkpoint-every 1",
-    "mdrnets": "--size unit --image-size 16 --train-images 12 --test-images 6 --coarse-steps 2 "
-    "--refine-steps 2 --copy-steps 0 --log-every 1 --checkpoint-every 1 --sample-every 100 --data simple "
-    "--variants full --no-unet",
-    "anyface": "--train-faces 40 --test-faces 24 --clip-steps 2 --half-steps 1 --generator-steps 2 "
-    "--wide-steps 0 --judge-steps 2 --steps 2 --batch-size 4 --variants full "
-    "--checkpoint-every 1 --log-every 1",
-    "biphasic_age": "--size unit --image-size 16 --train-images 24 --pictures 3 --test-images 12 "
-    "--scene-images 24 --scene-size 16 --age-width 4 --age-stages 2 --identity-width 4 --guide-steps 2 "
-    "--guide-batch 4 --batch-size 4 --steps 2 --scene-steps 2 --log-every 1 --checkpoint-every 1",
-    "faceswapper": "--size.img-size 32 --size.channel-base 128 --size.max-channels 8 --size.id-dim 8 "
-    "--judge-width 4 --train-people 4 --per-person 2 --judge-people 6 --judge-steps 2 --warmup 1 "
-    "--iterations 2 --ablation-iterations 2 --variants full --checkpoint-every 1 --log-every 1",
-    "most_net": "--variants most --pairs 4 --seeds 1 --extras --artists --steps 2 --batch 2 --save-every 1",
-    "meta_reid": "--steps 20 --people 4 --variants meta --save-every 20",
-    "irisusformer": "--train-images 6 --test-images 4 --batch-size 2 --steps 2 --save-every 1 "
-    "--variants learned --ensemble 1",
+NARROW = {
+    "pin": "--variants pin",
+    "dfgc2022": "--steps 2 --members diverse-swin diverse-convnext-0 diverse-convnext-1",
+    "dfl": "--trials dfl --per-client 20 --rounds 2",
+    "mdrnets": "--data simple --variants full --no-unet --copy-steps 0",
+    "anyface": "--variants full --wide-steps 0",
+    "biphasic_age": "--steps 2 --scene-steps 2",
+    "faceswapper": "--variants full --judge-width 4 --per-person 2 --iterations 2 --checkpoint-every 1",
+    "most_net": "--steps 2 --batch 2 --save-every 1",
+    "meta_reid": "--variants meta --steps 20",
+    "irisusformer": "--variants learned --ensemble 1 --steps 2 --save-every 1",
 }
-"""The smallest run that writes every kind of file."""
+"""What makes a paper's smallest options the smallest run that writes every kind of file."""
 
 TINY_EVAL = {"pin": "--pairs 10 --repeats 1 --queries 5", "faceswapper": "--test-people 6"}
 """What evaluation needs to accept a run so small."""
@@ -68,12 +55,16 @@ def script(paper: str, name: str, *arguments: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
+def smallest(paper: str) -> list[str]:
+    return ["demo", *TINY[paper], *NARROW[paper].split(), "--device", "cpu"]
+
+
 def evaluate(paper: str, folder: Path) -> tuple[int, str, str]:
     return script(paper, "eval.py", "--run", str(folder), *TINY_EVAL.get(paper, "").split())
 
 
 def train(paper: str, folder: Path) -> tuple[int, str, str]:
-    return script(paper, "train.py", "demo", *TINY[paper].split(), "--device", "cpu", "--out", str(folder))
+    return script(paper, "train.py", *smallest(paper), "--out", str(folder))
 
 
 @pytest.fixture(scope="session")
@@ -97,10 +88,6 @@ def trained(tmp_path_factory):
 def copy(trained, tmp_path):
     """paper -> a copy of its tiny run that a test may damage."""
     return lambda paper: Path(shutil.copytree(trained(paper), tmp_path / "run", dirs_exist_ok=True))
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
 @pytest.mark.parametrize("paper", HERE)
@@ -161,31 +148,12 @@ def test_hostile_truncated_and_foreign_checkpoints(paper, copy, tmp_path):
         path.write_bytes(whole)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 200 kB; needs the right to mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount a small disk here; tests/test_runs.py has the libraries' errors")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
 @pytest.mark.parametrize("paper", HERE)
 def test_a_full_disk(paper, small_disk):
     """200 kB hold no paper's checkpoint and pictures, however small; a process of its own, as a user's."""
-    (small_disk / "filler").write_bytes(bytes(120_000))
-    command = [sys.executable, "train.py", "demo", *TINY[paper].split(), "--device", "cpu"]
-    done = subprocess.run(
-        [*command, "--out", str(small_disk / "run")],
-        cwd=REPOSITORY / paper,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        check=False,
-    )
+    disk = small_disk("200k")
+    (disk / "filler").write_bytes(bytes(120_000))
+    done = helpers.script(paper, "train.py", *smallest(paper), "--out", disk / "run")
     assert done.returncode == 2, done.stderr
     assert "error: no space left writing" in done.stderr and "Traceback" not in done.stderr, done.stderr
 

@@ -2,15 +2,11 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import cv2
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -45,21 +41,11 @@ from shared.runtime import UserError
 
 test_set.__test__ = False  # a function of train.py, no test
 SCRIPTS = ["train", "eval", "predict", "export", "cross_database", "recognition", "draw", "bench"]
-FOLDER = Path(__file__).resolve().parent.parent / "irisusformer"
-TINY = ["--train-images", "12", "--test-images", "6", "--batch-size", "2", "--log-every", "1"]
-TINY += ["--variants", "learned", "ce", "--ensemble", "2"]
+TINY = [*helpers.TINY["irisusformer"], "--variants", "learned", "ce", "--ensemble", "2"]
 
 
-def command(script, *arguments):
-    return [sys.executable, f"{script}.py", *map(str, arguments)]
-
-
-def run(script, *arguments, code=0):
-    done = subprocess.run(
-        command(script, *arguments), cwd=FOLDER, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == code, done.stderr[-3000:]
-    return done
+def run(script, *arguments, code=0, **environment):
+    return helpers.script("irisusformer", f"{script}.py", *arguments, code=code, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +70,10 @@ def eyes(tmp_path):
 def test_killed_run_resumes_to_the_same_numbers(trained, tmp_path):
     out = tmp_path / "killed"
     arguments = ["demo", *TINY, "--steps", 12, "--save-every", 4, "--out", out]
-    process = subprocess.Popen(command("train", *arguments), cwd=FOLDER, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (out / "samples" / "step-000004.png").exists():
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    first_picture = out / "samples" / "step-000004.png"
+    helpers.kill_when(first_picture.exists, "irisusformer", *arguments)
     run("train", *arguments)
-    assert (out / "log.jsonl").read_text() == (trained / "log.jsonl").read_text()
-    for name in ("learned", "ce", "ce-1"):
-        mine, its = ((f / "checkpoint" / f"{name}.safetensors").read_bytes() for f in (out, trained))
-        assert mine == its
+    helpers.assert_same_runs(out, trained)
 
 
 def test_eval_prints_claims_and_writes_results(trained):
@@ -314,9 +294,7 @@ def test_cross_database_matrix(tmp_path):
 
 def test_bench_measures_everything_in_one_run(tmp_path):
     options = ["--size", "tiny", "--height", 64, "--width", 64, "--seconds", 0.01]
-    env = {**os.environ, "PAPERS_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    arguments = command("bench", *options, "--no-compile", "--no-onnx")
-    subprocess.run(arguments, cwd=FOLDER, env=env, check=True, capture_output=True, timeout=300)
+    run("bench", *options, "--no-compile", "--no-onnx", PAPERS_RUNS=str(tmp_path))
     rows = {r["network"]: r for r in json.loads((tmp_path / "irisusformer/bench.json").read_text())["rows"]}
     assert {"ours, naive", "ours", "ours, fast_up", "ours, bf16", "U-Net", "IrisParseNet"} <= set(rows)
     assert rows["ours"]["GMACs"] < rows["U-Net"]["GMACs"] < rows["IrisParseNet"]["GMACs"]

@@ -1,14 +1,11 @@
 """MDRNets: training, resume, several processes, evaluation and prediction in miniature."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from PIL import Image
@@ -21,37 +18,16 @@ from mdrnets.inpaint import complete, crop_box, load_model
 from mdrnets.stages import TABLE_A, VARIANTS, plan
 from mdrnets.train import PRESETS, train
 from shared.io import load_config, read_image, write_image
-from shared.runtime import REPOSITORY, UserError
+from shared.runtime import UserError, parse_presets
 
-TINY = (
-    *("--size", "unit", "--image-size", "16", "--train-images", "24", "--test-images", "10"),
-    *("--coarse-steps", "6", "--refine-steps", "4", "--copy-steps", "2", "--log-every", "2"),
-    *("--checkpoint-every", "2", "--sample-every", "4", "--device", "cpu"),
-)
+TINY = (*helpers.TINY["mdrnets"], "--device", "cpu")
 VARIANTS_HERE = ("none", "disentangled", "full", "full+inco2", "disentangled-ema")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-
-
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    """A script from the paper's folder, as a user starts it."""
-    return subprocess.run(
-        [sys.executable, name, *arguments],
-        cwd=REPOSITORY / "mdrnets",
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
+script = partial(helpers.script, "mdrnets")
 
 
 def tiny(**changes):
-    config = replace(
-        PRESETS["demo"], data=("simple",), size="unit", image_size=16, train_images=24, test_images=10,
-        coarse_steps=6, refine_steps=4, copy_steps=0, unet=False, variants=("full",), log_every=2,
-        checkpoint_every=2, sample_every=100, device="cpu",
-    )  # fmt: skip
-    return replace(config, **changes)
+    one = {"data": ("simple",), "variants": ("full",), "copy_steps": 0, "unet": False, "sample_every": 100}
+    return replace(parse_presets(PRESETS, "", ["demo", *TINY]), **one | changes)
 
 
 @pytest.fixture(scope="module")
@@ -100,44 +76,21 @@ def test_oracle_parsing_is_reported(run_folder, capsys):
 def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path):
     arguments = ["demo", *TINY, "--data", "simple", "--variants", "full", "disentangled-ema", "--no-unet"]
     arguments += ["--coarse-steps", "60", "--refine-steps", "60", "--copy-steps", "0"]
-    whole = script("train.py", *arguments, "--out", str(tmp_path / "whole"))
-    assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *arguments, "--out", str(tmp_path / "killed")],
-        cwd=REPOSITORY / "mdrnets",
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    log = tmp_path / "killed" / "log.jsonl"
-    while not log.exists() or log.read_text().count("\n") < 45:  # in the second of three stages
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    again = script("train.py", *arguments, "--out", str(tmp_path / "killed"))
-    assert again.returncode == 0, again.stderr
-    assert log.read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
-    for path in sorted((tmp_path / "whole" / "trained").iterdir()):
-        a, b = load_file(path), load_file(tmp_path / "killed" / "trained" / path.name)
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), path.name
+    script("train.py", *arguments, "--out", tmp_path / "whole", code=0)
+    killed = tmp_path / "killed"
+    # In the second of three stages.
+    middle = partial(helpers.has_logged, killed, 45)
+    helpers.kill_when(middle, "mdrnets", *arguments, "--out", killed)
+    script("train.py", *arguments, "--out", killed, code=0)
+    helpers.assert_same_runs(killed, tmp_path / "whole")
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
     arguments = ["demo", *TINY, "--data", "simple", "--variants", "full", "disentangled-ema", "--no-unet"]
     arguments += ["--copy-steps", "0", "--no-flip"]
     assert script("train.py", *arguments, "--out", str(tmp_path / "one")).returncode == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "train.py", *arguments, "--out", str(tmp_path / "two")],
-        cwd=REPOSITORY / "mdrnets",
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    launcher = helpers.TWO_PROCESSES
+    script("train.py", *arguments, "--out", tmp_path / "two", launcher=launcher, code=0)
     for path in sorted((tmp_path / "one" / "trained").iterdir()):
         a, b = load_file(path), load_file(tmp_path / "two" / "trained" / path.name)
         for key in a:
@@ -402,18 +355,8 @@ def test_exported_file_gives_what_the_network_gives(run_folder, tmp_path, model)
 
 
 def test_bench_compares_fast_and_plain_forms(tmp_path):
-    environment = {**ENVIRONMENT, "PAPERS_RUNS": str(tmp_path)}
     arguments = ["--size", "unit", "--image-size", "32", "--seconds", "0.01", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "bench.py", *arguments],
-        cwd=REPOSITORY / "mdrnets",
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    done = script("bench.py", *arguments, code=0, PAPERS_RUNS=str(tmp_path))
     assert "MREM, forward and backward:" in done.stdout and "x the memory of the plain form" in done.stdout
     rows = json.loads((tmp_path / "mdrnets" / "bench.json").read_text())["rows"]
     assert {row["form"] for row in rows} == {"fast", "plain"}

@@ -1,14 +1,11 @@
 """META: schedules, training, resume, evaluation and search as a user runs them."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,15 +20,9 @@ from meta_reid.walkers import draw
 from shared.io import write_image
 from shared.runtime import UserError
 
-FOLDER = Path(__file__).parents[1] / "meta_reid"
-
 
 def script(name: str, *arguments: str, runs: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PAPERS_RUNS": str(runs), "PYTHONPATH": str(FOLDER.parent)}
-    command = [sys.executable, name, *arguments]
-    return subprocess.run(
-        command, cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    return helpers.script("meta_reid", name, *arguments, PAPERS_RUNS=str(runs))
 
 
 def test_schedule():
@@ -85,34 +76,11 @@ def small(**changes):
 
 def test_a_killed_run_continues_to_the_same_weights_and_log(tmp_path):
     whole = train(small(variants=("meta", "baseline"), out=tmp_path / "whole"))
-    arguments = [
-        "--seeds",
-        "1",
-        "--steps",
-        "40",
-        "--save-every",
-        "20",
-        "--people",
-        "4",
-        "--device",
-        "cpu",
-        "--variants",
-        "meta",
-        "baseline",
-    ]
-    command = [sys.executable, "train.py", "demo", *arguments, "--out", str(tmp_path / "killed")]
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent)}
-    running = subprocess.Popen(command, cwd=FOLDER, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 90
-    while not (tmp_path / "killed" / "checkpoint").is_dir() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    killed = train(small(variants=("meta", "baseline"), out=tmp_path / "killed"))
-    assert (killed / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
-    for name in ("meta-0", "baseline-0"):
-        a, b = (load_file(run / "checkpoint" / f"{name}.safetensors") for run in (whole, killed))
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    killed = tmp_path / "killed"
+    arguments = ["demo", *helpers.TINY["meta_reid"], "--variants", "meta", "baseline", "--device", "cpu"]
+    helpers.kill_when((killed / "checkpoint").is_dir, "meta_reid", *arguments, "--out", killed)
+    train(small(variants=("meta", "baseline"), out=killed))
+    helpers.assert_same_runs(killed, whole)
 
 
 def test_train_evaluate_and_search_from_the_folder(tmp_path):

@@ -1,12 +1,10 @@
 """MOST-Net: training, resume after a kill, evaluation, prediction and teaching a new artist."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -45,36 +43,6 @@ def tiny(out: Path, **changes) -> Config:
     return replace(PRESETS["demo"], preset="demo", **settings | changes)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted((folder / "checkpoint").glob("*.safetensors"))
-    return {f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()}
-
-
-def assert_same_runs(first: Path, second: Path) -> None:
-    assert (first / "log.jsonl").read_text() == (second / "log.jsonl").read_text()
-    a, b = weights(first), weights(second)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from shared.io import Run
-from test_most_net_runs import tiny, train, EVERYTHING
-torch.set_num_threads(1)
-saves = 0
-whole = Run.save
-def save(self, *arguments):
-    global saves
-    whole(self, *arguments)
-    saves += 1
-    if saves == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-Run.save = save
-train(tiny(Path(sys.argv[1]), **EVERYTHING))
-"""
 EVERYTHING = {
     "variants": ("none", "most"),
     "extras": ("unet",),
@@ -96,31 +64,21 @@ def test_killed_and_resumed_run_is_the_same(tmp_path, saves):
     torch.set_num_threads(1)
     config = tiny(tmp_path / "whole", **EVERYTHING)
     train(config)
-    paths = os.pathsep.join([str(FOLDER.parent), str(Path(__file__).parent)])
-    environment = os.environ | {"PYTHONPATH": paths}
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(saves)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == -9, done.stderr
+    program = (
+        "from pathlib import Path\n"
+        "from test_most_net_runs import EVERYTHING, tiny, train\n"
+        "train(tiny(Path(sys.argv[2]), **EVERYTHING))"
+    )
+    helpers.die_after(saves, program, tmp_path / "killed")
     before = (tmp_path / "killed/log.jsonl").read_text()
     train(tiny(tmp_path / "killed", **EVERYTHING))
     assert len((tmp_path / "killed/log.jsonl").read_text()) > len(before)
-    assert_same_runs(tmp_path / "whole", tmp_path / "killed")
+    helpers.assert_same_runs(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_scripts_from_their_folder(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent), "PAPERS_RUNS": str(tmp_path)}
-
     def script(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=FOLDER,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return helpers.script("most_net", *arguments, code=0, PAPERS_RUNS=str(tmp_path)).stdout
 
     small = "--variants none most --pairs 4 8 --seeds 1 --steps 3 --artist-pairs 3 --artist-steps 3 --batch 2"
     folder = Path(script("train.py", "demo", "--device", "cpu", *small.split()).splitlines()[-1])
@@ -384,16 +342,10 @@ def test_learning_an_artist_recalls_its_features():
 
 @pytest.mark.slow
 def test_two_processes_write_one_memory(tmp_path):
-    settings = "--pairs 4 --seeds 1 --variants most --extras --artists --steps 4 --batch 4 --device cpu"
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(FOLDER / "train.py"), "demo"]
-    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent), "PAPERS_RUNS": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, *command, *settings.split()],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    settings = [*helpers.TINY["most_net"], "--steps", 4, "--batch", 4, "--device", "cpu"]
+    launcher = helpers.TWO_PROCESSES
+    helpers.script(
+        "most_net", "train.py", "demo", *settings, launcher=launcher, code=0, PAPERS_RUNS=str(tmp_path)
     )
-    assert done.returncode == 0, done.stderr
     state = load_file(tmp_path / "most_net/demo-0/checkpoint/most-4-0.safetensors")
     assert state["memories.0.usage"].sum() == 4 * 4 * 256  # steps * pairs * positions, of both processes

@@ -1,20 +1,14 @@
 """PIN: the scripts as a user runs them, resume after a kill, and what they say about mistakes."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
+import helpers
 import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import pin
 from pin.ais import AISEncoder, AISSelection
 from pin.basis import load_basis
 from pin.eval import Options as Evaluation
@@ -29,48 +23,11 @@ from pin.train import PRESETS, train
 from shared.io import write_image
 from shared.runtime import UserError, parse_presets
 
-FOLDER = Path(pin.__file__).parent
-TINY = [
-    *(
-        "--people",
-        "8",
-        "--images-per-person",
-        "6",
-        "--test-people",
-        "6",
-        "--test-images",
-        "5",
-        "--size",
-        "16",
-    ),
-    *(
-        "--components",
-        "20",
-        "--keep",
-        "8",
-        "--dae-widths",
-        "4",
-        "8",
-        "--esn-widths",
-        "4",
-        "8",
-        "--hidden",
-        "16",
-    ),
-    *("--dae-steps", "6", "--esn-steps", "6", "--recognizer-epochs", "2", "--save-every", "2"),
-]
+TINY = helpers.TINY["pin"]
 
 
-def script(name: str, *arguments: str, check: int = 0) -> str:
-    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
-    done = subprocess.run(
-        [sys.executable, f"{name}.py", *map(str, arguments)],
-        cwd=FOLDER,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == check, done.stdout + done.stderr
+def script(name: str, *arguments: object, check: int = 0) -> str:
+    done = helpers.script("pin", f"{name}.py", *arguments, code=check)
     return done.stdout if check == 0 else done.stderr
 
 
@@ -91,18 +48,13 @@ def test_a_trained_run_is_skipped_stage_by_stage(run):
 
 def test_a_killed_run_ends_the_same(run, tmp_path):
     out = tmp_path / "killed"
-    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
-    command = [sys.executable, "train.py", "demo", *TINY, "--out", str(out)]
-    process = subprocess.Popen(command, cwd=FOLDER, env=environment, stdout=subprocess.DEVNULL)
-    while not (out / "log.jsonl").exists() or "esn-pin" not in (out / "log.jsonl").read_text():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+
+    def last_network() -> bool:
+        return helpers.has_logged(out, 1) and "esn-pin" in (out / "log.jsonl").read_text()
+
+    helpers.kill_when(last_network, "pin", "demo", *TINY, "--out", out)
     script("train", "demo", *TINY, "--out", out)
-    assert (out / "log.jsonl").read_text() == (run / "log.jsonl").read_text()
-    for path in (run / "checkpoint").glob("*.safetensors"):
-        assert path.read_bytes() == (out / "checkpoint" / path.name).read_bytes(), path.name
+    helpers.assert_same_runs(out, run)
 
 
 def test_evaluation_and_results(run):

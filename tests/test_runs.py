@@ -201,22 +201,10 @@ def test_checkpoint_of_another_model(tmp_path):
         load_weights(tmp_path, {"model": nn.Linear(5, 1)})
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MB; needs the right to mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount a small disk here; the next test uses the libraries' errors")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
 @pytest.mark.parametrize("where", ["weights", "state"])
 def test_a_full_disk_keeps_the_last_checkpoint(small_disk, capsys, where):
     large = nn.Linear(1000, 1000)
-    save_over_the_last(small_disk / "run", *((large, None) if where == "weights" else (None, large)))
+    save_over_the_last(small_disk("3m") / "run", *((large, None) if where == "weights" else (None, large)))
     assert "error: no space left writing" in capsys.readouterr().err
 
 
