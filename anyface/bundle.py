@@ -27,7 +27,7 @@ from anyface.clip import (
 from anyface.model import FlatMapper, Memory, Stream
 from anyface.stylegan2 import Generator
 from anyface.weights import load_clip, load_generator, load_memory, load_release
-from shared.io import find_run, load_safetensors
+from shared.io import find_run, load_safetensors, save_safetensors
 from shared.records import write_json
 from shared.runtime import UserError
 
@@ -114,8 +114,7 @@ def save_model(folder: Path, model: Model) -> None:
     record["tokenizer"] = tokenizer_settings(model.tokenizer)
     for name, part in parts.items():
         if part is not None and name not in model.files:
-            weights = {k: v.detach().cpu().contiguous().clone() for k, v in part.state_dict().items()}
-            save_file(weights, folder / f"{name}.safetensors")
+            save_safetensors(folder / f"{name}.safetensors", part)
     save_file({"mean": model.mean.detach().cpu().contiguous()}, folder / "mean.safetensors")
     # Last, so that a folder with it is whole.
     write_json(folder / "model.json", record)

@@ -7,16 +7,14 @@ generator.onnx: `codes` -> `picture` (1, 3, S, S), about [-1, 1], with the store
 compared with its network before it is kept.
 """
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from anyface.bundle import Model, load_model, save_model
+from shared.onnxfile import keep_if_close, run_onnx, write_onnx
 from shared.runtime import UserError, parse, run_main
 
 TOLERANCE = 1e-3
@@ -66,27 +64,21 @@ class ClipText(nn.Module):
         return self.clip.encode_text(tokens)
 
 
-def write_onnx(module: nn.Module, example: Tensor, path: Path, names: tuple[str, str]) -> float:
+def write_part(module: nn.Module, example: Tensor, path: Path, names: tuple[str, str]) -> float:
     """A network with fixed shapes as ONNX; returns its relative difference. UserError when too large."""
     module = module.eval()
     # The fused attention of nn.TransformerEncoderLayer has no ONNX form.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                module, (example,), str(path), input_names=[names[0]], output_names=[names[1]], dynamo=False
-            )
+        write_onnx(module, (example,), path, [names[0]], [names[1]])
+        with torch.no_grad():
             wanted = module(example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    made = torch.from_numpy(session.run(None, {names[0]: np.asarray(example)})[0])
+    (made,) = run_onnx(path, **{names[0]: example})
     difference = ((made - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)).item()
-    if difference > TOLERANCE:
-        path.unlink()
-        raise UserError(f"{path}: differs from the network by {difference:.1e} of its range; not kept")
+    keep_if_close(path, difference, TOLERANCE)
     return difference
 
 
@@ -103,7 +95,7 @@ def export(model: Model, folder: Path) -> dict[str, float]:
         "text.onnx": (TextStream(model.text), feature, ("feature", "codes")),
         "generator.onnx": (Painter(model.painter), _codes(model, feature), ("codes", "picture")),
     }
-    found = {name: write_onnx(part, x, folder / name, io) for name, (part, x, io) in parts.items()}
+    found = {name: write_part(part, x, folder / name, io) for name, (part, x, io) in parts.items()}
     save_model(folder / "model", model)
     return found
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anyface import parts
@@ -16,7 +15,7 @@ from anyface.losses import BEHAVIOUR, Behaviour
 from anyface.model import Stream, load_official
 from anyface.stylegan2 import Generator
 from anyface.weights import load_clip, load_generator
-from shared.io import load_safetensors
+from shared.io import load_safetensors, save_safetensors
 from shared.runtime import UserError
 
 if TYPE_CHECKING:
@@ -180,15 +179,9 @@ def stage_file(folder: Path, label: str, network: str | None = None) -> Path:
 
 
 def save_stage(folder: Path, stage: Stage, models: dict[str, nn.Module]) -> None:
-    """Weights of a finished stage, through temporary names."""
+    """Weights of a finished stage."""
     for network, model in models.items():
-        path = stage_file(folder, stage.label, None if stage.part else network)
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".part")
-        save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, temporary
-        )
-        temporary.replace(path)
+        save_safetensors(stage_file(folder, stage.label, None if stage.part else network), model)
 
 
 def load_streams(config: "Config", folder: Path, constants: Constants, stage: Stage) -> tuple[Stream, Stream]:

@@ -21,8 +21,8 @@ from biphasic_age.data import (
 )
 from biphasic_age.judges import AgeJudge, IdentityJudge, OnnxJudge, load_judge, train_judges
 from biphasic_age.layouts import CLASSES
-from biphasic_age.stages import save_weights
 from shared import metrics as shared_metrics
+from shared.io import save_safetensors
 from shared.runtime import UserError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def open_judges(
         networks = {name: net.to(device) for name, net in networks.items()}
         train_judges(networks, teachers(), settings.judge_steps, settings.judge_batch, device, JUDGE_SEED)
         for name, net in networks.items():
-            save_weights(net, paths[name])
+            save_safetensors(paths[name], net)
     trained = networks.get("age")
     age = trained or OnnxJudge(settings.age_judge, embeds=False)
     identity = networks.get("identity") or OnnxJudge(settings.identity_judge, embeds=True)

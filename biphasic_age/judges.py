@@ -9,13 +9,13 @@ on real test faces stand beside every number. Absolute values cannot be compared
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biphasic_age.data import FaceSet, TrainSet
 from shared.io import load_safetensors, progress
+from shared.onnxfile import open_onnx
 from shared.runtime import StepBatches, UserError
 
 
@@ -104,12 +104,7 @@ class OnnxJudge(nn.Module):
 
     def __init__(self, path: Path, embeds: bool):
         super().__init__()
-        if not path.is_file():
-            raise UserError(f"judge: no file {path}")
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions have no common base of their own
-            raise UserError(f"{path}: not an ONNX network ({str(error).splitlines()[0]})") from None
+        self.session = open_onnx(path)
         entry = self.session.get_inputs()[0]
         if len(entry.shape) != 4 or (isinstance(entry.shape[1], int) and entry.shape[1] != 3):
             raise UserError(f"{path}: expected an input (N, 3, H, W), found {entry.shape}")

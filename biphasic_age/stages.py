@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from biphasic_age.ages import AgeScale
@@ -180,14 +179,6 @@ def guide_file(folder: Path, stage: Stage, name: str) -> Path:
 def about_file(folder: Path, data: str) -> Path:
     """What a run notes of its training faces: their ages and where their eyes are."""
     return folder / "trained" / f"{data}-about.json"
-
-
-def save_weights(net: nn.Module, path: Path) -> None:
-    """Weights of a network, through a temporary name."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".part")
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}, temporary)
-    temporary.replace(path)
 
 
 @torch.no_grad()

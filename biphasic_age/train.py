@@ -36,11 +36,10 @@ from biphasic_age.stages import (
     people_in,
     plan,
     save_about,
-    save_weights,
     stage_file,
     weights_of,
 )
-from shared.io import Run, load_weights, progress
+from shared.io import Run, load_weights, progress, save_safetensors
 from shared.loop import Position, average_gradients, follow
 from shared.runtime import (
     RunConfig,
@@ -377,7 +376,7 @@ def train(config: Config) -> Path:
             trained = {stage_file(run.folder, stage): train_variant(*arguments)}
         if accelerator.is_main_process:
             for path, network in trained.items():
-                save_weights(network, path)
+                save_safetensors(path, network)
         accelerator.wait_for_everyone()
         position.next_stage()
         run.save({}, {"position": position}, {"stage": stage.label, "step": stage.steps})

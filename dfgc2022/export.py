@@ -4,12 +4,10 @@ python export.py --out detector.onnx
 python export.py --official swin_large_patch4_window12_384_in22k --weights swin_40.pth --out swin.onnx
 """
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from dfgc2022.model import OFFICIAL, detector, fake_probability, load_official
 from dfgc2022.train import Config as TrainConfig
 from dfgc2022.train import load_members
 from shared.io import find_run, load_config
+from shared.onnxfile import keep_if_close, run_onnx, write_onnx
 from shared.runtime import UserError, parse, run_main
 
 TOLERANCE = 1e-3
@@ -59,27 +58,11 @@ def export(network: nn.Module, normalise: tuple, size: int, path: Path) -> float
     """
     module = Probability(network, *normalise).eval()
     crops = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0)) * 255
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        # The number of classes is a constant of the network, whatever the tracer fears.
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the exporter that needs no further package
-        torch.onnx.export(
-            module,
-            (crops[:2],),
-            path,
-            input_names=["crops"],
-            output_names=["probability"],
-            dynamic_axes={"crops": {0: "batch"}, "probability": {0: "batch"}},
-            dynamo=False,
-        )
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"crops": crops.numpy()})
+    write_onnx(module, (crops[:2],), path, ["crops"], ["probability"], free={0: "batch"})
+    (found,) = run_onnx(path, crops=crops)
     with torch.no_grad():
-        gap = float((torch.from_numpy(found) - module(crops)).abs().max())
-    if gap > TOLERANCE:
-        path.unlink()
-        raise UserError(f"{path}: ONNX and PyTorch differ by {gap:.2g}; not written")
+        gap = float((found - module(crops)).abs().max())
+    keep_if_close(path, gap, TOLERANCE)
     return gap
 
 

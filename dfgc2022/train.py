@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -33,7 +32,7 @@ from dfgc2022.recipe import (
     validation_loss,
 )
 from dfgc2022.world import Size
-from shared.io import Run, image_grid, load_safetensors, progress
+from shared.io import Run, image_grid, load_safetensors, progress, save_safetensors
 from shared.loop import Standing
 from shared.runtime import (
     RunConfig,
@@ -218,15 +217,6 @@ def member_path(folder: Path, name: str) -> Path:
     return folder / "members" / f"{name}.safetensors"
 
 
-def save_member(path: Path, network: nn.Module) -> None:
-    """Weights under their official names, through a temporary name."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".part")
-    state = network.state_dict()
-    save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, temporary)
-    temporary.replace(path)
-
-
 def train(config: Config) -> Path:
     """Train all members of `config`; returns the run folder. Continues a run that was interrupted."""
     members = plan(config)
@@ -331,7 +321,7 @@ def train_member(
             _validate(name, network, held_out, entry, size, run, offset + step, position, device)
         epoch, rest = divmod(step, epoch_steps)
         if rest == 0 and config.keep_every and (epoch - 1) % config.keep_every == 0 and run.is_main:
-            save_member(member_path(run.folder, f"{name}-epoch{epoch - 1}"), network)
+            save_safetensors(member_path(run.folder, f"{name}-epoch{epoch - 1}"), network)
         if step % config.checkpoint_every == 0 and step < steps:
             position.step = step
             position.state = {
@@ -341,7 +331,7 @@ def train_member(
             }
             run.save({}, {"position": position}, {"member": name, "step": step})
     if run.is_main and position.best == float("inf"):
-        save_member(member_path(run.folder, name), network)
+        save_safetensors(member_path(run.folder, name), network)
     position.next_member()
     run.save({}, {"position": position}, {"member": name, "step": steps})
 
@@ -362,7 +352,7 @@ def _validate(
     if loss < position.best:
         position.best = loss
         if run.is_main:
-            save_member(member_path(run.folder, name), network)
+            save_safetensors(member_path(run.folder, name), network)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,9 @@ and `mask` (1, 1, S, S) with 1 = background. Output: `swap` (1, 3, S, S). The fi
 network before it is kept.
 """
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +15,8 @@ from faceswapper.blocks import fold
 from faceswapper.model import Generator, load_official
 from faceswapper.predict import of_run
 from shared.io import find_run
-from shared.runtime import UserError, parse, run_main
+from shared.onnxfile import keep_if_close, run_onnx, write_onnx
+from shared.runtime import parse, run_main
 
 TOLERANCE = 1e-3
 """Largest difference to the network that an exported file may have."""
@@ -57,30 +56,15 @@ def example(size: int, seed: int = 0) -> tuple[Tensor, ...]:
     return source * 2 - 1, target * 2 - 1, drawn, mask
 
 
-def run_file(path: Path, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Output of an exported file on the CPU."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    named = {name: value.numpy() for name, value in zip(INPUTS, inputs, strict=True)}
-    return torch.from_numpy(session.run(None, named)[0])
-
-
 @torch.no_grad()
 def export(generator: Generator, path: Path) -> float:
     """Write the file and return its largest difference to the network. UserError when that is too large."""
     module, size = OneSwap(generator), generator.size.img_size
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", message="Constant folding")
-        torch.onnx.export(
-            module, example(size), str(path), input_names=INPUTS, output_names=["swap"], dynamo=False
-        )
+    write_onnx(module, example(size), path, INPUTS, ["swap"])
     check = example(size, seed=1)
-    difference = (run_file(path, check) - module(*check)).abs().max().item()
-    if not difference <= TOLERANCE:
-        path.unlink()
-        raise UserError(f"{path}: differed from the network by {difference:.2g}, more than {TOLERANCE:g}")
+    (found,) = run_onnx(path, **dict(zip(INPUTS, check, strict=True)))
+    difference = (found - module(*check)).abs().max().item()
+    keep_if_close(path, difference, TOLERANCE)
     return difference
 
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from shared.metrics import psnr, ssim
+from shared.onnxfile import open_onnx
 from shared.runtime import UserError
 
 EYES = ((60, 68), (68, 76))
@@ -30,12 +30,7 @@ class OnnxNetwork:
     """
 
     def __init__(self, path: Path, side: int = 112, scale: float = 1.0, shift: float = 0.0):
-        if not path.is_file():
-            raise UserError(f"no network {path}; give an ONNX file")
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's errors have no common base but Exception
-            raise UserError(f"{path}: damaged or not an ONNX network ({error})") from None
+        self.session = open_onnx(path)
         entry = self.session.get_inputs()[0]
         if len(entry.shape) != 4:
             raise UserError(f"{path}: its input has shape {entry.shape}, expected pictures (B, 3, S, S)")

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from irisusformer.baselines import IrisParseNet, UNet
 from irisusformer.data import EyeWorld
-from irisusformer.export import export, quantize, session
+from irisusformer.export import export, quantize
 from irisusformer.losses import objective
 from irisusformer.model import IrisUsformer, fold_batch_norm
 from irisusformer.naive import naive
 from irisusformer.train import PAPER
 from shared.bench import count_macs, count_parameters, peak_memory, report, throughput
 from shared.io import progress
+from shared.onnxfile import open_onnx
 from shared.runtime import parse, pick_device, run_main, seed_everything
 
 
@@ -100,7 +101,7 @@ def onnx_calls(model: IrisUsformer, image: Tensor, folder: Path) -> dict[str, Ca
     array = image.cpu().contiguous().numpy()
     calls = {}
     for name in ("fp32", "int8"):
-        run = session(folder / f"{name}.onnx", torch.get_num_threads()).run
+        run = open_onnx(folder / f"{name}.onnx", torch.get_num_threads()).run
         calls[f"ours, ONNX Runtime {name}"] = lambda run=run: run(None, {"image": array})
     return calls
 

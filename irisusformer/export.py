@@ -9,18 +9,17 @@ The graph takes `image` (B, 3, H, W) float32, RGB in [0, 1], at least 17x17, and
 
 import copy
 import logging
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from irisusformer.data import EyeWorld
 from irisusformer.model import IrisUsformer, fold_batch_norm, readout
 from irisusformer.predict import load_network
+from shared.onnxfile import run_onnx, write_onnx
 from shared.published import format_table
 from shared.runtime import UserError, parse, run_main
 
@@ -61,28 +60,11 @@ class Readout(nn.Module):
 def export(model: IrisUsformer, path: Path, height: int = 96, width: int = 128) -> Readout:
     """Write the ONNX file; returns the module that it must agree with."""
     graph = Readout(fold_batch_norm(copy.deepcopy(model).cpu())).eval()
-    axes = {name: {0: "batch", 2: "height", 3: "width"} for name in ("image", *graph.names)}
-    with warnings.catch_warnings():
-        # The exporter that follows dynamic sizes through padding and cropping is the older one.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(
-            graph,
-            (torch.rand(1, 3, height - 3, width - 5),),
-            str(path),
-            input_names=["image"],
-            output_names=graph.names,
-            dynamic_axes=axes,
-            opset_version=17,
-            dynamo=False,
-        )
+    example = (torch.rand(1, 3, height - 3, width - 5),)
+    free = {0: "batch", 2: "height", 3: "width"}
+    # The older exporter is also the one that follows dynamic sizes through padding and cropping.
+    write_onnx(graph, example, path, ["image"], graph.names, free, opset=17)
     return graph
-
-
-def session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """The file in ONNX Runtime on the CPU; threads 0: as many as it likes."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def largest_difference(graph: Readout, path: Path, shape: tuple[int, ...]) -> float:
@@ -90,8 +72,8 @@ def largest_difference(graph: Readout, path: Path, shape: tuple[int, ...]) -> fl
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = graph(image)
-    found = session(path).run(None, {"image": image.numpy()})
-    return max(float(np.abs(e.numpy() - f).max()) for e, f in zip(expected, found, strict=True))
+    found = run_onnx(path, image=image)
+    return max(float((e - f).abs().max()) for e, f in zip(expected, found, strict=True))
 
 
 def quantize(path: Path, target: Path, images: np.ndarray) -> None:
@@ -128,7 +110,6 @@ def main() -> None:
     if config.output.suffix != ".onnx":
         raise UserError(f"--output {config.output}: the file must end in .onnx")
     model, _ = load_network(config.run, config.network, config.weights)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     graph = export(model, config.output)
     rows = [["x".join(map(str, shape)), largest_difference(graph, config.output, shape)] for shape in CHECKED]
     print(format_table(["input", "largest difference to PyTorch"], rows))
@@ -139,9 +120,9 @@ def main() -> None:
         target = config.output.with_suffix(".int8.onnx")
         quantize(config.output, target, eyes)
         full, eight = (
-            session(file).run(["prob"], {"image": eyes[:4]})[0] for file in (config.output, target)
+            run_onnx(file, image=torch.from_numpy(eyes[:4]))[0] for file in (config.output, target)
         )
-        changed = float(((full >= 0.5) != (eight >= 0.5)).mean())
+        changed = float(((full >= 0.5) != (eight >= 0.5)).float().mean())
         print(f"int8: {100 * changed:.2f} % of the mask's pixels differ from the fp32 file's")
         print(target)
     print(config.output)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from mdrnets.baselines import UNet
@@ -107,14 +106,6 @@ def prepare(stage: Stage, config: "Config", folder: Path, parts: int) -> nn.Modu
         load_safetensors(stage_file(folder, replace(stage, name="coarse")), start)
         net.coarse, net.parser = start.coarse.requires_grad_(False), start.parser.requires_grad_(False)
     return net
-
-
-def save_stage(net: nn.Module, path: Path) -> None:
-    """Weights of a finished stage, through a temporary name."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".part")
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items()}, temporary)
-    temporary.replace(path)
 
 
 @torch.no_grad()

@@ -26,8 +26,8 @@ from mdrnets.memory import Addressing, Routing, Update
 from mdrnets.model import Discriminator, MDRNet, Order, SizeName
 from mdrnets.objective import coarse_losses, feature_network, needs_features, refine_losses, unet_losses
 from mdrnets.parser import ParserKind, TinyParser, parts_on_grid
-from mdrnets.stages import TABLE_A, VARIANTS, Stage, learn_faces, plan, prepare, save_stage, stage_file
-from shared.io import Run, load_weights, progress
+from mdrnets.stages import TABLE_A, VARIANTS, Stage, learn_faces, plan, prepare, stage_file
+from shared.io import Run, load_weights, progress, save_safetensors
 from shared.loop import Position, average_gradients
 from shared.records import write_json
 from shared.runtime import (
@@ -347,7 +347,7 @@ def train(config: Config) -> Path:
             pictures = open_pictures(config, stage.data, "train", stage.seed)
         net = train_stage(stage, config, accelerator, run, position, pictures)
         if accelerator.is_main_process:
-            save_stage(net, stage_file(run.folder, stage))
+            save_safetensors(stage_file(run.folder, stage), net)
         accelerator.wait_for_everyone()
         position.next_stage()
         run.save({}, {"position": position}, {"stage": stage.label, "step": stage.steps})

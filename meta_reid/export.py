@@ -7,7 +7,6 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from meta_reid.aggregation import Aggregation
 from meta_reid.model import META
 from meta_reid.predict import Options as PredictOptions
 from meta_reid.predict import load_model
+from shared.onnxfile import keep_if_close, run_onnx, write_onnx
 from shared.runtime import UserError, parse, run_main
 
 
@@ -56,27 +56,17 @@ def export(model: META, size: tuple[int, int], path: Path, mode: Aggregation | N
     embedding = Embedding(model, mode).eval()
     example, images = torch.rand(2, 3, *size) * 255, torch.rand(3, 3, *size) * 255
     with torch.no_grad(), warnings.catch_warnings():
-        # Both exporters warn of their successors, and of sizes that are constants here on purpose.
+        # TorchScript warns of its successor, and of sizes that are constants here on purpose.
         warnings.simplefilter("ignore")
         if path.suffix == ".pt":
             torch.jit.save(torch.jit.trace(embedding, example, check_trace=False), str(path))
             found = torch.jit.load(str(path))(images)
         else:
-            torch.onnx.export(
-                embedding,
-                (example,),
-                str(path),
-                dynamo=False,
-                input_names=["images"],
-                output_names=["embedding"],
-                dynamic_axes={"images": {0: "batch"}, "embedding": {0: "batch"}},
-            )
-            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-            found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+            write_onnx(embedding, (example,), path, ["images"], ["embedding"], free={0: "batch"})
+            (found,) = run_onnx(path, images=images)
         expected = embedding.eval()(images)
     gap = float((expected - found).abs().max())
-    if gap > 1e-3 * float(expected.abs().max()):
-        raise UserError(f"{path}: the exported network differs by {gap:.3g}; this PyTorch cannot trace it")
+    keep_if_close(path, gap, 1e-3 * float(expected.abs().max()))
     return gap
 
 

@@ -1,6 +1,5 @@
 """Export DAE, ESN and projection as one ONNX file, to put in front of any recogniser."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +8,7 @@ import torch
 
 from pin.predict import Options as Purify
 from pin.predict import load_defense
+from shared.onnxfile import write_onnx
 from shared.runtime import parse, run_main
 
 
@@ -31,20 +31,9 @@ def export(options: Options) -> Path:
     purify = Purify(images=(), run=options.run, variant=options.variant, mode=options.mode)
     defense, _ = load_defense(purify, torch.device("cpu"))
     side = round(defense.basis.size[0] ** 0.5)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        # The older exporter keeps the batch free; the check of the image size that it warns of is fixed
-        # rightly.
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            defense,
-            (torch.zeros(2, 1, side, side),),
-            str(options.output),
-            input_names=["x"],
-            output_names=["purified"],
-            dynamic_axes={"x": {0: "batch"}, "purified": {0: "batch"}},
-            dynamo=False,
-        )
+    # The check of the image's size becomes a constant, rightly.
+    example = (torch.zeros(2, 1, side, side),)
+    write_onnx(defense, example, options.output, ["x"], ["purified"], free={0: "batch"})
     return options.output
 
 

@@ -2,10 +2,13 @@
 `shared/irse.py`), and what fits PIN's images to them."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from shared.onnxfile import open_onnx
 
 
 class MFM(nn.Module):
@@ -181,10 +184,8 @@ class OnnxRecognizer:
     path: model with one image input (N, C, H, W) in [-1, 1]; the grey channel is repeated when C = 3.
     """
 
-    def __init__(self, path):
-        import onnxruntime
-
-        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    def __init__(self, path: Path):
+        self.session = open_onnx(path)
         self.input = self.session.get_inputs()[0]
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -319,6 +319,14 @@ def load_safetensors(path: Path, module: nn.Module) -> None:
     load_state(module, state, path, prefixes=())
 
 
+def save_safetensors(path: Path, module: nn.Module) -> None:
+    """A module's weights as a safetensors file, through a temporary name; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    save_file(_detached(module), temporary)
+    temporary.replace(path)
+
+
 def _checkpoint(folder: Path) -> Path | None:
     # Between the two renames of `save` only checkpoint.old has the former, still valid, state.
     for name in ("checkpoint", "checkpoint.old"):

@@ -1,13 +1,11 @@
 """AnyFace in use: faces from captions, inversion, editing, sheets, bad input, export, bias report."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
+import helpers
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -25,7 +23,8 @@ from anyface.gallery import grid, write_page
 from anyface.model import Stream
 from anyface.parts import small_clip, small_generator
 from shared.io import write_image
-from shared.runtime import REPOSITORY, UserError, parse
+from shared.onnxfile import run_onnx
+from shared.runtime import UserError, parse
 
 SYNTHETIC = "trainedAlgorithmicMedia"
 
@@ -57,16 +56,7 @@ def folder(tmp_path_factory) -> Path:
 
 def call(script: str, *arguments, expect: int = 0) -> subprocess.CompletedProcess:
     """A script of the paper's folder, from there, as a user calls it."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, script, *map(str, arguments)],
-        cwd=REPOSITORY / "anyface",
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
+    done = helpers.script("anyface", script, *arguments, code=expect)
     assert expect != 2 or "Traceback" not in done.stderr
     return done
 
@@ -359,14 +349,10 @@ def test_export_computes_the_same(tmp_path, model):
     assert set(found) == {"clip_text.onnx", "text.onnx", "generator.onnx"}
     assert max(found.values()) < export.TOLERANCE
 
-    def run(name, key, value):
-        session = onnxruntime.InferenceSession(str(tmp_path / name), providers=["CPUExecutionProvider"])
-        return session.run(None, {key: value})[0]
-
     caption = "someone who has long hair and a hat"
-    feature = run("clip_text.onnx", "tokens", model.tokenizer([caption]).numpy())
-    codes = run("text.onnx", "feature", feature)
-    picture = torch.from_numpy(run("generator.onnx", "codes", codes))
+    (feature,) = run_onnx(tmp_path / "clip_text.onnx", tokens=model.tokenizer([caption]))
+    (codes,) = run_onnx(tmp_path / "text.onnx", feature=feature)
+    (picture,) = run_onnx(tmp_path / "generator.onnx", codes=codes)
     wanted = model.paint(model.codes([caption]))
     assert torch.allclose(picture, wanted, atol=1e-3)
     assert torch.equal(load_model(tmp_path / "model").codes([caption]), model.codes([caption]))

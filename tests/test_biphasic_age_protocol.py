@@ -166,7 +166,7 @@ def test_an_estimator_of_the_user(tmp_path):
         OnnxJudge(tmp_path / "age.onnx", True)(images)
     with pytest.raises(UserError, match="one age per picture"):
         OnnxJudge(tmp_path / "id.onnx", False)(images)
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="none.onnx: no such file"):
         OnnxJudge(tmp_path / "none.onnx", False)
     (tmp_path / "bad.onnx").write_text("no network")
     with pytest.raises(UserError, match="not an ONNX network"):

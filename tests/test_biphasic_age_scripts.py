@@ -1,10 +1,9 @@
 """Biphasic face ageing: predict.py, parse.py, augment.py and bench.py as a user calls them."""
 
 import json
-import os
 import subprocess
-import sys
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -13,9 +12,7 @@ from PIL import Image
 from biphasic_age import augment, bench, parse, predict
 from biphasic_age.data import drawn_faces
 from shared.io import SYNTHETIC_SOURCE, read_image, write_image
-from shared.runtime import REPOSITORY, UserError
-
-ROOM = REPOSITORY / "biphasic_age"
+from shared.runtime import UserError
 
 
 def portrait(size: int, seed: int = 11) -> torch.Tensor:
@@ -24,17 +21,8 @@ def portrait(size: int, seed: int = 11) -> torch.Tensor:
 
 
 def call(script: str, *arguments: str, runs=None) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    if runs is not None:
-        environment["PAPERS_RUNS"] = str(runs)
-    return subprocess.run(
-        [sys.executable, script, *arguments],
-        cwd=ROOM,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {} if runs is None else {"PAPERS_RUNS": str(runs)}
+    return helpers.script("biphasic_age", script, *arguments, **environment)
 
 
 @pytest.fixture(scope="module")

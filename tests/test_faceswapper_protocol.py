@@ -312,7 +312,7 @@ def test_published_rows_say_where_they_come_from():
 
 
 def test_messages_of_plugged_in_networks(tmp_path, pictures, recogniser):
-    with pytest.raises(UserError, match="no network"):
+    with pytest.raises(UserError, match="gone.onnx: no such file"):
         protocol.OnnxNetwork(tmp_path / "gone.onnx")
     (tmp_path / "odd.onnx").write_bytes(b"odd")
     with pytest.raises(UserError, match="not an ONNX network"):

@@ -3,9 +3,9 @@
 import csv
 import json
 import subprocess
-import sys
 
 import cv2
+import helpers
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from faceswapper.predict import Networks, PredictConfig, predict, swap_video
 from faceswapper.prepare import COLUMNS, PrepareConfig, prepare
 from faceswapper.video import VideoReader, VideoWriter, describe, in_batches
 from shared.io import SYNTHETIC_SOURCE
-from shared.runtime import REPOSITORY, UserError, run_main
+from shared.runtime import UserError, run_main
 
 
 @pytest.fixture(scope="module")
@@ -233,24 +233,10 @@ def test_export_computes_the_same(tmp_path, swapper):
 def run_folder(tmp_path_factory):
     """A run of the real training script, a few steps long."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    command = [sys.executable, "train.py", "demo", "--out", str(folder), "--variants", "full"]
-    command += [
-        "--iterations",
-        "2",
-        "--ablation-iterations",
-        "2",
-        "--warmup",
-        "1",
-        "--judge-steps",
-        "2",
-        "--judge-people",
-        "16",
-    ]
-    command += ["--train-people", "8", "--per-person", "2", "--size.channel-base", "256"]
-    done = subprocess.run(
-        command, cwd=REPOSITORY / "faceswapper", capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    options = "--variants full --iterations 2 --ablation-iterations 2 --warmup 1 --judge-steps 2 "
+    options += "--judge-people 16 --train-people 8 --per-person 2 --size.channel-base 256"
+    arguments = ["demo", *options.split(), "--out", folder]
+    helpers.script("faceswapper", "train.py", *arguments, code=0)
     return folder
 
 
@@ -262,16 +248,9 @@ def test_the_command_swaps_photos_folders_and_videos(tmp_path, run_folder, capsy
     Image.fromarray(scene((1,))).save(tmp_path / "face.jpg", quality=95)
     Image.fromarray(rgba).save(targets / "t.png")
     Image.fromarray(scene((), ())).save(targets / "u.png")
-    command = [sys.executable, "predict.py", "--source", str(tmp_path / "face.jpg"), "--run", str(run_folder)]
-    command += ["--device", "cpu", "--out", str(tmp_path / "out"), "--target"]
-    done = subprocess.run(
-        [*command, str(targets / "t.png")],
-        cwd=REPOSITORY / "faceswapper",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--source", tmp_path / "face.jpg", "--run", run_folder, "--device", "cpu"]
+    options += ["--out", tmp_path / "out", "--target", targets / "t.png"]
+    done = helpers.script("faceswapper", "predict.py", *options, code=0)
     assert done.stdout.strip().splitlines()[-1] == str(tmp_path / "out")
     names = {p.name for p in (tmp_path / "out").iterdir()}
     stem = "face_FS_t"

@@ -9,9 +9,9 @@ import pytest
 import torch
 from browser import keep_pictures, page_of, wait_for
 
-from mdrnets.stages import build, plan, save_stage, stage_file
+from mdrnets.stages import build, plan, stage_file
 from mdrnets.train import PRESETS
-from shared.io import Run
+from shared.io import Run, save_safetensors
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def run_folder(tmp_path) -> Path:
     Run("mdrnets", config).close()
     torch.manual_seed(0)
     for stage in plan(config):
-        save_stage(build(config, stage.name, 6), stage_file(config.out, stage))
+        save_safetensors(stage_file(config.out, stage), build(config, stage.name, 6))
     return config.out
 
 

@@ -18,6 +18,7 @@ from mdrnets.inpaint import complete, crop_box, load_model
 from mdrnets.stages import TABLE_A, VARIANTS, plan
 from mdrnets.train import PRESETS, train
 from shared.io import load_config, read_image, write_image
+from shared.onnxfile import run_onnx
 from shared.runtime import UserError, parse_presets
 
 TINY = (*helpers.TINY["mdrnets"], "--device", "cpu")
@@ -345,12 +346,12 @@ def test_exported_file_gives_what_the_network_gives(run_folder, tmp_path, model)
     )
     export.main(config)
     image, mask = export.example(model.size, seed=5)
-    output = export.run_file(config.out, image, mask)
+    (output,) = run_onnx(config.out, image=image, mask=mask)
     kept = (mask < 0.5).expand_as(image)
     assert torch.equal(output[kept], image[kept])
     with torch.no_grad():
         assert (output - model.net(image, mask)["output"]).abs().max() < 1e-3
-    small = export.run_file(tmp_path / "net.int8.onnx", image, mask)
+    (small,) = run_onnx(tmp_path / "net.int8.onnx", image=image, mask=mask)
     assert (small - output).abs().mean() < 0.05
 
 

@@ -5,8 +5,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from shared.io import load_safetensors, save_safetensors
 from shared.irse import IRSE, Trunk
 from shared.loop import Position, average_gradients, follow
+from shared.onnxfile import keep_if_close, open_onnx, run_onnx, write_onnx
+from shared.runtime import UserError
 
 SMALL = ((8, 1), (8, 2), (16, 1), (16, 1))
 
@@ -101,3 +104,57 @@ def test_gradients_of_two_processes(monkeypatch):
         torch.testing.assert_close(p.grad, 1.5 * g)
     assert all(bool((p.grad == 4).all()) for p in layers[1].parameters())
     assert all(p.grad is None for p in layers[2].parameters())
+
+
+# --- files of networks ----------------------------------------------------------------------------
+
+
+class Product(nn.Module):
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a * b
+
+
+def test_onnx_files_run_at_the_free_lengths_only(tmp_path):
+    example = (torch.rand(2, 3), torch.rand(2, 3))
+    path = tmp_path / "new" / "product.onnx"
+    write_onnx(Product(), example, path, ["a", "b"], ["product"], free={0: "batch"})
+    a, b = torch.rand(5, 3), torch.rand(5, 3)
+    (found,) = run_onnx(path, a=a, b=b)
+    torch.testing.assert_close(found, a * b)
+    with pytest.raises(Exception, match="invalid dimensions"):
+        run_onnx(path, a=torch.rand(5, 4), b=torch.rand(5, 4))
+
+
+def test_onnx_files_that_are_none(tmp_path):
+    with pytest.raises(UserError, match="gone.onnx: no such file"):
+        open_onnx(tmp_path / "gone.onnx")
+    (tmp_path / "odd.onnx").write_bytes(b"odd")
+    with pytest.raises(UserError, match="odd.onnx: damaged or not an ONNX network"):
+        open_onnx(tmp_path / "odd.onnx")
+
+
+def test_an_export_that_differs_is_not_kept(tmp_path):
+    path = tmp_path / "n.onnx"
+    path.write_bytes(b"")
+    keep_if_close(path, 1e-4, 1e-3)
+    assert path.exists()
+    for difference in (1e-2, float("nan")):
+        path.write_bytes(b"")
+        with pytest.raises(UserError, match="n.onnx: differs.*not kept"):
+            keep_if_close(path, difference, 1e-3)
+        assert not path.exists()
+
+
+def test_weights_of_a_module_come_back_and_leave_no_other_file(tmp_path):
+    """Tied weights and another memory format too."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
+    net[1].weight = net[0].weight
+    path = tmp_path / "trained" / "net.safetensors"
+    for _ in range(2):
+        save_safetensors(path, net)
+    again = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3))
+    load_safetensors(path, again)
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values(), strict=True)
+    )
+    assert [entry.name for entry in path.parent.iterdir()] == ["net.safetensors"]
