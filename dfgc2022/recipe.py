@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from dfgc2022.data import CropFolder, CropFolders, dfdc_crops, read_list
@@ -18,6 +19,7 @@ from dfgc2022.model import Detector, fake_probability, load_detector_state, load
 from dfgc2022.pipeline import normalise
 from dfgc2022.video import list_videos
 from dfgc2022.world import build_world
+from shared.processes import gathered, rank
 from shared.runtime import StepBatches, UserError
 from shared.weights import load_torch
 
@@ -149,18 +151,22 @@ def add_adversarial(
     network: nn.Module, images: Tensor, labels: Tensor, config: "Config", entry: Detector
 ) -> tuple[Tensor, Tensor]:
     """Turn the first `adversarial` share of the fakes into class 2: one signed gradient step of `epsilon`/255
-    towards "real" (FGSM)."""
-    chosen = torch.nonzero(labels == 1)[:, 0]
-    chosen = chosen[: round(len(chosen) * config.adversarial)]
-    if len(chosen) == 0:
+    towards "real" (FGSM). The share is of the fakes of all processes."""
+    fakes = torch.nonzero(gathered(labels) == 1)[:, 0]
+    chosen = fakes[: round(len(fakes) * config.adversarial)]
+    here = chosen - rank() * len(labels)
+    here = here[(here >= 0) & (here < len(labels))]
+    # Batch norm over all processes waits for each of them, also for one without such a fake.
+    waited_for = any(isinstance(module, _BatchNorm) for module in network.modules())
+    if len(chosen if waited_for else here) == 0:
         return images, labels
-    attacked = images[chosen].detach().requires_grad_()
-    towards = nn.functional.cross_entropy(network(attacked), torch.zeros_like(labels[chosen]))
+    attacked = images[here].detach().requires_grad_()
+    towards = nn.functional.cross_entropy(network(attacked), torch.zeros_like(labels[here]), reduction="sum")
     (gradient,) = torch.autograd.grad(towards, attacked)
     std = torch.tensor(entry.normalise[1], device=images.device).view(1, 3, 1, 1)
     images, labels = images.clone(), labels.clone()
-    images[chosen] = attacked.detach() - gradient.sign() * config.epsilon / 255 / std
-    labels[chosen] = 2
+    images[here] = attacked.detach() - gradient.sign() * config.epsilon / 255 / std
+    labels[here] = 2
     return images, labels
 
 

@@ -34,6 +34,7 @@ from dfgc2022.recipe import (
 from dfgc2022.world import Size
 from shared.io import Run, image_grid, load_safetensors, progress, save_safetensors
 from shared.loop import Standing
+from shared.processes import as_one, means
 from shared.runtime import (
     RunConfig,
     UserError,
@@ -284,7 +285,7 @@ def train_member(
     # A resumed run must not spend random numbers on weights that are loaded anyway.
     with torch.random.fork_rng(devices=[], enabled=position.state is not None):
         network = build(config if position.state is None else dataclasses.replace(config, init="none"), entry)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = as_one(network.to(device, memory_format=torch.channels_last), device)
     optimizer = build_optimizer(config, network)
     schedule = build_schedule(config, optimizer, steps, epoch_steps)
     if position.state is not None:
@@ -310,10 +311,8 @@ def train_member(
         schedule.step()
         total += loss.detach()
         if step % config.log_every == 0:
-            run.log(
-                offset + step,
-                **{f"{name}/loss": total / config.log_every, f"{name}/lr": schedule.get_last_lr()[0]},
-            )
+            values = means({f"{name}/loss": total / config.log_every})
+            run.log(offset + step, **values, **{f"{name}/lr": schedule.get_last_lr()[0]})
             total.zero_()
         if step == config.log_every and accelerator.is_main_process:
             run.picture(f"batch-{name}", image_grid(crops[:32].permute(0, 3, 1, 2) / 255, 8))

@@ -34,6 +34,7 @@ from faceswapper.model import MaskPyramid, Size
 from faceswapper.trials import Learner, Variant, build, helpers, names_of, official_recogniser, plan
 from shared.io import Run, load_weights, progress
 from shared.loop import average_gradients, follow
+from shared.processes import means
 from shared.runtime import RunConfig, StepBatches, maybe_compile, parse_presets, run_main, start
 
 
@@ -271,8 +272,7 @@ def train_trial(
         count = iteration + 1
         last = count == trial.iterations
         if count % config.log_every == 0 or last:
-            values = {f"{trial.name}/{name}": float(value.detach()) for name, value in terms.items()}
-            run.log(before + iteration, **values)
+            run.log(before + iteration, **means({f"{trial.name}/{name}": v for name, v in terms.items()}))
         if run.is_main and (count % config.sample_every == 0 or last):
             run.picture(f"{trial.name}-train", training_sheet(learner.average, batch))
         if count == trial.snapshot:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared.processes import total, world
+
 IGNORE = 255
 Weighting = Literal["attenuate", "emphasize", "none"]
 
@@ -22,8 +24,12 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def valid_mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of `values` where `valid`; 0 where nothing is."""
-    return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)
+    """Mean of `values` where `valid`; 0 where nothing is.
+
+    Of several processes each gets its share of the whole batch's mean: the mean of the shares is that mean,
+    however many pixels each has to ignore.
+    """
+    return torch.where(valid, values, 0).sum() * world() / total(valid.sum()).clamp(min=1)
 
 
 def discrepancy(logits: Tensor, aux: Tensor) -> Tensor:
@@ -49,7 +55,8 @@ def dice_loss(logits: Tensor, y: Tensor, valid: Tensor) -> Tensor:
     """1 - soft Dice over the batch's valid pixels."""
     p = torch.where(valid, logits.sigmoid(), 0)
     y = torch.where(valid, y, 0)
-    return 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+    both, sizes = total(torch.stack([(p * y).sum(), p.sum() + y.sum()]))
+    return 1 - (2 * both + 1) / (sizes + 1)
 
 
 def objective(

@@ -26,6 +26,7 @@ from irisusformer.model import IrisUsformer
 from irisusformer.pictures import overview
 from shared.io import Run, find_run, load_config, load_safetensors, load_weights, progress
 from shared.loop import follow
+from shared.processes import as_one, means
 from shared.runtime import (
     RunConfig,
     StepBatches,
@@ -245,7 +246,7 @@ class Learner:
         self.model = build(config)
         if config.init:
             load_init(config.init, self.model, name)
-        self.model.to(device, memory_format=torch.channels_last)
+        self.model = as_one(self.model.to(device, memory_format=torch.channels_last), device)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]
@@ -340,7 +341,9 @@ def train(config: Config) -> Path:
         }
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
-            run.log(done, **{f"{name}/{term}": v for name, t in terms.items() for term, v in t.items()})
+            run.log(
+                done, **means({f"{name}/{term}": v for name, t in terms.items() for term, v in t.items()})
+            )
         if done % config.save_every == 0 or done == config.steps:
             if done == config.steps:
                 for learner in learners:

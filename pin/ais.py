@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.processes import total
+
 
 class AISBlock(nn.Module):
     """PIN's encoder block with batch normalisation after each convolution, the shortcut's included."""
@@ -75,8 +77,8 @@ class Memory(nn.Module):
         items = self.units.weight
         nearest = (F.normalize(z) @ F.normalize(items).T).argmax(1)
         chosen = F.one_hot(nearest, len(items)).to(z.dtype)  # (B, items)
-        count = chosen.sum(0).unsqueeze(1)
-        means = chosen.T @ z / count.clamp_min(1)
+        sums, count = total(torch.cat([chosen.T @ z, chosen.sum(0).unsqueeze(1)], 1)).tensor_split([-1], 1)
+        means = sums / count.clamp_min(1)
         moved = self.momentum * items + (1 - self.momentum) * means
         items.copy_(moved if self.decay_unused else torch.where(count > 0, moved, items))
 

@@ -16,6 +16,7 @@ from pin.basis import Basis
 from pin.job import Job
 from pin.losses import mask_cost, reinforce
 from pin.model import ESN, PIN, Defended
+from shared.processes import drawn
 from shared.runtime import UserError, step_generator
 
 AIS_NOISE = 21  # a stream of randomness of its own
@@ -65,7 +66,7 @@ def train_ais(job: Job, faces, basis: Basis, lamb: float) -> None:
     for step, (x, _) in job.steps(stage, total, faces, config.esn_batch, **states):
         generator = step_generator(config.seed, step, AIS_NOISE)
         if step < total // 2:
-            seen = x + STEP * torch.randn(x.shape, generator=generator).to(x.device)
+            seen = x + STEP * drawn(partial(torch.randn, generator=generator), x.shape).to(x.device)
         else:
             older_self = Defended(recognizer, PIN(basis, None, older, "threshold"))
             goal = Goal(recognizer(x), -torch.ones(len(x), device=x.device))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from shared.io import Run, progress
+from shared.processes import means
 from shared.runtime import RunConfig, StepBatches
 
 
@@ -94,9 +95,11 @@ class Job:
         """Write the checkpoint."""
         self.run.save(self.networks, {"stage": self}, self.standing)
 
+    def due(self, step: int, total: int) -> bool:
+        """Whether a step has a line in the log: every `log_every`th, and the last."""
+        return step % self.config.log_every == 0 or step == total - 1
+
     def log(self, step: int, total: int, **scalars: Tensor | float) -> None:
-        """A line every fiftieth step and at the end; nothing waits for the device in between."""
-        if step % 50 == 0 or step == total - 1:
-            self.run.log(
-                self.standing["logged"] + step, **{name: float(value) for name, value in scalars.items()}
-            )
+        """The line of a step that is due, means over the processes; nothing waits for the device between."""
+        if self.due(step, total):
+            self.run.log(self.standing["logged"] + step, **means(scalars))

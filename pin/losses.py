@@ -13,6 +13,7 @@ so neither a masked basis nor a reconstructed image is ever formed. w is called 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pin.basis import Basis
+from shared.processes import drawn, mean, total, world
 
 EPSILON = 1e-6
 
@@ -50,18 +52,28 @@ def mask_cost(basis: Basis, x: Tensor, noisy: Tensor, lamb: float) -> MaskCost:
 
 
 def add_noise(
-    x: Tensor, scale: float, generator: torch.Generator, norm: Literal["batch", "image"] = "batch"
+    x: Tensor,
+    scale: float,
+    generator: torch.Generator,
+    norm: Literal["batch", "image"] = "batch",
+    alone: bool = False,
 ) -> Tensor:
     """x_n = x + scale * z * ||x|| / ||z||, z Gaussian; not clamped.
 
     norm: "batch" takes both norms over the whole batch (official, so an image's noise depends on its
-    neighbours), "image" over each image.
+    neighbours), "image" over each image. alone: x is no process's share of a batch but all of it.
     """
-    z = torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
+    shape, draw = x.shape, partial(torch.randn, generator=generator, device=generator.device)
+    z = (draw(shape) if alone else drawn(draw, shape)).to(x.device)
     if norm == "batch":
-        return x + scale * z * (x.norm() / z.norm())
+        return x + scale * z * (x.norm() / z.norm() if alone else whole_norm(x) / whole_norm(z))
     lengths = (x.flatten(1).norm(dim=1) / z.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
     return x + scale * z * lengths
+
+
+def whole_norm(x: Tensor) -> Tensor:
+    """Length of the rows of all processes, as one vector."""
+    return x.norm() if world() == 1 else total(x.norm().square()).sqrt()
 
 
 def calibrate_lambda(clean: Tensor, noise: Tensor, pixels: int, keep: int) -> float:
@@ -95,12 +107,13 @@ def reinforce(
     """
     with torch.no_grad():
         device = generator.device if generator is not None else p.device
-        uniform = torch.rand((samples, *p.shape), generator=generator, device=device).to(p.device)
+        draw = partial(torch.rand, generator=generator, device=device)
+        uniform = drawn(draw, (samples, *p.shape), dim=1).to(p.device)
         masks = (p > uniform).float()  # (S, B, K)
         costs = cost.base - torch.einsum("sbk,bk->sb", masks, cost.worth)
         if extra is not None:
             costs = costs + extra(masks)
-        b = costs.mean() if baseline == "batch" else costs.mean(0)
+        b = mean(costs.mean()) if baseline == "batch" else costs.mean(0)
         advantage = costs - b  # (S, B)
         kept = torch.einsum("sb,sbk->bk", advantage, masks)
         dropped = advantage.sum(0).unsqueeze(1) - kept

@@ -1,13 +1,16 @@
 """Training of the demo's recognisers: margin softmax, plain or hardened by adversarial training."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pin.attacks import into_ball
 from pin.job import Job
 from pin.losses import arcface_logits, cosine_logits
 from pin.recognizers import SmallRecognizer
+from shared.processes import drawn
 from shared.runtime import step_generator
 
 ATTACK_START = 11  # a stream of randomness of its own
@@ -36,7 +39,7 @@ def train_recognizer(job: Job, name: str, faces, seed: int) -> None:
             if config.adversarial == "pgd":
                 loss = F.cross_entropy(logits(model(hard), network.kernel, label), label)
             else:
-                loss = trades_loss(network, x, hard, label, logits)
+                loss = trades_loss(model, network.kernel, x, hard, label, logits)
         else:
             loss = F.cross_entropy(logits(model(x), network.kernel, label), label)
         optimizer.zero_grad()
@@ -57,7 +60,7 @@ def attack_training_batch(
     """
     network.eval()
     eps, steps = config.adversarial_eps, config.adversarial_steps
-    noise = torch.rand(x.shape, generator=generator).to(x.device)
+    noise = drawn(partial(torch.rand, generator=generator), x.shape).to(x.device)
     hard = into_ball(x + eps * (2 * noise - 1), x, eps)
     with torch.no_grad():
         clean = logits(network(x), network.kernel, label, margin=0.0)
@@ -71,14 +74,14 @@ def attack_training_batch(
 
 
 def trades_loss(
-    network: SmallRecognizer, x: Tensor, hard: Tensor, label: Tensor, logits, weight: float = 6.0
+    model: nn.Module, kernel: Tensor, x: Tensor, hard: Tensor, label: Tensor, logits, weight: float = 6.0
 ) -> Tensor:
     """Clean cross-entropy plus `weight` times the divergence of the attacked prediction (Zhang et al.
-    2019)."""
-    features = network(torch.cat([x, hard]))
+    2019). model: the recogniser, perhaps wrapped."""
+    features = model(torch.cat([x, hard]))
     clean, attacked = features.chunk(2)
-    error = F.cross_entropy(logits(clean, network.kernel, label), label)
-    plain = [logits(part, network.kernel, label, margin=0.0) for part in (attacked, clean)]
+    error = F.cross_entropy(logits(clean, kernel, label), label)
+    plain = [logits(part, kernel, label, margin=0.0) for part in (attacked, clean)]
     return error + weight * divergence(*plain)
 
 

@@ -24,6 +24,7 @@ from pin.model import DAE, PIN, make_esn
 from pin.recognition import train_recognizer
 from pin.recognizers import SmallRecognizer
 from shared.io import Run, image_grid
+from shared.processes import as_one, gathered
 from shared.runtime import RunConfig, UserError, maybe_compile, parse_presets, run_main, start, step_generator
 
 DAE_NOISE, ESN_NOISE, LAMBDA_IMAGES, LAMBDA_NOISE = 1, 2, 3, 4  # streams of randomness of their own
@@ -122,6 +123,8 @@ class Config(RunConfig):
     """ESNs to train on the same basis and DAE: keys of VARIANTS, each a change of these settings."""
     save_every: int = 200
     """Steps between checkpoints."""
+    log_every: int = 50
+    """Steps between log lines."""
 
     # --- recognisers of the demo ---
     recognizers: tuple[str, ...] = ("recognizer", "surrogate", "robust")
@@ -303,14 +306,11 @@ def train_esn(job: Job, variant: str, faces: Dataset, basis: Basis) -> None:
         if config.clip:
             job.accelerator.clip_grad_norm_(esn.parameters(), config.clip)
         optimizer.step()
-        with torch.no_grad():
-            spread, kept = p.std(0).mean(), p.sum(1).mean()
-            best = cost(cost.oracle()).mean()
-        job.log(
-            step,
-            total,
-            **{f"{stage}/cost": value, f"{stage}/oracle": best, f"{stage}/kept": kept, f"{stage}/sd": spread},
-        )
+        if job.due(step, total):
+            everyone, best = gathered(p.detach()), cost(cost.oracle()).mean()
+            kept, spread = everyone.sum(1).mean(), everyone.std(0).mean()
+            values = {"cost": value, "oracle": best, "kept": kept, "sd": spread}
+            job.log(step, total, **{f"{stage}/{name}": number for name, number in values.items()})
     if kept < 0.02 * config.components:
         warn(
             f"{stage} keeps only {kept:.1f} of {config.components} eigenfaces: lambda {lamb:.3g} is too high"
@@ -330,9 +330,8 @@ def choose_lambda(job: Job, config: Config, variant: str, faces: Dataset, basis:
         clean, noise = [], []
         for number, (x, _) in enumerate(DataLoader(Subset(faces, order.tolist()), config.esn_batch)):
             x = x.to(job.accelerator.device)
-            noisy = add_noise(
-                x, config.noise, step_generator(config.seed, number, LAMBDA_NOISE), config.noise_norm
-            )
+            generator = step_generator(config.seed, number, LAMBDA_NOISE)
+            noisy = add_noise(x, config.noise, generator, config.noise_norm, alone=True)
             clean.append(basis.coefficients(x))
             noise.append(basis.coefficients(noisy) - clean[-1])
         lamb = calibrate_lambda(torch.cat(clean), torch.cat(noise), config.size**2, config.keep)
@@ -371,7 +370,10 @@ def train(config: Config) -> Path:
     faces = training_faces(config)
     run = Run("pin", config, accelerator.is_main_process)
     classes = int(faces.labels.max()) + 1
-    job = Job(config, accelerator, run, build_networks(config, classes))
+    networks = build_networks(config, classes)
+    job = Job(
+        config, accelerator, run, {name: as_one(networks[name], accelerator.device) for name in networks}
+    )
     job.facts["classes"] = classes
     basis = make_basis(job, faces)
     train_dae(job, faces)

@@ -66,7 +66,7 @@ def own_rows(whole: Tensor, dim: int = 0) -> Tensor:
 def drawn(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...], dim: int = 0) -> Tensor:
     """Random numbers of `shape`: those that one process would draw for these rows of the whole batch.
 
-    dim: where the rows lie.
+    dim: where the rows lie; every process has as many.
     """
     whole = [size * world() if at == dim else size for at, size in enumerate(shape)]
     return own_rows(draw(tuple(whole)), dim)
@@ -105,7 +105,7 @@ class WholeBatchNorm(_BatchNorm):
         centred = wide - average.view(view)
         # Around the common mean: a difference of squares would lose digits.
         variance = total(centred.square().sum(others)) / count
-        self._follow(average.detach(), variance.detach() * count / (count - 1))
+        self._follow(average.detach(), variance.detach() * count / (count - 1).clamp(min=1))
         scale = (variance + self.eps).rsqrt()
         if self.affine:
             scale = scale * self.weight

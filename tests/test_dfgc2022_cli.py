@@ -8,6 +8,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from curves import assert_same_curves, furthest_weights, run_one, run_two
 
 import dfgc2022
 from dfgc2022 import eval as evaluation
@@ -244,3 +245,27 @@ def test_claims_of_the_demo(tmp_path):
     run("eval.py", "--run", tmp_path / "demo")
     claims = json.loads((tmp_path / "demo" / "results.json").read_text())["claims"]
     assert [claim["id"] for claim in claims if not claim["holds"]] == []
+
+
+def test_two_processes_give_the_curves_of_one(tmp_path):
+    """Attacks take signs of gradients, which rounding turns: those on the fakes of three-class are tiny."""
+    arguments = ["demo", *TINY, "--members", "diverse-swin", "three-class", "--epsilon", "1e-4"]
+    arguments += ["--steps", "6", "--log-every", "1"]
+    one, two = (
+        run_one(train.train, train.PRESETS, tmp_path, *arguments),
+        run_two("dfgc2022", tmp_path, *arguments),
+    )
+    assert_same_curves(one, two, lines=12)
+    assert furthest_weights(one / "members", two / "members") < 1e-3
+
+
+def test_two_processes_share_batch_norm_and_attacked_fakes(trained, tmp_path):
+    arguments = ["demo", *TINY, "--lists", str(trained / "world/crops/diverse.txt"), "--members"]
+    arguments += ["--detector", "timm/test_efficientnet", "--size", "64", "--classes", "3", "--lr", "1e-3"]
+    arguments += ["--adversarial", "0.2", "--epsilon", "1e-4", "--steps", "6", "--log-every", "1"]
+    one, two = (
+        run_one(train.train, train.PRESETS, tmp_path, *arguments),
+        run_two("dfgc2022", tmp_path, *arguments),
+    )
+    assert_same_curves(one, two, lines=6)
+    assert furthest_weights(one / "members", two / "members") < 1e-3

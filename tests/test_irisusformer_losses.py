@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from irisusformer import losses
 from irisusformer.losses import IGNORE, cross_entropy, dice_loss, discrepancy, objective, weight
 
 
@@ -157,3 +158,15 @@ def test_discrepancy_is_kl_of_the_second_from_the_first_and_zero_for_equal_heads
 
 def test_cross_entropy_takes_soft_targets():
     assert cross_entropy(torch.zeros(1), torch.tensor([0.3])).item() == pytest.approx(math.log(2))
+
+
+def test_the_mean_of_two_processes_shares_is_the_whole_batchs(monkeypatch):
+    values, valid = (
+        torch.rand(4, 1, 6, 6),
+        torch.rand(4, 1, 6, 6) < torch.tensor([0.1, 0.2, 0.9, 1]).view(4, 1, 1, 1),
+    )
+    whole = losses.valid_mean(values, valid)
+    monkeypatch.setattr(losses, "world", lambda: 2)
+    monkeypatch.setattr(losses, "total", lambda count: valid.sum())
+    shares = [losses.valid_mean(values[rows], valid[rows]) for rows in (slice(2), slice(2, 4))]
+    assert (shares[0] + shares[1]).item() / 2 == pytest.approx(whole.item())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from curves import assert_same_curves, furthest_weights, run_one, run_two
 from PIL import Image
 
 from irisusformer import eval as evaluation
@@ -317,3 +318,23 @@ def test_the_demo_learns(tmp_path):
     load_weights(train(config), {"learned": model})
     result = evaluate(model, test_set(config), torch.device("cpu"), 20)
     assert result.segmentation()["e1"] < 3 and result.uncertainty()["auroc"] > 0.92
+
+
+def test_two_processes_give_the_curves_of_one(tmp_path):
+    arguments = [
+        "demo",
+        *TINY,
+        "--steps",
+        "6",
+        "--save-every",
+        "6",
+        "--batch-size",
+        "4",
+        "--lambda-dice",
+        "0.5",
+    ]
+    arguments += ["--variants", "learned", "dropout", "--ema", "0.9", "--image-size", "32", "32"]
+    a = run_one(train, PRESETS, tmp_path, *arguments)
+    b = run_two("irisusformer", tmp_path, *arguments)
+    assert_same_curves(a, b, lines=6)
+    assert furthest_weights(a / "checkpoint", b / "checkpoint") < 1e-3

@@ -7,6 +7,7 @@ import helpers
 import onnxruntime
 import pytest
 import torch
+from curves import assert_same_curves, furthest_weights, run_one, run_two
 from safetensors.torch import load_file
 
 from pin.ais import AISEncoder, AISSelection
@@ -202,3 +203,14 @@ def test_ais_memory_follows_and_replaces():
     untouched = [item for item in range(4) if item not in nearest.tolist()]
     memory(z)
     torch.testing.assert_close(memory.units.weight[untouched], 0.999 * expected[untouched])
+
+
+def test_two_processes_give_the_curves_of_one(tmp_path):
+    """The attack of adversarial training takes signs, which rounding turns: its pixels hardly move here."""
+    arguments = ["demo", *TINY, "--variants", "pin", "ais", "--recognizers", "recognizer", "robust"]
+    arguments += ["--adversarial", "trades", "--adversarial-eps", "1e-6"]
+    arguments += ["--recognizer-epochs", "7", "--log-every", "1"]
+    a = run_one(train, PRESETS, tmp_path, *arguments)
+    b = run_two("pin", tmp_path, *arguments)
+    assert_same_curves(a, b, lines=25)
+    assert furthest_weights(a / "checkpoint", b / "checkpoint") < 1e-3
