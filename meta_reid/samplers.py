@@ -60,13 +60,13 @@ class DomainBatches(Sampler):
     """Batch sampler of a run of `steps` steps: step t holds images of domain t mod K alone.
 
     identities: for each image its identity, numbered in the union of all domains; domains: its domain,
-    0..K-1 (give 0 everywhere for mixed batches). people x images: one process's batch.
+    0..K-1 (give 0 everywhere for mixed batches). people x images: one batch.
     Yields lists of (index, draw), draw being the running number of the sample in the whole run. A function
     of (seed, step): a resumed run skips to start_step without loading anything.
 
-    Several processes see the same domain in the same step, and other identities: each process runs the
-    stream over its own share of the identities, which is dealt anew after every nominal epoch of the domain,
-    so no process generates another one's stream.
+    A step has world x shares batches, of which a process yields its `shares` one after another. They hold
+    the same domain and other identities: each has a stream over its own share of the identities, which is
+    dealt anew after every nominal epoch of the domain, so no process generates another one's stream.
     Raises UserError when a domain has fewer identities than a step asks for.
     """
 
@@ -82,46 +82,52 @@ class DomainBatches(Sampler):
         rank: int = 0,
         world: int = 1,
         names: Sequence[str] | None = None,
+        shares: int = 1,
     ):
         self.people, self.images, self.seed = people, images, seed
-        self.steps, self.start_step, self.rank, self.world = steps, start_step, rank, world
+        self.steps, self.start_step = steps, start_step
+        self.parts, self.own = world * shares, range(rank * shares, (rank + 1) * shares)
         grouped: dict[int, dict[int, list[int]]] = {}
         for index, (identity, domain) in enumerate(zip(identities, domains, strict=True)):
             grouped.setdefault(domain, {}).setdefault(identity, []).append(index)
         self.members = [list(grouped[domain].values()) for domain in sorted(grouped)]
         for domain, members in enumerate(self.members):
-            if len(members) < people * world:
+            if len(members) < people * self.parts:
                 name = names[domain] if names else f"number {domain}"
+                where = f"{world} processes" + (f" and {shares} shares" if shares > 1 else "")
                 raise UserError(
-                    f"source domain {name} has {len(members)} identities, a step asks for {people * world} "
-                    f"({people} for each of {world} processes): lower --people or leave the domain out"
+                    f"source domain {name} has {len(members)} identities, a step asks for "
+                    f"{people * self.parts} ({people} for each of {where}): lower --people or leave the "
+                    "domain out"
                 )
 
     def __len__(self) -> int:
-        return self.steps - self.start_step
+        return (self.steps - self.start_step) * len(self.own)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        streams = [self._stream(domain) for domain in range(len(self.members))]
+        domains = range(len(self.members))
+        streams = {part: [self._stream(domain, part) for domain in domains] for part in self.own}
         size = self.people * self.images
         for step in range(self.steps):
-            batch = next(streams[step % len(streams)])
-            if step >= self.start_step:
-                first = (step * self.world + self.rank) * size
-                yield list(zip(batch, range(first, first + size), strict=True))
+            for part in self.own:
+                batch = next(streams[part][step % len(domains)])
+                if step >= self.start_step:
+                    first = (step * self.parts + part) * size
+                    yield list(zip(batch, range(first, first + size), strict=True))
 
-    def _stream(self, domain: int) -> Iterator[list[int]]:
+    def _stream(self, domain: int, part: int) -> Iterator[list[int]]:
         members = self.members[domain]
         count = sum(map(len, members))
-        visits = max(count // (self.people * self.images * self.world), 1)
+        visits = max(count // (self.people * self.images * self.parts), 1)
         deal = 0
         while True:
             share = members
-            if self.world > 1:
+            if self.parts > 1:
                 order = list(range(len(members)))
                 random.Random(f"{self.seed} {domain} {deal}").shuffle(order)
-                share = [members[identity] for identity in order[self.rank :: self.world]]
-            rng = random.Random(f"{self.seed} {domain} {deal} {self.rank}")
+                share = [members[identity] for identity in order[part :: self.parts]]
+            rng = random.Random(f"{self.seed} {domain} {deal} {part}")
             stream = IdentityStream(share, self.people, self.images, rng)
-            for _ in range(visits) if self.world > 1 else iter(int, 1):
+            for _ in range(visits) if self.parts > 1 else iter(int, 1):
                 yield stream.batch()
             deal += 1

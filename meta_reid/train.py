@@ -1,12 +1,13 @@
 """Train META, its ablations and plain baselines for generalizable person re-identification.
 
 The default preset, `demo`, draws its own walkers and needs nothing else. `paper` is Protocol 2 or 3 with
-three sources (--protocol, --target), `protocol1` the one with four. Several GPUs: torchrun
---nproc-per-node 4 train.py paper --data-root DIR.
+three sources (--protocol, --target), `protocol1` the one with four. The paper's four GPUs: torchrun
+--nproc-per-node 4 train.py paper --data-root DIR; the same on one GPU: train.py paper --shares 4 ...
 """
 
 import dataclasses
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,9 @@ from meta_reid.model import META
 from meta_reid.pretrained import URLS, init_imagenet
 from meta_reid.protocols import file_sources, manifest_sources, source_items
 from meta_reid.samplers import DomainBatches
+from meta_reid.shares import Statistics
 from shared.io import Run, progress
+from shared.processes import means
 from shared.runtime import RunConfig, UserError, maybe_compile, parse_presets, run_main, start
 from shared.weights import download_url, load_torch, pretrained_path
 
@@ -89,9 +92,13 @@ class Config(RunConfig):
     """Weight of a uniformity loss on the global branch's feature (not in META)."""
 
     people: int = 16
-    """Identities P in a batch of one process."""
+    """Identities P in a batch of one share."""
     images: int = 4
     """Images of each identity in a batch."""
+    shares: int = 1
+    """Batches, each normalised and mined by itself, that a process runs one after another in a step. The
+    paper's four GPUs are 4 shares of one process or 1 of each of four.
+    """
     epochs: int = 120
     """Passes over as many images as the sources have."""
     steps: int | None = None
@@ -261,7 +268,8 @@ def train_row(
     else:
         start_from_imagenet(model, config)
     mixed = config.method == "plain"
-    batch = config.people * config.images * accelerator.num_processes
+    shares = config.shares
+    batch = config.people * config.images * accelerator.num_processes * shares
     per_epoch = max(len(images) // batch, 1)
     steps = config.steps or config.epochs * per_epoch
     sampler = DomainBatches(
@@ -275,6 +283,7 @@ def train_row(
         accelerator.process_index,
         accelerator.num_processes,
         ["all"] if mixed else labels.names,
+        shares,
     )
     loader = DataLoader(
         images,
@@ -286,29 +295,37 @@ def train_row(
     net = accelerator.prepare_model(maybe_compile(model, config.compile))
     if isinstance(model, META):  # after the wrapping, which must know every parameter that will learn
         model.set_warm(position["step"] < config.freeze)
+    statistics = Statistics(model, shares)
     logged: dict[str, Tensor] = {}
     feed = progress(batches(loader), row.name, len(loader))
-    for step, (pixels, index) in enumerate(feed, position["step"]):
-        warm = step < config.freeze
-        if step == config.freeze and isinstance(model, META):
-            model.set_warm(False)
-        for group in optim.param_groups:
-            group["lr"] = learning_rate(step, steps, per_epoch, config)
+    for number, (pixels, index) in enumerate(feed, position["step"] * shares):
+        step, share = divmod(number, shares)
+        warm, last = step < config.freeze, share == shares - 1
+        if share == 0:
+            if step == config.freeze and isinstance(model, META):
+                model.set_warm(False)
+            for group in optim.param_groups:
+                group["lr"] = learning_rate(step, steps, per_epoch, config)
+            optim.zero_grad(set_to_none=True)
         pixels = pixels.to(accelerator.device, non_blocking=True, memory_format=torch.channels_last)
         domain = int(labels.domain[index[0]])
-        with accelerator.autocast():
-            terms = losses_of(net, config, labels, pixels, index, domain, warm)
-        optim.zero_grad(set_to_none=True)
-        accelerator.backward(sum(terms.values()))
+        statistics.begin(share)
+        with nullcontext() if last else accelerator.no_sync(net):
+            with accelerator.autocast():
+                terms = losses_of(net, config, labels, pixels, index, domain, warm)
+            accelerator.backward(sum(terms.values()) / shares)
+        for name, value in terms.items():
+            logged[name] = logged.get(name, 0) + value.detach() / shares
+        if not last:
+            continue
+        statistics.finish()
         if config.clip:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optim.step()
-        for name, value in terms.items():
-            logged[name] = logged.get(name, 0) + value.detach()
         done = step + 1
         if done % 20 == 0 or done == steps:
             count = (done - 1) % 20 + 1
-            scalars = {f"{row.name}/{name}": value / count for name, value in logged.items()}
+            scalars = means({f"{row.name}/{name}": value / count for name, value in logged.items()})
             run.log(position["row"] * steps + done, **scalars)
             logged.clear()
         if done == steps:
@@ -334,7 +351,9 @@ def train(config: Config) -> Path:
     """Train all rows of `config`; returns the run folder. Continues a run that was interrupted."""
     if config.save_every % 20:
         raise UserError(f"--save-every {config.save_every}: must be a multiple of 20, the logging interval")
-    parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
+    if config.shares < 1:
+        raise UserError(f"--shares {config.shares}: must be 1 or more")
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = start(config, kwargs_handlers=[parallel])
     data = {seed: load_sources(config, seed) for seed in run_seeds(config)}
     rows = plan(config, {seed: labels.classes for seed, (_, labels) in data.items()})

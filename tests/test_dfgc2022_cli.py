@@ -261,7 +261,16 @@ def test_two_processes_give_the_curves_of_one(tmp_path):
 
 def test_two_processes_share_batch_norm_and_attacked_fakes(trained, tmp_path):
     arguments = ["demo", *TINY, "--lists", str(trained / "world/crops/diverse.txt"), "--members"]
-    arguments += ["--detector", "timm/test_efficientnet", "--size", "64", "--classes", "3", "--optimizer", "sgd"]
+    arguments += [
+        "--detector",
+        "timm/test_efficientnet",
+        "--size",
+        "64",
+        "--classes",
+        "3",
+        "--optimizer",
+        "sgd",
+    ]
     arguments += ["--adversarial", "0.2", "--epsilon", "1e-4", "--steps", "6", "--log-every", "1"]
     one, two = (
         run_one(train.train, train.PRESETS, tmp_path, *arguments),

@@ -89,6 +89,17 @@ def test_processes_see_the_same_domain_and_other_people():
     assert sorted(draws) == list(range(30 * 36))
 
 
+def test_shares_of_one_process_are_what_several_processes_see():
+    ranks = [list(sampler(rank=rank, world=3)) for rank in range(3)]
+    shares = list(sampler(shares=3))
+    assert shares == [batches[step] for step in range(30) for batches in ranks]
+    assert (
+        len(sampler(shares=3, start_step=20)) == 30 and list(sampler(shares=3, start_step=20)) == shares[60:]
+    )
+    with pytest.raises(UserError, match="3 for each of 2 processes and 2 shares"):
+        sampler(world=2, shares=2)
+
+
 def test_a_domain_with_too_few_identities_is_named():
     with pytest.raises(UserError, match="domain CUHK03 has 10 identities, a step asks for 16"):
         sampler(people=16, names=["CUHK03", "b", "c"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from curves import assert_same_curves, furthest_weights, run_one, run_two
 from safetensors.torch import load_file
 
 from meta_reid.eval import Options, protocol_metrics, rows_of
@@ -185,3 +186,12 @@ def test_export_reproduces_the_network(ending, tmp_path):
 def test_every_variant_is_a_setting():
     for changes in VARIANTS.values():
         replace(PRESETS["demo"], **changes)
+
+
+def test_two_processes_give_the_curves_of_two_shares(tmp_path):
+    arguments = ["demo", "--seeds", "1", "--variants", "meta", "baseline", "--people", "4", "--steps", "22"]
+    arguments += ["--warmup", "5", "--freeze", "4"]
+    one = run_one(train, PRESETS, tmp_path, *arguments, "--shares", "2")
+    two = run_two("meta_reid", tmp_path, *arguments)
+    assert_same_curves(one, two, lines=4)
+    assert furthest_weights(one / "checkpoint", two / "checkpoint") < 1e-3
