@@ -41,6 +41,7 @@ from biphasic_age.stages import (
 )
 from shared.io import Run, load_weights, progress, save_safetensors
 from shared.loop import Position, average_gradients, follow
+from shared.processes import as_one
 from shared.runtime import (
     RunConfig,
     StepBatches,
@@ -265,8 +266,7 @@ def train_variant(
     torch.manual_seed(stage.seed)
     net = build(config, stage.data, stage.name).to(device, memory_format=torch.channels_last)
     critic = build_critic(config, stage.data, stage.name).to(device, memory_format=torch.channels_last)
-    if processes > 1 and device.type == "cuda":
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    net = as_one(net, device)
     guides = load_guides(config, stage, run.folder, source, device)
     weights = weights_of(config, stage.data, stage.name)
     average = copy.deepcopy(net).requires_grad_(False) if config.average else None

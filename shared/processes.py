@@ -4,7 +4,7 @@ Each process holds its rows of every batch (see `runtime.StepBatches`), all of t
 state. Without `torchrun` every function here gives back what it is given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +49,11 @@ def mean(x: Tensor) -> Tensor:
     return total(x.detach()) / world()
 
 
-def means(values: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
+def means(values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
     """`mean` of every entry, in one message: what a log line says of the whole batch."""
-    if world() == 1 or not values:
-        return values
     numbers = [torch.as_tensor(value).detach().float() for value in values.values()]
+    if world() == 1 or not numbers:
+        return dict(zip(values, numbers, strict=True))
     device = next((number.device for number in numbers if number.is_cuda), torch.device("cpu"))
     return dict(zip(values, mean(torch.stack([number.to(device) for number in numbers])), strict=True))
 
@@ -172,16 +172,3 @@ def as_one(net: nn.Module, device: torch.device | str) -> nn.Module:
 
         net = convert_sync_batchnorm(net)
     return net
-
-
-def average_gradients(learning: list[nn.Parameter]) -> None:
-    """Mean of the gradients over all processes, in one message, for networks that DDP does not wrap."""
-    if world() == 1:
-        return
-    learning = [p for p in learning if p.requires_grad]
-    # A module that this process's share did not need has no gradient here and may have one elsewhere.
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
-    flat = torch.cat([g.flatten() for g in gradients])
-    torch.distributed.all_reduce(flat)
-    for p, g in zip(learning, (flat / world()).split([g.numel() for g in gradients]), strict=True):
-        p.grad = g.view_as(p)

@@ -1,38 +1,25 @@
 """Loss curves of one process and of two that `torchrun` starts, which must be the same."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import TWO_PROCESSES, script
 from safetensors.torch import load_file
 
 from shared.runtime import parse_presets
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def log_of(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def run_two(room: str, folder: Path, *arguments: str) -> Path:
+def run_two(paper: str, folder: Path, *arguments: str) -> Path:
     """Run folder of `torchrun --nproc-per-node 2 train.py ARGUMENTS` on the CPU."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "train.py", *arguments, "--device", "cpu", "--out", str(folder / "two")],
-        cwd=REPOSITORY / room,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    options = (*arguments, "--device", "cpu", "--out", folder / "two")
+    script(paper, "train.py", *options, launcher=TWO_PROCESSES, code=0, timeout=180)
     return folder / "two"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from safetensors.torch import load_file
+from curves import assert_same_curves, run_one, run_two
 from test_faceswapper_data import make_set
 
 from faceswapper import train as training
@@ -278,14 +278,12 @@ def test_training_on_files(tmp_path, monkeypatch):
     assert set(generators) == {"full-0"} and tools == {}
 
 
-@pytest.mark.slow
-def test_two_processes_learn_what_one_does(tmp_path):
-    one = [*SMALL, "--variants", "full", "--batch-size", "2", "--weights.r1", "0"]
-    script(tmp_path / "one", "train.py", "demo", *one)
-    script(tmp_path / "two", "train.py", "demo", *one, launcher=helpers.TWO_PROCESSES)
-    file = "faceswapper/demo-0/checkpoint/full-0.safetensors"
-    a, b = (load_file(tmp_path / name / file) for name in ("one", "two"))
-    assert all(torch.allclose(a[name], b[name], atol=2e-3) for name in a)
+def test_two_processes_give_the_curves_of_one(tmp_path):
+    """Adam without momentum makes whole steps of gradients that are mere rounding: the curves part slowly."""
+    arguments = ["demo", *helpers.TINY["faceswapper"], "--variants", "full", "--batch-size", "2"]
+    arguments += ["--iterations", "6", "--log-every", "1"]
+    one, two = run_one(train, PRESETS, tmp_path, *arguments), run_two("faceswapper", tmp_path, *arguments)
+    assert_same_curves(one, two, lines=6, rel=1e-3)
 
 
 @pytest.mark.slow
