@@ -7,6 +7,7 @@ SPADE.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from biphasic_age.ages import as_weights
 from biphasic_age.constraint import ConstraintNet, Disentangled
 from biphasic_age.layouts import CLASSES, one_hot, to_labels
 from biphasic_age.projection import HardLayout, ProjectionNet
+from shared.processes import drawn
 
 SizeName = Literal["paper", "fast", "tiny", "unit"]
 Output = Literal["direct", "residual", "gated"]
@@ -292,7 +294,7 @@ class Generator(nn.Module):
         if noise is None:
             shape = (len(labels), 1, *labels.shape[1:])
             source = labels.device if generator is None else generator.device
-            return torch.randn(shape, generator=generator, device=source).to(labels.device)
+            return drawn(partial(torch.randn, generator=generator, device=source), shape).to(labels.device)
         if isinstance(noise, Tensor):
             return noise
         if noise != 0:

@@ -41,7 +41,7 @@ from biphasic_age.stages import (
 )
 from shared.io import Run, load_weights, progress, save_safetensors
 from shared.loop import Position, average_gradients, follow
-from shared.processes import as_one
+from shared.processes import as_one, drawn, mean
 from shared.runtime import (
     RunConfig,
     StepBatches,
@@ -194,6 +194,7 @@ def faces_loader(stage: Stage, config: Config, accelerator: Accelerator, source:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         draws=True,
+        roles=1 if guides else 2,
     )
     # Guides and variants draw different samples, all variants of a seed the same ones.
     jitter = 0.0 if stage.data == "scene" else config.guide_jitter if guides else config.jitter
@@ -222,7 +223,7 @@ def train_guides(
             f"{source.name} does not say which pictures show the same person, so no identity network can be "
             "trained on it: give --identity-weights, or --weights.identity 0"
         )
-    networks = {name: network.to(device).train() for name, network in networks.items()}
+    networks = {name: as_one(network.to(device), device).train() for name, network in networks.items()}
     learning = [p for network in networks.values() for p in network.parameters()]
     optimiser = torch.optim.Adam(learning, config.guide_lr)
     if "parser" in networks:
@@ -245,7 +246,9 @@ def train_guides(
                 terms["identity"] = F.cross_entropy(logits, batch["identity"])
             if "parser" in networks:
                 logits = networks["parser"](batch["image"])
-                terms["parser"] = F.cross_entropy(logits, batch["layout"].long(), rarity)
+                target = batch["layout"].long()
+                share = rarity[target].sum()  # of the batch's weights, by whose sum the mean divides
+                terms["parser"] = F.cross_entropy(logits, target, rarity) * (share / mean(share))
         optimiser.zero_grad(set_to_none=True)
         sum(terms.values()).backward()
         average_gradients(learning, accelerator.num_processes)
@@ -262,7 +265,7 @@ def train_variant(
 ) -> nn.Module:
     """Train the generator against the discriminator, both strategies in every step; returns the generator
     for use."""
-    device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+    device, processes = accelerator.device, accelerator.num_processes
     torch.manual_seed(stage.seed)
     net = build(config, stage.data, stage.name).to(device, memory_format=torch.channels_last)
     critic = build_critic(config, stage.data, stage.name).to(device, memory_format=torch.channels_last)
@@ -287,7 +290,7 @@ def train_variant(
         layout, real_layout = batch["layout"].chunk(2)
         group, real_group = batch["group"].chunk(2)
         # Everything random in a step depends on the step alone, so that a resumed run draws the same.
-        chance = step_generator(stage.seed, position.step, stream=1 + rank)
+        chance = step_generator(stage.seed, position.step, stream=1)
         torch.manual_seed(int(torch.randint(2**62, (), generator=chance)))
         target = other_groups(group, len(config.limits) + 1, chance)
         left = 2 * (1 - position.step / stage.steps)
@@ -329,7 +332,7 @@ def train_variant(
 
 def other_groups(groups: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Groups (B,) -> for each another one, uniform."""
-    shift = torch.randint(1, count, groups.shape, generator=generator)
+    shift = drawn(partial(torch.randint, 1, count, generator=generator), groups.shape)
     return (groups + shift.to(groups.device)) % count
 
 

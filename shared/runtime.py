@@ -192,7 +192,8 @@ class StepBatches(Sampler):
 
     n: size of the data set. batch_size: of all processes together; each rank gets its contiguous share.
     start_step: where a resumed run goes on. draws: yield (index, draw) pairs, `draw` the running number of
-    the sample in the whole run, to seed that sample's augmentation whatever worker draws it.
+    the sample in the whole run, to seed that sample's augmentation whatever worker draws it. roles: into so
+    many equal parts a batch is cut by what its samples are for; each rank gets its share of every part.
     Epochs are reshuffled and run into each other, so every batch is full also when n < batch_size.
     Raises ValueError when the batch does not divide by the number of processes or there is no data.
     """
@@ -207,23 +208,27 @@ class StepBatches(Sampler):
         rank: int = 0,
         world: int = 1,
         draws: bool = False,
+        roles: int = 1,
     ):
         if n < 1:
             raise ValueError("StepBatches needs at least one sample")
-        if batch_size % world:
+        if batch_size % (world * roles):
             raise ValueError(f"batch size {batch_size} does not divide over {world} processes")
         self.n, self.batch_size, self.seed, self.steps = n, batch_size, seed, steps
         self.start_step, self.rank, self.world, self.draws = start_step, rank, world, draws
+        self.roles = roles
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return self.steps - self.start_step
 
     def __iter__(self) -> Iterator[list]:
-        share = self.batch_size // self.world
+        part = self.batch_size // self.roles
+        share = part // self.world
         for step in range(self.start_step, self.steps):
             first = step * self.batch_size + self.rank * share
-            draws = range(first, first + share)
+            starts = [first + role * part for role in range(self.roles)]
+            draws = [draw for start in starts for draw in range(start, start + share)]
             indices = [self._at(draw) for draw in draws]
             yield list(zip(indices, draws, strict=True)) if self.draws else indices
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from curves import assert_same_curves, furthest_weights, run_one, run_two
+from curves import assert_same_curves, run_one, run_two
 from PIL import Image
 
 from biphasic_age import eval as evaluation
@@ -135,7 +135,6 @@ def test_two_processes_give_the_curves_of_one(tmp_path):
     arguments = ["demo", *TINY, "--data", "faces", "--steps", "6", "--log-every", "1"]
     one, two = run_one(train, PRESETS, tmp_path, *arguments), run_two("biphasic_age", tmp_path, *arguments)
     assert_same_curves(one, two, lines=6)
-    assert furthest_weights(one / "trained", two / "trained") < 1e-3
     assert load_generator(two).net is not None
 
 

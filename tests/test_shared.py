@@ -33,6 +33,9 @@ def test_batches_resume_and_shard():
     assert [draw for batch in whole for _, draw in batch] == list(range(36))
     ranks = [list(StepBatches(7, 4, seed=0, steps=9, rank=rank, world=2, draws=True)) for rank in (0, 1)]
     assert [first + second for first, second in zip(*ranks, strict=True)] == whole
+    ranks = [list(StepBatches(7, 8, seed=0, steps=9, rank=r, world=2, draws=True, roles=2)) for r in (0, 1)]
+    halves = [a[:2] + b[:2] + a[2:] + b[2:] for a, b in zip(*ranks, strict=True)]
+    assert halves == list(StepBatches(7, 8, seed=0, steps=9, draws=True))
     with pytest.raises(ValueError, match="does not divide"):
         StepBatches(7, 3, seed=0, steps=1, world=2)
 
