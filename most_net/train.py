@@ -21,6 +21,7 @@ from most_net.pairs import Alignment, Layout
 from most_net.trials import Trial, Variant, begin, build, plan, split_data, styles_of, trial_pairs
 from shared.io import Run, image_grid, load_weights, progress
 from shared.loop import follow
+from shared.processes import means
 from shared.runtime import (
     RunConfig,
     parse_presets,
@@ -295,8 +296,7 @@ def train_trial(
         terms, out = update(config, trial, learner, accelerator, batch, step)
         last = step + 1 == trial.steps
         if (step + 1) % LOG_EVERY == 0 or last:
-            values = {f"{trial.name}/{name}": float(value.detach()) for name, value in terms.items()}
-            run.log(before + step, **values)
+            run.log(before + step, **means({f"{trial.name}/{name}": v for name, v in terms.items()}))
         if held_out is not None and ((step + 1) % config.validate_every == 0 or last):
             run.log(before + step, **{f"{trial.name}/val_ssim": learner.validate(held_out, trial.size)})
         if (step + 1) % config.save_every == 0 and not last:

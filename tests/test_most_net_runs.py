@@ -7,6 +7,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from curves import assert_same_curves, run_one, run_two
 from safetensors.torch import load_file
 
 from most_net import adapt, claims, mechanism, predict
@@ -342,10 +343,8 @@ def test_learning_an_artist_recalls_its_features():
 
 @pytest.mark.slow
 def test_two_processes_write_one_memory(tmp_path):
-    settings = [*helpers.TINY["most_net"], "--steps", 4, "--batch", 4, "--device", "cpu"]
-    launcher = helpers.TWO_PROCESSES
-    helpers.script(
-        "most_net", "train.py", "demo", *settings, launcher=launcher, code=0, PAPERS_RUNS=str(tmp_path)
-    )
-    state = load_file(tmp_path / "most_net/demo-0/checkpoint/most-4-0.safetensors")
-    assert state["memories.0.usage"].sum() == 4 * 4 * 256  # steps * pairs * positions, of both processes
+    settings = ["demo", *helpers.TINY["most_net"], "--steps", "6", "--batch", "4"]
+    one, two = run_one(train, PRESETS, tmp_path, *settings), run_two("most_net", tmp_path, *settings)
+    assert_same_curves(one, two, lines=1)  # of the sixth step, which the five before led to
+    state = load_file(two / "checkpoint/most-4-0.safetensors")
+    assert state["memories.0.usage"].sum() == 6 * 4 * 256  # steps * pairs * positions, of both processes
