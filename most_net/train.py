@@ -46,7 +46,8 @@ class Weights:
     adversarial: float = 1.0
     """Least-squares GAN on (photo, sketch)."""
     align: float = 0.5
-    """Memory refinement: retrieved feature against the true sketch feature (variants most, mispaired)."""
+    """Memory refinement: retrieved feature against the true sketch feature, in all variants with a memory
+    but `memory`."""
     slot: float = 0.0
     """Memory refinement: compactness and separation of the slots."""
     match: float = 0.0
@@ -181,6 +182,12 @@ LOG_EVERY = 50
 ALIGNED = ("most", "static", "grad", "mispaired")
 
 
+def trained_share(config: Config, out: dict[str, Tensor], step: int) -> float:
+    """0 in the warm-up of a network with a memory, where only the reconstruction trains; then 1. A factor
+    instead of a branch keeps the graph whole for distributed training."""
+    return 0.0 if "recon" in out and step < config.warmup else 1.0
+
+
 def objective(
     config: Config, trial: Trial, net: nn.Module, out: dict[str, Tensor], batch: Batch, step: int
 ) -> dict:
@@ -188,13 +195,11 @@ def objective(
     w, y = config.weights, batch.sketch
     if trial.variant == "unet":
         return {"pixel": 100 * losses.pixel_loss(out["sketch"], y)}
-    memory = "recon" in out
-    # In the warm-up only the reconstruction trains; zeros keep the graph whole for distributed training.
-    live = 0.0 if memory and step < config.warmup else 1.0
+    live = trained_share(config, out, step)
     terms = {"pixel": live * w.pixel * losses.pixel_loss(out["sketch"], y)}
     if w.ssim:
         terms["ssim"] = live * w.ssim * losses.ssim_loss(out["sketch"], y)
-    if memory:
+    if "recon" in out:
         terms["reconstruction"] = w.reconstruction * losses.pixel_loss(out["recon"], y)
     if trial.variant in ALIGNED:
         terms["align"] = live * w.align * losses.mr_align_loss(out["retrieved"], out["features"])
@@ -217,10 +222,11 @@ def update(
 
     out = learner.wrapped(batch.photo, batch.sketch, batch.style)
     terms = objective(config, trial, learner.net, out, batch, step)
+    live = trained_share(config, out, step)
     if learner.perceptual is not None:
         with accelerator.autocast():
             distance = learner.perceptual(out["sketch"], batch.sketch)
-        terms["perceptual"] = config.weights.perceptual * distance
+        terms["perceptual"] = live * config.weights.perceptual * distance
     loss = sum(terms.values())
     if learner.discriminator is not None:
         # One pass of the discriminator serves both players, because the generator moves first and the
@@ -229,7 +235,7 @@ def update(
         logits = learner.wrapped_d(batch.photo.repeat(2, 1, 1, 1), torch.cat([batch.sketch, fake]))
         real_logits, fake_logits = logits.chunk(2)
         weight = 1.0 if trial.variant == "unet" else config.weights.adversarial
-        terms["adversarial"] = weight * losses.adversarial_loss(fake_logits)
+        terms["adversarial"] = live * weight * losses.adversarial_loss(fake_logits)
         (slope,) = torch.autograd.grad(terms["adversarial"], fake, retain_graph=True)
         loss = loss + (out["sketch"] * slope).sum()
     learner.optimizers[0].zero_grad()

@@ -13,6 +13,7 @@ from most_net.data import RULES, Pairs, face_pairs, simple_pairs
 from most_net.learner import Learner
 from most_net.model import Discriminator, MostNet, initialise
 from most_net.pairs import load_dataset
+from shared.faces import ARTISTS
 from shared.io import load_config, load_weights
 from shared.runtime import UserError, seed_everything, step_generator
 
@@ -39,7 +40,7 @@ class Trial:
 
 
 def plan(config: "Config") -> list[Trial]:
-    """The networks of a run, in order. UserError when they do not fit the data set."""
+    """The networks of a run, in order. UserError when the settings do not fit the data set or each other."""
     trials = []
     for seed in range(config.seed, config.seed + config.seeds):
         for number, pairs in enumerate(config.pairs):
@@ -49,8 +50,18 @@ def plan(config: "Config") -> list[Trial]:
                 trials.append(Trial(name, variant, pairs, seed, *size, (RULES,)))
     if config.dataset in DRAWN and min(config.pairs) < 1:
         raise UserError("--pairs: procedural faces need a number of pairs, there is no end to them")
-    if config.size < 24 and (config.weights.adversarial or "unet" in config.variants + config.extras):
+    unet = "unet" in config.variants + config.extras
+    if config.size < 24 and (config.weights.adversarial or unet):
         raise UserError(f"--size {config.size}: the discriminator needs crops of at least 24 pixels")
+    if unet and config.size & (config.size - 1):
+        raise UserError(f"--size {config.size}: the U-Net needs a power of two")
+    if config.size > config.load:
+        raise UserError(f"--size {config.size}: larger than --load {config.load}, which crops are cut from")
+    if config.topk > config.arch.slots:
+        raise UserError(f"--topk {config.topk}: the memory has {config.arch.slots} slots")
+    strangers = set(config.artists) - {RULES, *ARTISTS}
+    if strangers:
+        raise UserError(f"--artists {min(strangers)}: there are {', '.join((RULES, *ARTISTS))}")
     if config.dataset in DRAWN and config.artists:
         size = (2 * config.size, 2 * config.load, config.artist_steps)
         trials.append(Trial("artists", "most", config.artist_pairs, config.seed, *size, config.artists))

@@ -11,15 +11,15 @@ from curves import assert_same_curves, run_one, run_two
 from safetensors.torch import load_file
 
 from most_net import adapt, claims, mechanism, predict
-from most_net.data import face_pairs, simple_pairs
+from most_net.data import Batch, face_pairs, simple_pairs
 from most_net.learner import learning_rate, synthesise
 from most_net.memory import Memory
 from most_net.model import TINY, MostNet
 from most_net.pairs import Alignment
-from most_net.train import PRESETS, Config, Weights, train
-from most_net.trials import load_network, plan
+from most_net.train import PRESETS, Config, Weights, train, update
+from most_net.trials import begin, load_network, plan
 from shared.io import read_image, write_image
-from shared.runtime import UserError
+from shared.runtime import UserError, start
 
 FOLDER = Path(__file__).resolve().parent.parent / "most_net"
 SMALL = replace(TINY, base=4, slots=8)
@@ -152,6 +152,29 @@ def test_every_style_of_fs2k_has_a_memory(tmp_path):
     assert [int(memory.usage.sum()) for memory in net.memories] == [2 * 2 * 256] * 3
 
 
+def test_only_the_reconstruction_trains_in_the_warm_up(tmp_path):
+    config = tiny(
+        tmp_path / "run",
+        size=32,
+        load=32,
+        warmup=1,
+        weights=Weights(pixel=1, reconstruction=0, perceptual=0, adversarial=1, ssim=1, slot=1, match=1),
+    )
+    accelerator = start(config)
+    (trial,) = plan(config)
+    learner = begin(config, trial, accelerator.device)
+    learner.perceptual = torch.nn.L1Loss()
+    learner.prepare(accelerator, compiled=False)
+    photo, sketch = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 1, 32, 32) * 2 - 1
+    for step, moves in ((0, False), (1, True)):
+        before = {name: value.clone() for name, value in learner.net.named_parameters()}
+        keys = learner.net.memories[0].keys.clone()
+        update(config, trial, learner, accelerator, Batch(photo, sketch, 0), step)
+        changed = [not torch.equal(before[name], value) for name, value in learner.net.named_parameters()]
+        assert any(changed) == moves
+        assert not torch.equal(learner.net.memories[0].keys, keys)  # written from the first step on
+
+
 def _enlarged(image: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.interpolate(image[None], (250, 200))[0]
 
@@ -223,8 +246,15 @@ def test_plans():
     assert [trial.name for trial in plan(PRESETS["paper"])] == ["most-all-0"]
     with pytest.raises(UserError, match="--pairs: procedural faces need a number"):
         plan(replace(PRESETS["demo"], pairs=(0,)))
-    with pytest.raises(UserError, match="--size 16: .* at least 24 pixels"):
-        plan(replace(PRESETS["demo"], size=16))
+    for changes, words in (
+        ({"size": 16}, "--size 16: .* at least 24 pixels"),
+        ({"size": 48, "load": 48}, "--size 48: the U-Net needs a power of two"),
+        ({"size": 64}, "--size 64: larger than --load 32"),
+        ({"topk": 65}, "--topk 65: the memory has 64 slots"),
+        ({"artists": ("outline", "rubens")}, "--artists rubens: there are rules, "),
+    ):
+        with pytest.raises(UserError, match=words):
+            plan(replace(PRESETS["demo"], **changes))
 
 
 # --- use ----------------------------------------------------------------------------------------------
