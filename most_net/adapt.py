@@ -64,6 +64,7 @@ def learn_artist(net: MostNet, photos: Tensor, sketches: Tensor, rounds: int = 1
 
 
 def main(config: Config) -> None:
+    """Read the pairs, write the memory, and say how large it is."""
     net, settings, trial = load_network(find_run("most_net", config.run), TrainConfig, config.trial)
     if not hasattr(net, "memories"):
         raise UserError(f"--trial {trial.name}: a network without a memory cannot be taught")

@@ -5,6 +5,7 @@ python bench.py            a GPU when there is one; on a CPU small batches
 
 import time
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ PEOPLE, PIXELS = 338, 250 * 200
 class Config:
     """Measure speed."""
 
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: CUDA when there is one."""
     seconds: float = 2.0
     """Least time of each measurement."""
     batch: int = 0

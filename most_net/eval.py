@@ -7,6 +7,7 @@ most_net.metrics`.
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +49,8 @@ class Config:
 
     run: Path | None = None
     """Run folder. Default: the newest run."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: CUDA when there is one."""
     nlda_train: int | None = None
     """Training people of NLDA recognition. Default: 150 and 300 on the standard test sets, otherwise nearly
     half of the test people; 0 leaves it out."""

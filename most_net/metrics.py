@@ -4,7 +4,7 @@
 
 compares equally named images of two folders: SSIM, FSIM, Scoot, on request face recognition (NLDA), LPIPS,
 FID and KID. Everything is measured on 8-bit grey, as the literature does; do not compare padded or
-contrast-stretched files.
+contrast-stretched files. NLDA is in per cent.
 """
 
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ class Config:
     fid_weights: Path | None = None
     """torch-fidelity's InceptionV3 file. Default: its download."""
     out: Path | None = None
-    """Write the numbers of every image and the means to this JSON file."""
+    """Write the means, the numbers of every image and the curve of NLDA to this JSON file."""
 
 
 def image_files(folder: Path) -> dict[str, Path]:
@@ -161,19 +161,23 @@ def pretrained(truth: Tensor, prediction: Tensor, config: Config) -> dict[str, f
 
 
 def main(config: Config) -> None:
+    """Print the means; with --out also write them, the numbers of every image and the curve of NLDA."""
     names, truth, prediction = load_folders(config.truth, config.prediction)
     values = quality(truth, prediction)
     means = {metric: float(column.mean()) for metric, column in values.items()}
+    curves = {}
     if config.nlda_train:
         try:
-            means["NLDA"] = nlda_rate(truth, prediction, config.nlda_train, config.partitions).best
+            found = nlda_rate(truth, prediction, config.nlda_train, config.partitions)
         except ValueError as error:
             raise UserError(f"--nlda-train: {error}") from None
+        means["NLDA"], curves["NLDA by dimensions"] = 100 * found.best, 100 * found.curve
     means |= pretrained(truth, prediction, config)
-    print(format_table(["metric", f"mean of {len(names)} images"], [[k, v] for k, v in means.items()]))
+    rows = [[f"{name} [%]" if name == "NLDA" else name, value] for name, value in means.items()]
+    print(format_table(["metric", f"mean of {len(names)} images"], rows))
     if config.out:
         per_image = {name: {m: column[i] for m, column in values.items()} for i, name in enumerate(names)}
-        write_json(config.out, {"means": means, "images": per_image})
+        write_json(config.out, {"means": means, "images": per_image, **curves})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from most_net.align import align_to_eyes
 from most_net.data import crop_to, pad_to
 from most_net.eyes import find_eyes
+from most_net.learner import styles_in
 from most_net.memory import Memory
 from most_net.metrics import image_files
 from most_net.train import Config as TrainConfig
@@ -58,8 +59,8 @@ class Config:
     """Side of a tile in pixels."""
     white_background: bool = False
     """Leave the paper white outside the person."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: CUDA when there is one."""
 
 
 def photo_files(inputs: tuple[Path, ...]) -> list[Path]:
@@ -180,6 +181,8 @@ def place_eyes(photo: Tensor, config: Config, path: Path) -> tuple[tuple[float, 
 
 def predict(config: Config) -> Path:
     """Draw every photo; returns the folder of the sketches."""
+    if config.eyes is not None and config.align != "eyes":
+        raise UserError("--eyes is for --align eyes")
     device = pick_device(config.device)
     net, settings, trial = load_network(find_run("most_net", config.run), TrainConfig, config.trial)
     if config.memory is not None:
@@ -188,8 +191,8 @@ def predict(config: Config) -> Path:
         net.memories[0] = load_memory(config.memory, net.memories[0])
     net.to(device).eval()
     style = 0 if config.memory is not None else config.style
-    if not 0 <= style < len(getattr(net, "memories", [None])):
-        raise UserError(f"--style {style}: {trial.name} has {len(net.memories)} memories, from 0")
+    if not 0 <= style < styles_in(net):
+        raise UserError(f"--style {style}: {trial.name} has {styles_in(net)} of them, from 0")
     frame, records = frame_of(settings, trial), {}
     for path in progress(photo_files(config.inputs), "sketches"):
         photo = read_image(path)

@@ -198,6 +198,9 @@ def test_command_measures_two_folders(tmp_path):
     found = json.loads((tmp_path / "n.json").read_text())
     assert set(found["means"]) == {"SSIM", "FSIM", "Scoot", "NLDA"}
     assert len(found["images"]) == 8
+    curve = found["NLDA by dimensions"]
+    assert len(curve) == 3 and found["means"]["NLDA"] == max(curve) > 1  # per cent
+    assert "NLDA [%]" in done.stdout
     expected = metrics.quality(sketchlike(8, 50, 40) / 255, noisy(sketchlike(8, 50, 40), 10) / 255)
     assert found["means"]["FSIM"] == pytest.approx(float(expected["FSIM"].mean()), abs=1e-9)
 

@@ -264,7 +264,8 @@ def test_plans():
 def run(tmp_path_factory) -> Path:
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("run")
-    return train(tiny(out / "run", artists=("outline", "bold"), artist_pairs=3, artist_steps=4))
+    options = {"variants": ("none", "most"), "artists": ("outline", "bold")}
+    return train(tiny(out / "run", artist_pairs=3, artist_steps=4, **options))
 
 
 def draw_photo(path: Path, height: int, width: int) -> torch.Tensor:
@@ -332,7 +333,9 @@ def test_predict_names_what_is_wrong(run, tmp_path):
         ({"inputs": ()}, "no photo named"),
         ({"align": "eyes"}, "needs --eyes X Y X Y"),
         ({"align": "eyes", "eyes": (1.0, 1.0, 900.0, 1.0)}, "lie outside the photo"),
-        ({"style": 7}, "--style 7: artists has 2 memories"),
+        ({"style": 7}, "--style 7: artists has 2 of them"),
+        ({"style": 1, "trial": "none-4-0"}, "--style 1: none-4-0 has 1 of them"),
+        ({"eyes": (1.0, 1.0, 9.0, 1.0)}, "--eyes is for --align eyes"),
         ({"trial": "other"}, "no trained network other"),
         ({"memory": tmp_path / "odd.pt"}, "odd.pt: made for another model than Memory"),
         ({"run": tmp_path}, "not a run folder"),
