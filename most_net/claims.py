@@ -7,11 +7,18 @@ from shared.published import Claim
 Scores = dict[str, dict[str, float]]
 
 
-def by_variant(scores: Scores, metric: str) -> dict[tuple[str, int], list[float]]:
-    """(variant, pairs) -> the metric of every seed, from names such as most-8-0."""
+def by_variant(
+    scores: Scores, metric: str, everything: int | None = None
+) -> dict[tuple[str, int], list[float]]:
+    """(variant, pairs) -> the metric of every seed, from names such as most-8-0.
+
+    everything: what `all` stands for in a name; None leaves such names out.
+    """
     table: dict[tuple[str, int], list[float]] = {}
     for name, row in scores.items():
         variant, *rest = name.rsplit("-", 2)
+        if everything is not None and rest[:1] == ["all"]:
+            rest[0] = str(everything)
         if len(rest) == 2 and all(part.isdigit() for part in rest):
             table.setdefault((variant, int(rest[0])), []).append(row[metric])
     return table

@@ -20,7 +20,7 @@ from most_net.data import Pairs
 from most_net.figures import save_figures
 from most_net.learner import synthesise
 from most_net.mechanism import atlas, measure
-from most_net.metrics import grey_bytes, nlda_rate, pretrained, quality, ssim
+from most_net.metrics import grey_bytes, nlda_rate, pretrained, quality, ssim, window_of
 from most_net.pairs import load_dataset
 from most_net.train import Config as TrainConfig
 from most_net.trials import DRAWN, Trial, drawn_pairs, load_network, plan, split_data, trial_pairs
@@ -66,11 +66,6 @@ class Config:
     """torch-fidelity's InceptionV3 file. Default: its download."""
     write: bool = False
     """Write all test sketches to predictions/<method>/ in the run folder, the drawn ones to truth/."""
-
-
-def window_of(height: int) -> int:
-    """Side of SSIM's window: 11, and 7 on the small pictures of the demo."""
-    return 11 if height >= 64 else 7
 
 
 def load_test(config: TrainConfig, trial: Trial) -> tuple[Pairs, Tensor]:
@@ -119,7 +114,8 @@ def networks(folder: Path, config: TrainConfig, device: torch.device) -> dict[Tr
 
 
 def score(config: Config, truth: Tensor, got: Tensor) -> dict[str, float]:
-    """All metrics of sketches (N, 1, H, W) in [0, 1] against the drawn ones."""
+    """All metrics of sketches (N, 1, H, W) in [0, 1] against the drawn ones. UserError when `nlda_train` was
+    given and does not leave people to train on and to search."""
     window = window_of(truth.shape[-2])
     values = {name: float(column.mean()) for name, column in quality(truth, got).items()}
     values["SSIM"] = float(ssim(grey_bytes(truth), grey_bytes(got), window=window).mean())
@@ -128,7 +124,10 @@ def score(config: Config, truth: Tensor, got: Tensor) -> dict[str, float]:
     train_people = config.nlda_train
     if train_people is None:
         train_people = NLDA_TRAIN.get(people, int(0.45 * people))
-    if train_people and people - train_people >= 2 and train_people >= 2:
+    fits = 2 <= train_people <= people - 2
+    if config.nlda_train and not fits:
+        raise UserError(f"--nlda-train {config.nlda_train}: between 2 and {people - 2} of {people} people")
+    if fits:
         values["NLDA"] = 100 * nlda_rate(truth, got, train_people).best
     return values | pretrained(truth, got, config)
 
@@ -157,14 +156,18 @@ def evaluate(config: Config) -> Path:
         if hasattr(nets[trial], "memories")
     }
     shown = {trial.name: (nets[trial], trial.size) for trial in main}
-    save_figures(folder / "samples", shown, probe, methods, scores)
+    others = {trial.name for trial in main if trial.seed != settings.seed}
+    first_seed = {name: images for name, images in methods.items() if name not in others}
+    everything = None if settings.dataset in DRAWN else len(split_data(settings)[0])
+    save_figures(folder / "samples", shown, probe, first_seed, scores, everything)
     artists: dict[str, float] = {}
     for trial in nets:
         if trial.name == "artists":
-            artists, sheet = measure_artists(nets[trial], trial.artists, trial.size)
+            net = nets[trial].cpu()  # a small network on a few faces
+            artists, sheet = measure_artists(net, trial.artists, trial.size)
             write_image(folder / "samples" / "artists.png", sheet)
             faces = drawn_pairs(settings, trial, PROBED, TEST_SEED)
-            write_image(folder / "samples" / "atlas-artists.png", atlas(nets[trial], faces, trial.size))
+            write_image(folder / "samples" / "atlas-artists.png", atlas(net, faces, trial.size))
     claims: list[Claim] = []
     if settings.dataset in DRAWN:
         claims = judge(settings.pairs, scores, memories, artists)

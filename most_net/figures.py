@@ -32,9 +32,9 @@ def slots(net: nn.Module, test: Pairs, size: int, shown: int = 8) -> Tensor:
     return image_grid(tiles, len(photos), ["photo", "slots", "sketch"], scale=max(1, 96 // photos.shape[-1]))
 
 
-def curve(scores: Scores, path: Path) -> None:
-    """SSIM against the number of training pairs, a line per variant, a point per seed."""
-    table = by_variant(scores, "SSIM")
+def curve(table: dict[tuple[str, int], list[float]], path: Path) -> None:
+    """SSIM, as `by_variant` gives it, against the number of training pairs: a line per variant, a point per
+    seed."""
     figure, axes = pyplot.subplots(figsize=(5, 3.5))
     for number, variant in enumerate(("none", "memory", "most")):
         counts = sorted(pairs for name, pairs in table if name == variant)
@@ -57,16 +57,18 @@ def save_figures(
     test: Pairs,
     methods: dict[str, Tensor],
     scores: Scores,
+    everything: int | None,
 ) -> None:
-    """comparison.png; slots.png and atlas.png of the last network with a memory; curve.png."""
-    first = {
-        name: images for name, images in methods.items() if not name[-1].isdigit() or name.endswith("-0")
-    }
-    write_image(folder / "comparison.png", comparison(test, first))
+    """comparison.png of `methods`; slots.png and atlas.png of the last network with a memory; curve.png.
+
+    everything: number of training pairs of the networks that had all of them.
+    """
+    write_image(folder / "comparison.png", comparison(test, methods))
     remembering = [(net, size) for net, size in nets.values() if hasattr(net, "memories")]
     if remembering:
         net, size = remembering[-1]
         write_image(folder / "slots.png", slots(net, test, size))
         write_image(folder / "atlas.png", atlas(net, test, size))
-    if len({pairs for _, pairs in by_variant(scores, "SSIM")}) > 1:
-        curve(scores, folder / "curve.png")
+    table = by_variant(scores, "SSIM", everything)
+    if len({pairs for _, pairs in table}) > 1:
+        curve(table, folder / "curve.png")

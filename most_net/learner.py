@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from most_net.data import Pairs, crop_to, pad_to, signed
-from most_net.metrics import grey_bytes, ssim
+from most_net.metrics import grey_bytes, ssim, window_of
 from shared.runtime import maybe_compile
 
 
@@ -79,7 +79,7 @@ class Learner:
 
     def validate(self, pairs: Pairs, size: int) -> float:
         """SSIM on held-out pairs; remembers the best weights."""
-        window = 11 if pairs.photos.shape[-2] >= 64 else 7
+        window = window_of(pairs.photos.shape[-2])
         truth, got = pairs.sketches.float().cpu(), grey_bytes(synthesise(self.current, pairs, size))
         value = float(ssim(truth, got, window=window).mean())
         if self.best is not None and value > self.best_ssim:

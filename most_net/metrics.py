@@ -26,7 +26,7 @@ from shared.published import format_table
 from shared.records import write_json
 from shared.runtime import UserError, parse, run_main
 
-__all__ = ["Recognition", "fsim", "grey_bytes", "nlda_rate", "quality", "scoot", "ssim"]
+__all__ = ["Recognition", "fsim", "grey_bytes", "nlda_rate", "quality", "scoot", "ssim", "window_of"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".webp"}
 
@@ -59,6 +59,11 @@ def ssim(
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     top = (2 * mean1 * mean2 + c1) * (2 * covariance + c2)
     return (top / ((mean1.square() + mean2.square() + c1) * (variances + c2))).mean((1, 2, 3))
+
+
+def window_of(height: int) -> int:
+    """Side of SSIM's window for pictures of that height: 11, and 7 on the small ones of the demo."""
+    return 11 if height >= 64 else 7
 
 
 def quality(truth: Tensor, prediction: Tensor, batch: int = 16) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from curves import assert_same_curves, run_one, run_two
 from safetensors.torch import load_file
 
 from most_net import adapt, claims, mechanism, predict
+from most_net import eval as evaluation
 from most_net.data import Batch, face_pairs, simple_pairs
 from most_net.learner import learning_rate, synthesise
 from most_net.memory import Memory
@@ -234,6 +235,23 @@ def test_claims_are_judged_by_their_margins():
     assert [claim.holds for claim in found] == [True, True, False, False, True]
     assert found[0].measured["gain"] == pytest.approx(0.005)
     assert [claim.id for claim in found] == ["C1", "C2", "C3", "C4", "C5"]
+
+
+def test_a_curve_has_its_end_at_all_pairs():
+    names = ("most-all-0", "most-27-0", "most-27-1", "grey photo", "neighbour patches (241)")
+    scores = {name: {"SSIM": 0.5} for name in names}
+    assert claims.by_variant(scores, "SSIM", 241) == {("most", 241): [0.5], ("most", 27): [0.5, 0.5]}
+    assert claims.by_variant(scores, "SSIM").keys() == {("most", 27)}
+
+
+def test_the_comparison_shows_the_first_seed_whatever_it_is(run, monkeypatch):
+    shown = []
+    monkeypatch.setattr(evaluation, "save_figures", lambda *arguments: shown.append(arguments))
+    folder = train(tiny(run.parent / "seeds", variants=("none", "most"), seed=1, seeds=2))
+    evaluation.evaluate(evaluation.Config(folder, device="cpu", patches=False))
+    assert set(shown[0][3]) == {"grey photo", "dodge sketch", "none-4-1", "most-4-1"}
+    with pytest.raises(UserError, match="--nlda-train 127: between 2 and 126 of 128 people"):
+        evaluation.evaluate(evaluation.Config(folder, device="cpu", patches=False, nlda_train=127))
 
 
 def test_learning_rate_is_constant_and_then_falls_to_zero():
