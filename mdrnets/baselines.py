@@ -13,12 +13,15 @@ from mdrnets.model import composite
 class UNet(nn.Module):
     """Plain U-Net, the generic learned baseline: masked image and mask -> completed image.
 
-    x (B, 3, H, W) in [-1, 1], mask (B, 1, H, W); H and W multiples of 2^(len(widths) - 1). Returns a dict
-    with `refined` (the raw result, tanh) and `output` (the composite), like `MDRNet`.
+    x (B, 3, H, W) in [-1, 1], mask (B, 1, H, W); H and W multiples of `multiple`. Returns a dict with
+    `refined` (the raw result, tanh) and `output` (the composite), like `MDRNet`.
     """
 
-    def __init__(self, widths: tuple[int, ...] = (16, 32, 48, 64)):
+    multiple = 8
+
+    def __init__(self):
         super().__init__()
+        widths = (16, 32, 48, 64)
         before = (4, *widths)
         self.down = nn.ModuleList(self._pair(a, b) for a, b in zip(before, widths, strict=False))
         up = list(zip(widths[1:], widths, strict=False))[::-1]

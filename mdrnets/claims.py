@@ -21,7 +21,7 @@ def make_claims(
 
     data: what the pictures are. psnr: method -> hole PSNR in dB, mean over pictures, bins and seeds.
     tampering: `interventions` of the disentangled network. repaired: `repair` of the one with `ema` writes.
-    gaps: `similarity_gaps` by variant.
+    gaps: `similarity_gaps` by variant, or nothing where psi was not at hand.
     """
     claims: list[Claim] = []
 
@@ -46,7 +46,7 @@ def make_claims(
     compare(text, "full", "concat", 0.0)
     text = "The gain is not one of capacity: a block more instead of memory does not reach it."
     compare(text, "full", "deeper", FULL_OVER_NONE)
-    if "full+inco2" in psnr and "full" in psnr:
+    if {"full", "full+inco2"} <= psnr.keys() & gaps.keys():
         text = "InCo2 does not cost fidelity and narrows the gaps that it speaks of, or leaves them."
         names = {"full": "full", "full+inco2": "with InCo2"}
         measured = {f"{short}, {k}": v for name, short in names.items() for k, v in gaps[name].items()}

@@ -129,7 +129,8 @@ class TestSet(Dataset):
 
 
 def open_pictures(config: "Config", data: DataName, part: datasets.Part, seed: int = 0) -> Pictures:
-    """Training or test pictures of a set. Raises UserError when a public set is not there."""
+    """Training or test pictures of a set. Raises UserError when a public set is not there, or has no labels
+    and the parser is to be trained."""
     size, root = config.image_size, config.data_root
     if data in ("faces", "simple"):
         count = config.train_images if part == "train" else config.test_images
@@ -140,10 +141,17 @@ def open_pictures(config: "Config", data: DataName, part: datasets.Part, seed: i
         raise UserError(f"--data {data} needs --data-root. {layout}".strip())
     chosen = config.train_list if part == "train" else config.test_list
     if chosen is not None:
-        return datasets.picture_list(chosen, root, size)
-    if data == "celeba-hq":
-        return datasets.celeba_hq(root, size, part, config.split)
-    return (datasets.ffhq if data == "ffhq" else datasets.picture_folder)(root, size, part)
+        pictures = datasets.picture_list(chosen, root, size)
+    elif data == "celeba-hq":
+        pictures = datasets.celeba_hq(root, size, part, config.split)
+    else:
+        pictures = (datasets.ffhq if data == "ffhq" else datasets.picture_folder)(root, size, part)
+    if config.parser == "tiny" and part == "train" and pictures.annotations is None:
+        raise UserError(
+            f"--parser tiny learns from labels, which {pictures.name} does not have here; "
+            "use --parser bisenet with --parser-weights"
+        )
+    return pictures
 
 
 def training_masks(config: "Config", seed: int) -> MaskSource:

@@ -237,10 +237,11 @@ def attention_of(model: Model, done: Completed, pixel: tuple[int, int]) -> tuple
     index = at[0] * cells[1] + at[1]
     slots = []
     if refine.dmm is not None:
-        parsing = out["parsing"].flatten(2).transpose(1, 2)
-        weights = refine.dmm.weights(refine.dmm.queries(features), parsing)[0, index]
+        enhanced_first = refine.mrem is not None and refine.order == "mrem>dmm"
+        asking = refine.mrem(features, holes) if enhanced_first else features
+        weights = refine.dmm.weights(refine.dmm.queries(asking), refine.dmm.shares(out["parsing"]))[0, index]
         names = model.parts if refine.dmm.blocks == len(model.parts) else ("all",)
-        shares = parsing[0, index].tolist() if len(names) > 1 else [1.0]
+        shares = out["parsing"][0].flatten(1)[:, index].tolist() if len(names) > 1 else [1.0]
         for name, share, row_of_block in zip(names, shares, weights, strict=True):
             top_weights, top_slots = row_of_block.topk(min(3, refine.dmm.slots))
             most = {str(int(i)): round(float(w), 4) for i, w in zip(top_slots, top_weights, strict=True)}

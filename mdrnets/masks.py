@@ -162,6 +162,13 @@ def measure_masks(folder: Path, size: int, polarity: Polarity) -> list[tuple[Pat
     return measured
 
 
+def show_ratio(mask: Tensor) -> None:
+    """Print the share of corrupted pixels in a batch, and warn when it looks inverted."""
+    share = ratio(mask)
+    print(f"holes: {100 * share:.0f} % of the first batch")
+    warn_inverted(share)
+
+
 def warn_inverted(mean_ratio: float) -> str | None:
     """The warning for masks whose mean ratio says that kept and corrupted are swapped; also logged."""
     if mean_ratio <= INVERTED:

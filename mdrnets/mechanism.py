@@ -82,7 +82,7 @@ def repair(net: MDRNet, batch: Batch) -> dict[str, float]:
     cells = (x.shape[-2] // net.stride, x.shape[-1] // net.stride)
     out = net(x, m)
     q = dmm.queries(net.refine.features(out["coarse_comp"], m, out["parsing"]))
-    w = dmm.weights(q, out["parsing"].flatten(2).transpose(1, 2))
+    w = dmm.weights(q, dmm.shares(out["parsing"]))
     read = F.normalize(w.flatten(2) @ dmm.slots_normalised().flatten(0, 1), dim=-1)
     truth = parts_on_grid(batch["parts"].clamp_min(0), out["parsing"].shape[1], cells)
     clean = dmm.queries(net.refine.features(x, torch.zeros_like(m), truth))

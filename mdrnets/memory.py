@@ -84,6 +84,13 @@ class DMM(nn.Module):
         r = r.transpose(1, 2).view_as(features).to(features.dtype)
         return features + self.fuse(torch.cat((features, r), 1))
 
+    def shares(self, parsing: Tensor) -> Tensor:
+        """What each position takes of each block: parsing (B, K, h, w) -> (B, P, K), p itself or, under hard
+        routing, 1 for the most probable part."""
+        p = parsing.flatten(2).transpose(1, 2)
+        hard = self.routing == "hard" and self.blocks > 1
+        return F.one_hot(p.argmax(-1), self.blocks).to(p) if hard else p
+
     def weights(self, q: Tensor, p: Tensor) -> Tensor:
         """Weights of all slots: q (B, P, C), p (B, P, K) -> p_k w_ki (B, P, K, N); one matrix product."""
         scores = q @ self.slots_normalised().flatten(0, 1).T

@@ -45,7 +45,7 @@ class PredictConfig:
     picture: Annotated[Path, tyro.conf.Positional]
     """A picture, or a folder of pictures."""
     mask: Path | None = None
-    """Mask picture; for a folder, a folder of masks with the same names."""
+    """Mask picture; for a folder, a folder of masks with the same names in the same folders."""
     hide: Hide | None = None
     """Instead of a mask: hide glasses, a hat or a box."""
     box: tuple[int, int, int, int] | None = None
@@ -142,14 +142,21 @@ def write_outputs(
 
 
 def main(config: PredictConfig) -> Path:
-    """Complete every picture; returns the folder with the results."""
+    """Complete every picture; returns the folder with the results. In a folder, a picture and its mask lie at
+    the same place below their folders, and the results too. UserError when two would get one place."""
     model = load_model(config.run, config.data, config.variant, config.seed, pick_device(config.device))
     folder = config.picture.is_dir()
     pictures = list_images(config.picture, "pictures") if folder else [config.picture]
-    for path in progress(pictures, "pictures"):
+    places = [path.relative_to(config.picture).with_suffix("") if folder else Path() for path in pictures]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            twin = pictures[places.index(place)]
+            raise UserError(f"{twin} and {pictures[i]}: their results would have one name; rename one")
+    for path, place in zip(progress(pictures, "pictures"), places, strict=True):
         mask_path = config.mask
         if mask_path is not None and mask_path.is_dir():
-            named = [mask_path / f"{path.stem}{ending}" for ending in (path.suffix, ".png", ".jpg")]
+            beside = mask_path / (place.parent if folder else "") / path.stem
+            named = [beside.with_name(f"{path.stem}{ending}") for ending in (path.suffix, ".png", ".jpg")]
             mask_path = next((file for file in named if file.is_file()), None)
             if mask_path is None:
                 raise UserError(f"{config.mask}: no mask {path.stem}.png for {path}")
@@ -157,8 +164,7 @@ def main(config: PredictConfig) -> Path:
         with one_slot(model, config.part, config.slot):
             done = complete(model, image, mask, config.crop, config.blend)
             done.warnings[:0] = remarks
-            target = config.out / path.stem if folder else config.out
-            write_outputs(target, model, image, mask, done, config)
+            write_outputs(config.out / place, model, image, mask, done, config)
         for warning in done.warnings:
             print(f"warning: {warning}")
     return config.out

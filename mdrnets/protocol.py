@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.image import FrechetInceptionDistance
 
 from shared import metrics as shared_metrics
 from shared.runtime import UserError
@@ -96,9 +97,10 @@ class Scores:
     def __init__(
         self, protocol: Protocol, lpips: nn.Module | None = None, inception: nn.Module | None = None
     ):
-        self.protocol, self.lpips, self.inception = protocol, lpips, inception
+        self.protocol, self.lpips = protocol, lpips
         self.values: dict[str, list[Tensor]] = {}
-        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.count = 0
+        self.frechet = FrechetInceptionDistance(feature=inception) if inception is not None else None
 
     def add(self, output: Tensor, x: Tensor, mask: Tensor) -> None:
         """A batch in [-1, 1]. Raises ValueError when a kept pixel was changed: the composite must be
@@ -115,15 +117,17 @@ class Scores:
             )
         for name, value in scores.items():
             self.values.setdefault(name, []).append(value.cpu())
-        if self.inception is not None:
-            self.pairs.append((output.cpu(), truth.cpu()))
+        self.count += len(output)
+        if self.frechet is not None:
+            self.frechet.to(output.device)
+            for images, real in ((truth, True), (output, False)):
+                self.frechet.update(images, real=real)
 
     def means(self) -> dict[str, float]:
         """Mean over pictures of every score; FID over all of them, from 2,000 pictures on."""
         result = {name: torch.cat(values).mean().item() for name, values in self.values.items()}
-        if self.inception is not None and sum(len(pair[0]) for pair in self.pairs) >= FEWEST_FOR_FID:
-            real, fake = ([pair[i] for pair in self.pairs] for i in (1, 0))
-            result["FID"] = shared_metrics.fid(real, fake, self.inception)
+        if self.frechet is not None and self.count >= FEWEST_FOR_FID:
+            result["FID"] = self.frechet.compute().item()
         return result
 
 

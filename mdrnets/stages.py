@@ -59,10 +59,16 @@ class Stage:
 
 
 def plan(config: "Config") -> list[Stage]:
-    """The stages of a run in their order. Raises UserError for an unknown variant."""
+    """The stages of a run in their order. UserError for an unknown variant and settings that do not fit."""
     unknown = [name for name in config.variants if name not in VARIANTS]
     if unknown or not config.variants:
         raise UserError(f"unknown variant {unknown[:1]}; there are {', '.join(VARIANTS)}")
+    if config.parser == "bisenet" and "simple" in config.data:
+        raise UserError("--data simple: the simple faces have parts of their own: use --parser tiny")
+    if config.unet and config.image_size % UNet.multiple:
+        raise UserError(f"--image-size {config.image_size}: the U-Net needs a multiple of {UNet.multiple}")
+    if config.adversarial and config.image_size < 24:
+        raise UserError(f"--image-size {config.image_size}: the discriminator needs at least 24")
     stages = []
     for data in config.data:
         for seed in range(config.seed, config.seed + config.seeds):

@@ -21,7 +21,7 @@ from mdrnets.copytask import copy_task
 from mdrnets.data import DataName, Pictures, TrainSet, open_pictures, training_masks
 from mdrnets.datasets import Split
 from mdrnets.gallery import training_sheet
-from mdrnets.masks import Polarity, ratio, warn_inverted
+from mdrnets.masks import Polarity, show_ratio
 from mdrnets.memory import Addressing, Routing, Update
 from mdrnets.model import Discriminator, MDRNet, Order, SizeName
 from mdrnets.objective import coarse_losses, feature_network, needs_features, refine_losses, unet_losses
@@ -61,14 +61,14 @@ class Config(RunConfig):
     train_images: int = 2000
     """Procedural faces for training."""
     test_images: int = 256
-    """Procedural faces for testing; of a public set the first so many test pictures."""
+    """Procedural faces for testing."""
 
     masks: Literal["strokes", "boxes", "files"] = "strokes"
     """Training masks: free-form strokes, rectangles, or files such as NVIDIA's irregular masks."""
     mask_root: Path | None = None
     """Folder of training mask files."""
     test_mask_root: Path | None = None
-    """Folder of test mask files; without it test masks are drawn like `masks` says."""
+    """Folder of test mask files; without it test masks are drawn: boxes if `masks` says so, else strokes."""
     mask_polarity: Polarity = "white-hole"
     """Which colour of a mask file means corrupted."""
     mask_ratio: tuple[float, float] = (0.1, 0.6)
@@ -257,8 +257,8 @@ def train_stage(
     net.train()
     for batch in progress(loader, stage.label):
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-        if position.stage == position.step == 0:
-            warn_inverted(ratio(batch["mask"]))
+        if accelerator.is_main_process and position.stage == position.step == 0:
+            show_ratio(batch["mask"])
         chance = step_generator(stage.seed, position.step, stream=1 + rank)
         last = refining and position.step >= stage.steps - config.last_steps
         for optimiser, factor in zip(optimisers, (1.0, config.lr_ratio), strict=False):

@@ -287,5 +287,29 @@ def test_scores_refuse_a_changed_kept_pixel():
         scores.add(x + 0.01, x, mask)
 
 
+class Colours(torch.nn.Module):
+    """Stands in for InceptionV3: three features."""
+
+    num_features = 3
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3))
+
+
+def test_fid_is_collected_batch_by_batch(monkeypatch):
+    """Pictures are not kept: a test set of thousands for each of a dozen methods would not fit."""
+    monkeypatch.setattr("mdrnets.protocol.FEWEST_FOR_FID", 8)
+    x, mask = torch.rand(12, 3, 16, 16) * 2 - 1, torch.ones(12, 1, 16, 16)
+    output = (x + 0.3).clamp(-1, 1)
+    scores = Scores("ours", inception=Colours())
+    scores.add(output[:4], x[:4], mask[:4])
+    assert "FID" not in scores.means()
+    scores.add(output[4:], x[4:], mask[4:])
+    expected = shared_metrics.fid([to_bytes(x)], [to_bytes(output)], Colours())
+    assert scores.means()["FID"] == pytest.approx(expected, rel=1e-4)
+    kept = [value for value in vars(scores).values() if isinstance(value, list)]
+    assert not any(kept)
+
+
 def test_to_bytes_rounds_as_a_file_does():
     assert to_bytes(torch.tensor([-1.0, 1.0, 0.0, 3.0])).tolist() == pytest.approx([0, 1, 128 / 255, 1])

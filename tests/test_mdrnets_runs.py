@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from mdrnets import eval as evaluation
 from mdrnets import predict
 from mdrnets.claims import copy_claim, make_claims
-from mdrnets.inpaint import complete, crop_box, load_model
+from mdrnets.inpaint import Model, attention_of, complete, crop_box, load_model
+from mdrnets.model import SIZES, CoarseNet, MDRNet, RefineNet
+from mdrnets.parser import GROUPS, TinyParser
 from mdrnets.stages import TABLE_A, VARIANTS, plan
 from mdrnets.train import PRESETS, train
 from shared.io import load_config, read_image, write_image
@@ -138,10 +140,23 @@ def test_presets_and_plans():
     assert set(PRESETS["study"].variants) == set(VARIANTS)
     names = [stage.label for stage in plan(tiny(seeds=2, variants=("none",)))]
     assert names == ["simple/coarse/0", "simple/none/0", "simple/coarse/1", "simple/none/1"]
-    with pytest.raises(UserError, match="unknown variant"):
-        plan(tiny(variants=("nothing",)))
+    for changes, words in (
+        ({"variants": ("nothing",)}, "unknown variant"),
+        ({"parser": "bisenet"}, "simple faces have parts of their own: use --parser tiny"),
+        ({"unet": True, "image_size": 20}, "--image-size 20: the U-Net needs a multiple of 8"),
+        ({"adversarial": 0.1}, "--image-size 16: the discriminator needs at least 24"),
+    ):
+        with pytest.raises(UserError, match=words):
+            plan(tiny(**changes))
     paper = PRESETS["paper"]
     assert (paper.batch_size, paper.coarse_steps, paper.refine_steps, paper.lr) == (8, 100_000, 400_000, 2e-4)
+
+
+def test_a_tiny_parser_needs_labels(tmp_path):
+    for i in range(3):
+        write_image(tmp_path / "data" / f"{i}.png", picture(16, 16))
+    with pytest.raises(UserError, match="--parser tiny learns from labels"):
+        train(tiny(data=("folder",), data_root=tmp_path / "data", out=tmp_path / "run"))
 
 
 def test_user_mistakes_end_with_one_message(tmp_path):
@@ -160,6 +175,12 @@ def test_claims_follow_their_margins():
     assert len(held) == 3 and all(held.values())
     psnr["full"] = 19.35
     assert [claim.holds for claim in make_claims("x", psnr, None, None, {})] == [False, True, True]
+    psnr["full+inco2"] = 19.35  # without its gaps there is no claim about InCo2
+    assert len(make_claims("x", psnr, None, None, {})) == 3
+    gaps = {"full": {"inter": 1.0, "intra": 1.0}, "full+inco2": {"inter": 1.005, "intra": 0.9}}
+    assert make_claims("x", psnr, None, None, gaps)[-1].holds
+    gaps["full+inco2"]["inter"] = 1.02
+    assert not make_claims("x", psnr, None, None, gaps)[-1].holds
     assert copy_claim({"without MREM": 10.0, "with MREM": 8.0}).holds
     assert not copy_claim({"without MREM": 10.0, "with MREM": 8.1}).holds
 
@@ -177,9 +198,9 @@ def picture(height: int = 50, width: int = 60) -> torch.Tensor:
     return (torch.rand(3, height, width, generator=rng) * 255).round() / 255
 
 
-def hole(height: int = 50, width: int = 60) -> torch.Tensor:
+def hole(height: int = 50, width: int = 60, top: int = 20) -> torch.Tensor:
     mask = torch.zeros(1, height, width)
-    mask[:, 20:33, 25:41] = 1
+    mask[:, top : top + 13, top + 5 : top + 21] = 1
     return mask
 
 
@@ -311,10 +332,49 @@ def test_a_folder_of_pictures_needs_a_mask_for_each(run_folder, tmp_path):
         predict.main(config)
 
 
+def test_pictures_of_one_name_in_two_folders_are_kept_apart(run_folder, tmp_path):
+    for name in ("a/x.png", "b/x.png", "x.png"):
+        save(tmp_path / "in" / name, picture())
+    config = predict.PredictConfig(
+        picture=tmp_path / "in", hide="box", run=run_folder, out=tmp_path / "out", device="cpu"
+    )
+    predict.main(config)
+    for name in ("a/x", "b/x", "x"):
+        assert (tmp_path / "out" / name / "completed.png").is_file()
+    save(tmp_path / "in" / "x.jpg", picture())
+    with pytest.raises(UserError, match="x.jpg and .*x.png: their results would have one name"):
+        predict.main(config)
+
+
+@pytest.mark.parametrize("options", [{}, {"order": "mrem>dmm"}, {"order": "parallel"}, {"routing": "hard"}])
+def test_reported_slots_are_those_that_the_network_reads(options):
+    torch.manual_seed(0)
+    size = SIZES["unit"]
+    net = MDRNet(CoarseNet(size), TinyParser(8), RefineNet(size, 8, **options), size.stride).eval()
+    model = Model(net, tuple(GROUPS), 16, "test", torch.device("cpu"))
+    done = complete(model, picture(16, 16), hole(16, 16, 4), seamless=False)
+    asked = []
+    net.refine.dmm.query.register_forward_hook(lambda layer, inputs, output: asked.append(inputs[0]))
+    weights, slots = attention_of(model, done, (8, 8))
+    assert len(asked) >= 2 and all(torch.equal(features, asked[0]) for features in asked)
+    assert torch.allclose(weights.sum((1, 2)), torch.ones(2))
+    read = [sum(entry["slots"].values()) > 0 for entry in slots]
+    assert sum(read) == (1 if options.get("routing") == "hard" else 8)
+
+
 def test_one_slot_of_a_part_and_its_mistakes(run_folder, tmp_path, model):
     face = Path(save(tmp_path / "f.png", picture()))
     options = {"picture": face, "hide": "box"}
+    before = model.net.refine.dmm.memory.clone()
+    with predict.one_slot(model, "mouth", 2):
+        changed, mouth = model.net.refine.dmm.memory.clone(), model.parts.index("mouth")
+    assert torch.equal(changed[mouth], before[mouth, 2:3].expand_as(before[mouth]))
+    changed[mouth] = before[mouth]
+    assert torch.equal(changed, before) and torch.equal(model.net.refine.dmm.memory, before)
     run_predict(run_folder, tmp_path, **options, part="mouth", slot=2)
+    seen = read_image(tmp_path / "out" / "completed.png")
+    run_predict(run_folder, tmp_path, **options)
+    assert not torch.equal(seen, read_image(tmp_path / "out" / "completed.png"))
     with pytest.raises(UserError, match="--slot is 0 to 3"):
         run_predict(run_folder, tmp_path, **options, part="mouth", slot=4)
     with pytest.raises(UserError, match="no finished network"):
@@ -353,6 +413,16 @@ def test_exported_file_gives_what_the_network_gives(run_folder, tmp_path, model)
         assert (output - model.net(image, mask)["output"]).abs().max() < 1e-3
     (small,) = run_onnx(tmp_path / "net.int8.onnx", image=image, mask=mask)
     assert (small - output).abs().mean() < 0.05
+
+
+def test_an_exported_file_that_differs_is_not_kept(tmp_path, model, monkeypatch):
+    from mdrnets import export
+
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    (tmp_path / "net.onnx").write_text("the file of before")
+    with pytest.raises(UserError, match="net.onnx: would differ from the network"):
+        export.export(model, tmp_path / "net.onnx")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["the file of before"]
 
 
 def test_bench_compares_fast_and_plain_forms(tmp_path):
