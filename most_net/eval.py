@@ -68,12 +68,14 @@ class Config:
     """Write all test sketches to predictions/<method>/ in the run folder, the drawn ones to truth/."""
 
 
-def load_test(config: TrainConfig, trial: Trial) -> tuple[Pairs, Tensor]:
-    """The test pairs at the size of the trial, and their sketches (N, 1, H, W) in [0, 1] at full size."""
+def load_test(config: TrainConfig, trial: Trial, test: Pairs | None) -> tuple[Pairs, Tensor]:
+    """The test pairs at the size of the trial, and their sketches (N, 1, H, W) in [0, 1] at full size.
+
+    test: the real ones at the size of the run. UserError when there are none.
+    """
     if config.dataset in DRAWN:
         test = drawn_pairs(config, trial, TEST_FACES, TEST_SEED)
         return test, test.sketches / 255
-    test = split_data(config)[2]
     if test is None:
         raise UserError("no test pairs: neither a test part in the data set nor held-out pairs in the run")
     if config.scale == 1:
@@ -93,12 +95,12 @@ def enlarge(images: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(images, like.shape[-2:], mode="bicubic", align_corners=False).clamp(0, 1)
 
 
-def plain_baselines(config: TrainConfig, trial: Trial, test: Pairs, patches: bool) -> dict[str, Tensor]:
-    """Sketches of the baselines that are not trained, (N, 1, H, W) in [0, 1]."""
+def plain_baselines(test: Pairs, train: Pairs | None) -> dict[str, Tensor]:
+    """Sketches of the baselines that are not trained, (N, 1, H, W) in [0, 1]; neighbour patches come from
+    `train`, if given."""
     photos = test.photos.float().cpu() / 255
     out = {"grey photo": baselines.grey(photos), "dodge sketch": baselines.dodge(photos)}
-    if patches:
-        train = trial_pairs(config, trial, split_data(config)[0])
+    if train is not None:
         known = train.photos / 255, train.sketches / 255
         side = max(4, test.photos.shape[-2] // 12 // 2 * 2)
         out[f"neighbour patches ({len(train)})"] = baselines.neighbour_patches(photos, *known, side)
@@ -141,8 +143,10 @@ def evaluate(config: Config) -> Path:
     main = [trial for trial in nets if trial.name != "artists"]
     if not main:
         raise UserError(f"{folder}: only a network of several artists, nothing to compare it with")
-    test, truth = load_test(settings, main[0])
-    methods = plain_baselines(settings, main[0], test, config.patches)
+    real_train, _, real_test = split_data(settings)
+    test, truth = load_test(settings, main[0], real_test)
+    known = trial_pairs(settings, main[0], real_train) if config.patches else None
+    methods = plain_baselines(test, known)
     methods |= {trial.name: synthesise(nets[trial], test, trial.size) for trial in main}
 
     scores: Scores = {}
@@ -158,7 +162,7 @@ def evaluate(config: Config) -> Path:
     shown = {trial.name: (nets[trial], trial.size) for trial in main}
     others = {trial.name for trial in main if trial.seed != settings.seed}
     first_seed = {name: images for name, images in methods.items() if name not in others}
-    everything = None if settings.dataset in DRAWN else len(split_data(settings)[0])
+    everything = None if real_train is None else len(real_train)
     save_figures(folder / "samples", shown, probe, first_seed, scores, everything)
     artists: dict[str, float] = {}
     for trial in nets:

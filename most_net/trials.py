@@ -1,7 +1,6 @@
 """The networks of a run: which ones, how they begin, what they train on, and how they are read back."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -85,7 +84,6 @@ def styles_of(config: "Config", trial: Trial) -> int:
     return 3 if config.dataset == "fs2k" and config.styles else len(trial.artists)
 
 
-@lru_cache(maxsize=1)  # evaluation asks for it more than once, and it is hundreds of files
 def split_data(config: "Config") -> tuple[Pairs | None, Pairs | None, Pairs | None]:
     """Real training, held-out and test pairs; (None, None, None) for procedural faces. The held-out pairs are
     spread evenly over the sorted names. Where there is no test set they are it."""
