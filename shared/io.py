@@ -149,6 +149,7 @@ class Run:
         self.is_main = is_main
         self._writer: SummaryWriter | None = None
         self._log = None
+        self._step = -1
         if is_main:
             self._open(paper, config)
         if torch.distributed.is_initialized():
@@ -168,10 +169,13 @@ class Run:
             raise UserError(
                 f"{self.folder}: another process is training here; wait for it or give another --out"
             ) from None
-        if not record.exists() and any(entry.name != ".lock" for entry in self.folder.iterdir()):
+        # A process killed while it wrote its first record leaves the record's temporary name behind.
+        own = (".lock", f".{record.name}.part")
+        if not record.exists() and any(entry.name not in own for entry in self.folder.iterdir()):
             raise UserError(f"{self.folder}: not empty and not a run folder; give another --out")
         if config.restart:
-            for entry in self.folder.iterdir():
+            # The record last: until then a process killed here leaves a run folder.
+            for entry in sorted(self.folder.iterdir(), key=lambda entry: entry == record):
                 if entry.name != ".lock":
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         if record.exists():
@@ -195,6 +199,7 @@ class Run:
             for name, holder in (objects or {}).items():
                 holder.load_state_dict(state["objects"][name])
             set_random_state(state["random"])
+            self._step = state["log_step"]
         if self.is_main:
             log = self.folder / "log.jsonl"
             log.touch()
@@ -203,7 +208,6 @@ class Run:
             self._log = open(log, "a")  # noqa: SIM115 - open as long as the run
             purge = state["log_step"] + 1 if state else 0
             self._writer = SummaryWriter(str(self.folder), purge_step=purge)
-        self._step = state["log_step"] if state else -1
         return state["progress"] if state else None
 
     def save(self, models: dict[str, nn.Module], objects: Mapping[str, Any] | None, progress: dict) -> None:

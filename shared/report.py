@@ -89,10 +89,14 @@ def describe_run(folder: Path) -> dict[str, Any]:
 def curves(log: Path) -> list[tuple[str, dict[str, tuple[list, list]]]]:
     """log.jsonl -> [(metric, {series: (steps, values)})]. A scalar named "a/b" is series a of metric b.
 
-    Lines that have a round are drawn over it, the others over the step.
+    Lines that have a round are drawn over it, the others over the step. A run that was killed may have left
+    half a line, which does not count; without a log there are no curves.
     """
     charts: dict[str, dict[str, tuple[list, list]]] = {}
-    for line in log.read_text().splitlines():
+    lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
+    for line in lines:
+        if not line.endswith("\n"):
+            continue
         entry = json.loads(line)
         for name, value in entry.items():
             if name in ("step", "round") or not math.isfinite(value):

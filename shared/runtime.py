@@ -151,7 +151,9 @@ def seed_everything(seed: int) -> None:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto`, `cpu` or `cuda` -> device. Raises UserError when CUDA is asked for and absent."""
+    """`auto`, `cpu` or `cuda` -> device. Raises UserError on another name, or when CUDA is absent."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name}: give auto, cpu or cuda")
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UserError("--device cuda: PyTorch finds no CUDA device here; try --device cpu")

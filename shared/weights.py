@@ -14,7 +14,22 @@ from torch import Tensor, nn
 
 from shared.runtime import UserError
 
-_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile)
+# What the readers of damaged files stumble over: a changed byte makes a wrong length, name, index or type.
+_DAMAGED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
 
 
 def pretrained_path(
@@ -65,15 +80,7 @@ def load_torch(path: Path | str) -> Any:
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0] if str(error) else "not a PyTorch file"
         raise UserError(f"{path}: refused, it holds more than tensors or is damaged ({reason})") from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        SafetensorError,
-        zipfile.BadZipFile,
-    ) as error:
+    except _DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: truncated or not a checkpoint ({reason})") from None
 
@@ -104,15 +111,7 @@ def load_pickle(path: Path | str, allowed: Iterable[str] = (), replace: dict[str
             return _Restricted(file, set(allowed), replace or {}, path).load()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        OSError,
-        ValueError,
-        IndexError,
-        KeyError,
-        AttributeError,
-    ) as error:
+    except _DAMAGED as error:
         raise UserError(f"{path}: damaged or not the expected pickle ({error})") from None
 
 

@@ -84,7 +84,9 @@ def die_at(call: int, config: Config, save_every: int, how: signal.Signals = sig
 
         return wrapper
 
-    for owner, name in [(io, "save_file"), (io, "_sync"), (torch, "save"), (Path, "rename"), (Path, "mkdir")]:
+    operations = [(io, "save_file"), (io, "_sync"), (torch, "save")]
+    operations += [(Path, name) for name in ("rename", "replace", "mkdir", "unlink")]
+    for owner, name in operations:
         setattr(owner, name, counted(getattr(owner, name)))
     io.shutil.rmtree = counted(shutil.rmtree)
     torch.optim.Adam.step = counted(torch.optim.Adam.step)
@@ -98,7 +100,7 @@ def test_killed_at_any_moment_a_run_continues_to_the_same_end(tmp_path, save_eve
     expected = outcome(train(Config(out=tmp_path / "whole"), save_every))
     fork = multiprocessing.get_context("fork")
     survived = 0
-    for call in range(1, 400, stride):
+    for call in (*range(1, 8), *range(8, 400, stride)):  # every operation that opens the folder
         config = Config(out=tmp_path / f"killed{call}")
         process = fork.Process(target=die_at, args=(call, config, save_every, how))
         process.start()
@@ -116,6 +118,19 @@ def test_killed_at_any_moment_a_run_continues_to_the_same_end(tmp_path, save_eve
     assert survived == 1 and call > 40
 
 
+def test_killed_while_it_deletes_a_run_restart_goes_on(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    for call in range(1, 12):
+        config = Config(out=tmp_path / f"killed{call}", steps=2)
+        train(config)
+        again = replace(config, steps=1, restart=True)
+        process = fork.Process(target=die_at, args=(call, again, 1))
+        process.start()
+        process.join()
+        train(again)
+        assert len((config.out / "log.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_reader_finds_weights_between_the_renames(tmp_path):
     folder = train(Config(out=tmp_path / "run"))
     (folder / "checkpoint").rename(folder / "checkpoint.old")
@@ -131,6 +146,13 @@ def test_other_settings_are_refused_and_restart_deletes(tmp_path):
     train(replace(config, device="cpu", workers=3))  # what does not change the numbers may differ
     train(replace(config, steps=7, restart=True))
     assert len((config.out / "log.jsonl").read_text().splitlines()) == 7
+
+
+def test_a_run_may_be_saved_before_anything_was_loaded(tmp_path):
+    run = Run("toy", Config(out=tmp_path / "run"))
+    run.save({"model": nn.Linear(4, 1)}, {}, {"step": 0})
+    run.close()
+    assert load_weights(tmp_path / "run", {"model": nn.Linear(4, 1)}) == {"step": 0}
 
 
 def test_two_runs_in_one_folder(tmp_path):

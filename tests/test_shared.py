@@ -48,10 +48,13 @@ def test_step_generator_depends_on_its_numbers_alone():
     assert len({tuple(draw(*numbers)) for numbers in [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4)]}) == 4
 
 
-def test_missing_device_is_a_user_error():
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="--device cuda"):
-            runtime.pick_device("cuda")
+def test_missing_and_unknown_devices_are_user_errors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runtime.pick_device().type == runtime.pick_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="--device cuda"):
+        runtime.pick_device("cuda")
+    with pytest.raises(UserError, match="--device gpu: give auto, cpu or cuda"):
+        runtime.pick_device("gpu")
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -247,6 +250,31 @@ def test_damaged_weights_are_named(tmp_path):
         weights.load_torch(tmp_path / "absent.pth")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("form", ["zip", "old", "pickle"])
+def test_files_with_wrong_bytes_are_named(tmp_path, form):
+    """Bytes changed at random places: whatever the reader stumbles over, it is one message."""
+    path, rng = tmp_path / "changed.pth", np.random.default_rng(0)
+    state = {"model": {"a.weight": torch.rand(4, 4), "b": torch.rand(3)}, "epoch": 3, "names": ["x", None]}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(([b"abc" * 30] * 3, [True, False], {"a": 1.5, "b": ("x", 2**70)})))
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
+    load = weights.load_pickle if form == "pickle" else weights.load_torch
+    whole, named = path.read_bytes(), 0
+    for _ in range(400):
+        content = bytearray(whole)
+        for _ in range(rng.integers(1, 4)):
+            content[rng.integers(min(len(content), 1500))] = rng.integers(256)
+        path.write_bytes(content)
+        try:
+            load(path)
+        except UserError as error:
+            assert path.name in str(error)
+            named += 1
+    assert named > 50
+
+
 def test_restricted_pickle_loads_what_is_allowed(tmp_path):
     with open(tmp_path / "a.pkl", "wb") as file:
         pickle.dump((np.arange(4), ["x"]), file)
@@ -356,6 +384,13 @@ def test_throughput_counts_items():
 
 
 # --- report ---------------------------------------------------------------------------------------
+
+
+def test_curves_of_a_log_that_is_absent_or_cut(tmp_path):
+    log = tmp_path / "log.jsonl"
+    assert report.curves(log) == []
+    log.write_text('{"step": 1, "a/loss": 3}\n{"step": 2, "a/loss": 2}\n{"step": 3, "a/lo')
+    assert report.curves(log) == [("loss", {"a": ([1, 2], [3, 2])})]
 
 
 def test_report_is_one_page_that_needs_no_network(tmp_path, monkeypatch):
