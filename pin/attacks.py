@@ -199,7 +199,7 @@ def cw_l2(
     """Carlini and Wagner's smallest L2 change that crosses the threshold; no ball.
 
     The image is tanh(w); Adam minimises ||x' - x||^2 + weight * max(confidence - margin, 0). Each image's
-    weight grows tenfold until it succeeds (at most `tries` times), then is bisected. Returns (images,
+    weight grows tenfold until it succeeds (`tries` weights at most), then is bisected. Returns (images,
     success); an image without success comes back unchanged.
     """
     count = len(x)
@@ -207,7 +207,7 @@ def cw_l2(
     high = torch.full((count,), torch.inf, device=x.device)
     weight = torch.full((count,), weight, device=x.device)
     best, distance = x.clone(), torch.full((count,), torch.inf, device=x.device)
-    for _ in range(tries + bisections):
+    for attempt in range(1, tries + bisections + 1):
         w = torch.atanh(x * (1 - 1e-6)).detach().requires_grad_()
         optimizer = torch.optim.Adam([w], lr=rate)
         crossed = torch.zeros(count, dtype=torch.bool, device=x.device)
@@ -225,7 +225,8 @@ def cw_l2(
             optimizer.step()
         high = torch.where(crossed, torch.minimum(high, weight), high)
         low = torch.where(crossed, low, torch.maximum(low, weight))
-        weight = torch.where(high.isinf(), low * 10, (low + high) / 2)
+        grown = low * 10 if attempt < tries else low
+        weight = torch.where(high.isinf(), grown, (low + high) / 2)
     return best, distance.isfinite()
 
 

@@ -18,8 +18,9 @@ from shared.weights import load_torch
 class Basis(nn.Module):
     """Mean face m (D), eigenfaces U (D, K) with orthonormal columns by falling eigenvalue, eigenvalues (K).
 
-    All images are grey (B, 1, H, W) in [-1, 1], D = H * W, flattened row by row. Raises UserError when the
-    file holds fewer vectors than `components` asks for, or when its columns are no orthonormal set.
+    All images are grey (B, 1, H, W) in [-1, 1], D = H * W, flattened row by row. Raises UserError when there
+    are fewer vectors than `components` asks for, when the mean has another size than they, or when they are
+    not of unit length.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ def load_basis(path: Path, components: int | None = None) -> Basis:
     Raises UserError when the file is absent, foreign, or holds fewer than `components` vectors.
     """
     state = load_torch(path)
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: no eigenfaces but a {type(state).__name__}")
     missing = {"eig_vec", "avg_face"} - state.keys()
     if missing:
         raise UserError(f"{path}: no eigenfaces, {sorted(missing)} missing among {sorted(state)[:8]}")

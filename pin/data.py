@@ -188,7 +188,8 @@ def celeba(root: Path, size: int, landmarks: Path | None = None) -> ImageFiles:
     """CelebA: `root/img_align_celeba/*.jpg` (or the images in `root` itself), with `identity_CelebA.txt`
     beside.
 
-    Without the identity file every label is -1: enough for basis, DAE and ESN, which need none.
+    Without the identity file every label is -1: enough for basis, DAE and ESN, which need none. Raises
+    UserError when there are no images, or on a bad line of the identity file.
     """
     folder = root / "img_align_celeba" if (root / "img_align_celeba").is_dir() else root
     paths = (
@@ -199,8 +200,13 @@ def celeba(root: Path, size: int, landmarks: Path | None = None) -> ImageFiles:
             f"{root}: no CelebA here; expected {root}/img_align_celeba/000001.jpg (mmlab.ie.cuhk.edu.hk)"
         )
     record = root / "identity_CelebA.txt"
-    identities = dict(line.split() for line in record.read_text().splitlines()) if record.is_file() else {}
-    labels = [int(identities.get(path.name, -1)) for path in paths]
+    identities: dict[str, int] = {}
+    for number, line in enumerate(record.read_text().splitlines() if record.is_file() else (), 1):
+        name, _, person = line.strip().partition(" ")
+        if not person.strip().isdigit():
+            raise UserError(f"{record}, line {number}: {line!r} is not '<image> <number of the person>'")
+        identities[name] = int(person)
+    labels = [identities.get(path.name, -1) for path in paths]
     return ImageFiles(paths, labels, size, landmarks and read_landmarks(landmarks), folder)
 
 
@@ -267,11 +273,8 @@ def lfw_pairs(root: Path, pairs: Path | None = None, size: int = 112, landmarks:
 
 def _pair(root: Path, fields: list[str], source: Path) -> tuple[Path, Path, bool]:
     def lfw(name: str, number: str) -> Path:
-        stem = root / name / f"{name}_{int(number):04d}"
-        return next(
-            (stem.with_suffix(e) for e in (".jpg", ".png") if stem.with_suffix(e).is_file()),
-            stem.with_suffix(".jpg"),
-        )
+        files = [root / name / f"{name}_{int(number):04d}{ending}" for ending in (".jpg", ".png")]
+        return next((file for file in files if file.is_file()), files[0])
 
     if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
         return lfw(fields[0], fields[1]), lfw(fields[0], fields[2]), True
@@ -284,7 +287,9 @@ def _pair(root: Path, fields: list[str], source: Path) -> tuple[Path, Path, bool
 
 def insightface_bin(path: Path, size: int = 112) -> tuple[TensorFaces, Pairs]:
     """CFP-FP, AgeDB-30, CALFW, CPLFW, LFW as InsightFace's `.bin`: JPEG bytes 2i and 2i + 1 form pair i."""
-    content = load_pickle(path, allowed={"_codecs.encode", "numpy.core.multiarray._reconstruct"})
+    arrays = {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")}
+    arrays |= {f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")}
+    content = load_pickle(path, allowed={"_codecs.encode", "numpy.ndarray", "numpy.dtype", *arrays})
     if not (
         isinstance(content, (tuple, list)) and len(content) == 2 and len(content[0]) == 2 * len(content[1])
     ):

@@ -99,6 +99,8 @@ def evaluation_pairs(options: Options, config: Config) -> tuple[Tensor, Tensor, 
 
 def open_lab(options: Options, folder: Path, config: Config) -> tuple[Lab, str]:
     """A trained run and its test pairs; the basis is checked against the hash in the checkpoint."""
+    if "pin" not in config.variants:
+        raise UserError(f"{folder}: trained without the variant pin, which all comparisons are about")
     device = pick_device(options.device)
     first, second, pairs, data = evaluation_pairs(options, config)
     train = training_faces(config)

@@ -284,7 +284,9 @@ def ir_variant(state: dict[str, Tensor]) -> str:
     return "pin" if "body.0.shortcut_layer.0.weight" in state else "insightface_pytorch"
 
 
-def _unwrap(name: str, content: dict, path: Path) -> dict[str, Tensor]:
+def _unwrap(name: str, content: object, path: Path) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no weights but a {type(content).__name__}")
     for entry in (ENTRIES.get(name), "model", "state_dict"):
         if entry in content and isinstance(content[entry], dict):
             content = content[entry]

@@ -1,6 +1,7 @@
 """Purify your own face images with a trained PIN, and say which of them look attacked."""
 
 import csv
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -110,6 +111,17 @@ def find_images(paths: tuple[Path, ...]) -> list[Path]:
     return found
 
 
+def names_of(paths: list[Path]) -> list[str]:
+    """A name for each image's result: its own without the ending, with it where that repeats (or is that of
+    the sheet), and numbered where that repeats too."""
+    short, whole = Counter(["rows", *(path.stem for path in paths)]), Counter(path.name for path in paths)
+    names = []
+    for number, path in enumerate(paths):
+        repeated = path.name if whole[path.name] == 1 else f"{number:04d}_{path.name}"
+        names.append(path.stem if short[path.stem] == 1 else repeated)
+    return names
+
+
 @torch.no_grad()
 def predict(options: Options) -> Path:
     """Write purified images, a picture row for each, and scores.csv / scores.json; returns the folder."""
@@ -118,7 +130,8 @@ def predict(options: Options) -> Path:
     size = round(pin.basis.size[0] ** 0.5)
     points = read_landmarks(options.landmarks) if options.landmarks else {}
     records, tiles = [], []
-    for path in progress(find_images(options.images), "purify"):
+    paths = find_images(options.images)
+    for path, name in zip(progress(paths, "purify"), names_of(paths), strict=True):
         if options.landmarks and path.name not in points:
             raise UserError(f"{options.landmarks}: no line for {path.name}")
         x = preprocess(path, size, points.get(path.name))[None].to(device)
@@ -129,8 +142,8 @@ def predict(options: Options) -> Path:
             scores["cosine"] = attack_scores(recognizer, lambda _, result=purified: result, x)[
                 "cosine"
             ].item()
-        records.append({"image": str(path), **scores})
-        write_image(options.output / f"{path.stem}.png", to_unit(purified[0]), synthetic="purified by PIN")
+        records.append({"image": str(path), "purified": f"{name}.png", **scores})
+        write_image(options.output / f"{name}.png", to_unit(purified[0]), synthetic="purified by PIN")
         clean = x if options.clean is None else preprocess(options.clean / path.name, size)[None].to(device)
         # Without the clean image the perturbation is unknown: "left" then shows what PIN took away.
         tiles += picture_row(pin.basis, clean[0], x[0], purified[0], q[0])

@@ -114,6 +114,15 @@ def test_cw_finds_small_changes_that_cross(setting):
     assert length(adversarial) < length(boundary)
 
 
+def test_cw_raises_its_weight_no_more_often_than_it_says(setting):
+    net, x, goal, _ = setting
+    once, more = (
+        cw_l2(net, x, goal, rate=1e-2, iterations=10, weight=1e-6, tries=1, bisections=count)[1]
+        for count in (0, 8)
+    )
+    assert not once.all() and torch.equal(once, more)
+
+
 def test_evolutionary_shrinks_its_change(setting):
     net, x, goal, other = setting
     few, fooled = evolutionary(net, x, goal, other, queries=50)

@@ -84,6 +84,10 @@ def test_identity_folders_and_celeba(tmp_path):
     assert celeba(tmp_path / "celeba", 16).labels.tolist() == [-1, -1]
     (tmp_path / "celeba/identity_CelebA.txt").write_text("000001.jpg 5\n000002.jpg 7\n")
     assert celeba(tmp_path / "celeba", 16).labels.tolist() == [5, 7]
+    (tmp_path / "celeba/identity_CelebA.txt").write_text("000001.jpg 5\n000002.jpg\n")
+    with pytest.raises(UserError, match="identity_CelebA.txt, line 2: '000002.jpg'"):
+        celeba(tmp_path / "celeba", 16)
+    (tmp_path / "celeba/identity_CelebA.txt").unlink()
     for reader in (identity_folder, celeba):
         with pytest.raises(UserError, match="expected"):
             reader(tmp_path / "absent", 16)
@@ -101,6 +105,9 @@ def test_lfw_pairs(tmp_path):
     plain = tmp_path / "list.txt"
     plain.write_text("Ann/Ann_0001.jpg Ann/Ann_0002.jpg 1\nAnn/Ann_0001.jpg Bob/Bob_0001.jpg 0\n")
     assert lfw_pairs(tmp_path, plain, 16)[1].same.tolist() == [True, False]
+    paint(tmp_path / "J.R._Doe" / "J.R._Doe_0001.png", 7)  # a dot in a name begins no ending
+    plain.write_text("J.R._Doe\t1\tAnn\t1\n")
+    assert lfw_pairs(tmp_path, plain, 16)[0].paths[0].name == "J.R._Doe_0001.png"
     (tmp_path / "Bob/Bob_0002.jpg").unlink()
     with pytest.raises(UserError, match=r"1 of 4 images .*Bob_0002\.jpg"):
         lfw_pairs(tmp_path, size=16)
@@ -116,6 +123,8 @@ def test_insightface_bin(tmp_path):
     faces, pairs = insightface_bin(path, 16)
     assert faces.images.shape == (4, 1, 16, 16) and pairs.second.tolist() == [1, 3]
     assert faces.images[3].mean() == pytest.approx(120 / 127.5 - 1, abs=0.02)
+    path.write_bytes(pickle.dumps((encoded, np.array([False, True]))))
+    assert insightface_bin(path, 16)[1].same.tolist() == [False, True]
     path.write_bytes(pickle.dumps((encoded[:3], [True, False])))
     with pytest.raises(UserError, match=r"no InsightFace .bin"):
         insightface_bin(path)

@@ -180,6 +180,12 @@ def test_file_of_another_network_is_refused(tmp_path):
     torch.save({"epoches": 3}, path)
     with pytest.raises(UserError, match="holds no weights"):
         load_official("dae", path)
+    for content in (torch.zeros(3), [1, 2]):
+        torch.save(content, path)
+        with pytest.raises(UserError, match="dae.pth: holds no weights"):
+            load_official("dae", path)
+        with pytest.raises(UserError, match="dae.pth: no eigenfaces"):
+            load_basis(path)
 
 
 # --- the defence ----------------------------------------------------------------------------------

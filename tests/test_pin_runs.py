@@ -18,7 +18,7 @@ from pin.export import Options as Export
 from pin.export import export
 from pin.immune import identity_cost
 from pin.predict import Options as Purify
-from pin.predict import load_defense
+from pin.predict import load_defense, predict
 from pin.recognizers import OnnxRecognizer
 from pin.train import PRESETS, train
 from shared.io import write_image
@@ -73,9 +73,32 @@ def test_prediction(run, tmp_path):
         write_image(tmp_path / "faces" / f"{number}.png", torch.rand(3, 20, 24))
     script("predict", "--run", run, "--images", tmp_path / "faces", "--output", tmp_path / "out")
     scores = json.loads((tmp_path / "out/scores.json").read_text())["images"]
-    assert len(scores) == 2 and set(scores[0]) == {"image", "distance", "kept", "cosine"}
+    assert len(scores) == 2 and set(scores[0]) == {"image", "purified", "distance", "kept", "cosine"}
     assert (tmp_path / "out/rows.png").exists() and (tmp_path / "out/0.png").exists()
     assert (tmp_path / "out/scores.csv").read_text().count("\n") == 3
+
+
+def test_images_of_one_name_are_all_written(run, tmp_path):
+    paths = [tmp_path / name for name in ("a/x.png", "b/x.png", "b/x.jpg", "b/rows.png", "b/y.png")]
+    for path in paths:
+        write_image(path, torch.rand(3, 20, 24))
+    predict(Purify(images=tuple(paths), output=tmp_path / "out", run=run, device="cpu"))
+    scores = json.loads((tmp_path / "out/scores.json").read_text())["images"]
+    names = [score["purified"] for score in scores]
+    assert [score["image"] for score in scores] == [str(path) for path in paths]
+    assert len(set(names)) == 5 and names[4] == "y.png" and "rows.png" not in names
+    assert all((tmp_path / "out" / name).is_file() for name in names)
+
+
+def test_evaluation_needs_the_variant_that_the_claims_are_about(run):
+    config = run / "config.json"
+    before = config.read_text()
+    record = json.loads(before)
+    record["config"]["variants"].remove("pin")
+    config.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="without the variant pin"):
+        evaluate(Evaluation(run=run, pairs=10))
+    config.write_text(before)
 
 
 def test_an_esn_with_another_basis_is_refused(run, tmp_path):
