@@ -178,10 +178,23 @@ def adapt(name: str, network: nn.Module, legacy: bool = False) -> Adapter:
     return Adapter(network, size=112, channels=3)
 
 
+class ColourIn(nn.Module):
+    """Colour images (B, 3, H, W) in [-1, 1] for a defence or a defended recogniser, which take ITU-R 601
+    luma (B, 1, H, W)."""
+
+    def __init__(self, inner: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner((x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True))
+
+
 class OnnxRecognizer:
     """An ONNX face recogniser (for example InsightFace's) as a callable; no gradients, so query attacks only.
 
-    path: model with one image input (N, C, H, W) in [-1, 1]; the grey channel is repeated when C = 3.
+    path: model with one image input (N, C, H, W) in [-1, 1]; the grey channel is repeated when C = 3. Raises
+    UserError when it is missing or no ONNX file.
     """
 
     def __init__(self, path: Path):

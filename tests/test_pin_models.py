@@ -9,9 +9,11 @@ import torch
 
 import pin
 from pin.basis import Basis, load_basis
+from pin.data import preprocess
 from pin.model import DAE, NETWORKS, PIN, Defended, ir_variant, load_official, make_esn, official
-from pin.recognizers import adapt
+from pin.recognizers import ColourIn, adapt
 from shared.bench import count_macs, count_parameters
+from shared.io import read_image, write_image
 from shared.runtime import UserError
 
 KEYS = json.loads((Path(pin.__file__).parent / "keys.json").read_text())
@@ -124,6 +126,13 @@ def test_unit_features_and_adapters():
     torch.testing.assert_close(seen[0] * 2 - 1, seen[1])
     arc = adapt("arcface_ir50", meta("arcface_ir50").eval())
     assert arc(torch.zeros(1, 1, 112, 112, device="meta")).shape == (1, 512)
+
+
+def test_colour_enters_as_the_luma_that_files_are_read_with(tmp_path):
+    image = torch.rand(3, 16, 16)
+    write_image(tmp_path / "a.png", image)
+    seen = ColourIn(lambda x: x)(read_image(tmp_path / "a.png")[None] * 2 - 1)
+    torch.testing.assert_close(seen[0], preprocess(tmp_path / "a.png", 16), atol=1 / 127, rtol=0)
 
 
 # --- released files -------------------------------------------------------------------------------
