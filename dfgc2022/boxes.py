@@ -63,7 +63,7 @@ class TableBoxes:
     def __init__(self, path: Path):
         self.boxes: dict[str, dict[int | None, list[tuple[bool, Box]]]] = {}
         try:
-            with open(path, newline="") as file:
+            with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a mark first
                 rows = list(csv.reader(file))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not readable as a table of boxes ({error})") from None

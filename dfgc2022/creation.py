@@ -99,7 +99,7 @@ def rating_rows(path: Path) -> list[tuple[str, str, list[int]]]:
     UserError that names the line on a missing column, another value, or one clip rated twice by a rater.
     """
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a mark first
             reader = csv.DictReader(file)
             header = {name.strip().lower(): name for name in reader.fieldnames or []}
             rows = list(reader)

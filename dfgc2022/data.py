@@ -278,9 +278,16 @@ def dfgc2022(root: Path, parts: Sequence[str] = PARTS) -> TestSet:
     `Detection Dataset Meta.csv`, and `Result Clips/metadata_C{1,2,3}.txt`, whose targets tell a fake's round.
 
     Private-2 was not released; clips that someone has under `Private-2/` with `Private-2 Label.json` are
-    read too. Raises UserError on a missing file or label, and when table and labels contradict each other.
+    read too. Labelled clips that the table lacks are counted in a warning; their creators are unknown. Raises
+    UserError on a missing file or label, and when table and labels contradict each other.
     """
     base = root / "Detection Dataset" if (root / "Detection Dataset").is_dir() else root
+    if not (base / "Detection Dataset Meta.csv").is_file():
+        raise UserError(
+            f"{root}: no DFGC 2022 clips here: expected 'Detection Dataset Meta.csv', '{{Public,Private}} "
+            "Label.json' and {Public,Private}/*.mp4 below 'Detection Dataset'; a form to get them is linked "
+            "in github.com/NiCE-X/DFGC-2022"
+        )
     meta = _read_meta(base / "Detection Dataset Meta.csv")
     rounds = read_rounds(base.parent / "Result Clips")
     found = TestSet()
@@ -307,6 +314,9 @@ def dfgc2022(root: Path, parts: Sequence[str] = PARTS) -> TestSet:
             )
             found.clips.append(clip)
             found.paths[video] = path
+    unknown = [clip.name for clip in found.clips if _stem(clip.name) not in meta]
+    if unknown:
+        print(f"warning: {base}: {len(unknown)} clips are not in the table ({', '.join(unknown[:3])})")
     return found
 
 

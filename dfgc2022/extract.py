@@ -1,10 +1,11 @@
 """Cut face crops out of videos: `<out>/<video file name>/NNNN.png` and a list file for training.
 
 python extract.py --videos clips/ --out crops/ --boxes mtcnn
-python extract.py --dataset celeb-df-v2 --videos /datasets/celeb-df-v2 --split train --out crops/ --boxes
-mtcnn
+python extract.py --dataset celeb-df-v2 --videos /datasets/celeb-df-v2 --split train --out crops/ \\
+    --boxes mtcnn
 """
 
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -53,7 +54,8 @@ def extract(path: Path, out: Path, boxes: str, every: int, crop: Rule) -> tuple[
     if folder.is_dir():
         return sum(1 for _ in folder.glob("*.png")), ""
     part = out / f".{path.name}.part"
-    part.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(part, ignore_errors=True)  # of a call that was killed, perhaps with other settings
+    part.mkdir(parents=True)
     source, count, note = box_source(boxes), 0, ""
     try:
         for group in batched(read_frames(path, every)):
@@ -61,7 +63,9 @@ def extract(path: Path, out: Path, boxes: str, every: int, crop: Rule) -> tuple[
             for index, image, found in zip(indices, images, source(path.name, indices, images), strict=True):
                 face = crop_face(image, found[0], crop) if found else None
                 if face is not None:
-                    cv2.imwrite(str(part / f"{index:04d}.png"), cv2.cvtColor(face, cv2.COLOR_RGB2BGR))
+                    # Not cv2.imwrite, which says nothing when the disk is full.
+                    png = cv2.imencode(".png", cv2.cvtColor(face, cv2.COLOR_RGB2BGR))[1]
+                    (part / f"{index:04d}.png").write_bytes(png.tobytes())
                     count += 1
     except VideoError as error:
         note = str(error)

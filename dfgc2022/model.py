@@ -288,11 +288,7 @@ def load_official(name: str, path: Path) -> nn.Module:
 
 def load_detector_state(network: nn.Module, content: Any, source: Path | str) -> None:
     """A released or otherwise saved state into any detector, strictly; see `load_official`."""
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{source}: holds no state dict of tensors")
+    content = _unwrapped(content, source)
     state = {key.removeprefix("module."): value for key, value in content.items()}
     if isinstance(network, timm_swin.SwinTransformer):
         if "head.fc.weight" in state:
@@ -302,6 +298,15 @@ def load_detector_state(network: nn.Module, content: Any, source: Path | str) ->
         state = {key: value for key, value in state.items() if not key.endswith(_COMPUTED)}
         state |= {key: own[key] for key in computed}
     load_state(network, state, source, prefixes=())
+
+
+def _unwrapped(content: Any, source: Path | str) -> dict[str, Any]:
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{source}: holds no state dict of tensors")
+    return content
 
 
 def load_imagenet(network: nn.Module, name: str, path: Path | None) -> None:
@@ -320,8 +325,7 @@ def load_imagenet(network: nn.Module, name: str, path: Path | None) -> None:
         f"get the weights of timm's {tag} and give their file with --imagenet",
         partial(hf_hub_download, hub, "model.safetensors") if hub else None,
     )
-    content = load_torch(path)
-    content = content.get("model", content.get("state_dict", content))
+    content = _unwrapped(load_torch(path), path)
     if isinstance(network, timm_swin.SwinTransformer):
         content = timm_swin.checkpoint_filter_fn(content, network)
         content = {legacy_name(key): value for key, value in content.items()}

@@ -7,7 +7,9 @@ Worker processes read videos and cut crops in pieces of at most 32 frames, howev
 process scores crops of many videos in one batch. A video that cannot be read is noted and scored 0.5.
 """
 
+import itertools
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,6 +64,8 @@ class ClipScore:
     """Frames in which a face was looked for."""
     note: str = ""
     """What is wrong with the video, empty when nothing is."""
+    stamp: list[int] = field(default_factory=list)
+    """Size in bytes and time of change of the file, which tell another video of the same name."""
 
 
 @dataclass
@@ -191,7 +195,8 @@ def score_videos(
     """Score every video, in the order given.
 
     out: a .jsonl file to which each finished video is written at once; a later call with the same settings
-    goes on after them. Raises UserError when two videos share a name or `out` was written otherwise.
+    and weights goes on after them, and scores a video anew that has changed. Raises UserError when two videos
+    share a name or `out` was written otherwise.
     """
     names = [path.name for path in videos]
     repeated = (
@@ -200,7 +205,7 @@ def score_videos(
     if repeated:
         raise UserError(f"two videos are called {repeated[0]}; scores are kept by name")
     box_source(settings.boxes)  # a wrong source is reported here, not by every worker
-    finished = _resume(out, scorer, settings)
+    finished = _resume(out, scorer, settings, videos)
     todo = [path for path in videos if path.name not in finished]
     workers = min(workers, len(todo))
     loader = DataLoader(
@@ -210,7 +215,7 @@ def score_videos(
         multiprocessing_context="spawn" if workers else None,  # OpenCV's threads do not survive a fork
         prefetch_factor=4 if workers else None,
     )
-    clips = {number: ClipScore(path.name) for number, path in enumerate(todo)}
+    clips = {number: ClipScore(path.name, stamp=_stamp(path)) for number, path in enumerate(todo)}
     waiting: list[Piece] = []
     log = open(out, "a") if out else None  # noqa: SIM115 - closed below
     bar = progress(desc="videos", total=len(todo))
@@ -280,10 +285,26 @@ def frames_to_video(probabilities: Sequence[float], average: Average = "mean") -
     return float(p.mean()) if len(p) else NO_FACE
 
 
-def _resume(out: Path | None, scorer: Scorer, settings: Settings) -> dict[str, ClipScore]:
+def fingerprint(network: nn.Module) -> str:
+    """Hash of up to 64 values of every tensor of a network: tells other weights under the same name."""
+    digest = 0
+    for name, value in network.state_dict().items():
+        some = value.flatten()[:: max(1, value.numel() // 64)].double().cpu().numpy()
+        digest = zlib.crc32(some.tobytes(), zlib.crc32(name.encode(), digest))
+    return f"{digest:08x}"
+
+
+def _stamp(path: Path) -> list[int]:
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
+
+
+def _resume(
+    out: Path | None, scorer: Scorer, settings: Settings, videos: Sequence[Path]
+) -> dict[str, ClipScore]:
     if out is None:
         return {}
-    header = {"detectors": sorted(scorer.networks), "settings": asdict(settings)}
+    detectors = {name: fingerprint(network) for name, (network, _, _) in sorted(scorer.networks.items())}
+    header = {"detectors": detectors, "settings": asdict(settings)}
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = out.read_text().splitlines(keepends=True) if out.exists() else []
     if not lines:
@@ -299,5 +320,7 @@ def _resume(out: Path | None, scorer: Scorer, settings: Settings) -> dict[str, C
         raise UserError(
             f"{out}: was written with other detectors or settings; give another --out or delete it"
         )
-    out.write_text("".join([lines[0], *whole]))
-    return {clip.name: clip for clip in clips}
+    stamps = {path.name: _stamp(path) for path in videos}
+    kept = [clip.stamp == stamps.get(clip.name, clip.stamp) for clip in clips]
+    out.write_text("".join([lines[0], *itertools.compress(whole, kept)]))
+    return {clip.name: clip for clip in itertools.compress(clips, kept)}

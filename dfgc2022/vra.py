@@ -9,6 +9,7 @@ both new) and prints the agreement with the raters, per clip and per submission.
 import csv
 import re
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from dfgc2022.model import OFFICIAL
-from dfgc2022.pipeline import Scorer, Settings
+from dfgc2022.pipeline import Scorer, Settings, fingerprint
 from dfgc2022.predict import load_detectors
 from dfgc2022.realism import RealismModel, agreement, clip_crops, clip_features
 from shared.io import runs_root
@@ -112,7 +113,9 @@ def read_vra(root: Path) -> list[RatedClip]:
 def features_of(clips: Sequence[RatedClip], scorer: Scorer, config: Config, out: Path) -> np.ndarray:
     """(clips, D) features; each clip's are kept below `out`, so that an interrupted call goes on."""
     rows = []
-    header = "-".join([*scorer.networks, str(config.every), *["compat"] * config.vra_compat])
+    networks = [fingerprint(network) for network, _, _ in scorer.networks.values()]
+    choice = "release" if config.boxes is None else f"{zlib.crc32(config.boxes.encode()):08x}"
+    header = "-".join([*networks, choice, str(config.every), *["compat"] * config.vra_compat])
     for number in (1, 2, 3):
         boxes = config.boxes or str(config.root / "crop" / f"C{number}_crop_video.csv")
         settings = Settings(boxes, config.every)

@@ -2,8 +2,10 @@
 recipes.
 """
 
+import errno
 import json
 import math
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -30,7 +32,7 @@ from dfgc2022.pipeline import Scorer
 from dfgc2022.recipe import add_adversarial, build_schedule, split_people
 from dfgc2022.robustness import attack
 from dfgc2022.train import Config, plan
-from dfgc2022.video import read_frames
+from dfgc2022.video import read_frames, write_clips
 from dfgc2022.world import CREATORS, Size, build_world, record, scenes, swap
 from shared.runtime import UserError
 
@@ -239,6 +241,42 @@ def test_rounds_come_from_the_creation_tracks_lists(release):
     touch(release / "Result Clips" / "metadata_C3.txt", b"1/1/3\n")
     with pytest.raises(UserError, match="1/1/3 is a target of round 1 already"):
         dfgc2022(release)
+
+
+def test_clips_that_the_table_lacks_are_counted(release, capsys):
+    touch(release / "Detection Dataset/Public/dddddddddd.mp4")
+    touch(release / "Detection Dataset/Public Label.json", b'{"dddddddddd.mp4": 1, "bbbbbbbbbb.mp4": 0}')
+    found = dfgc2022(release)
+    assert found.clips[0].creator == "" and len(found.clips) == 3
+    assert "1 clips are not in the table (dddddddddd.mp4)" in capsys.readouterr().out
+
+
+def test_no_release_says_what_was_expected_and_where_to_get_it(tmp_path):
+    with pytest.raises(UserError, match=r"no DFGC 2022 clips.*Detection Dataset Meta.csv.*NiCE-X/DFGC-2022"):
+        dfgc2022(tmp_path / "absent")
+
+
+def test_extraction_leaves_no_crops_of_an_earlier_call_and_loses_none(tmp_path):
+    write_clips([tmp_path / "a.mp4"], [np.full((11, 48, 64, 3), 90, np.uint8)], 10)
+    part = tmp_path / "out" / ".a.mp4.part"
+    crop(part / "0007.png")  # of a call that was killed, with another --every
+    videos = [(tmp_path / "a.mp4", 0)]
+    assert extract_all(videos, tmp_path / "out", "crops", every=10, crop="frame") == []
+    names = sorted(path.name for path in (tmp_path / "out" / "a.mp4").iterdir())
+    assert names == ["0000.png", "0010.png"]
+
+
+def test_a_crop_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    """OpenCV says no more than False when the disk is full."""
+    write_clips([tmp_path / "a.mp4"], [np.full((3, 48, 64, 3), 90, np.uint8)], 10)
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(cv2, "imwrite", lambda path, image: False)
+    with pytest.raises(OSError, match="No space left"):
+        extract_all([(tmp_path / "a.mp4", 0)], tmp_path / "out", "crops", every=1, crop="frame")
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,9 @@ def test_imagenet_weights_fill_all_but_the_head(tiny, monkeypatch, tmp_path, nam
         assert torch.equal(value, head[key] if fresh else donor.state_dict()[key]), key
     with pytest.raises(UserError, match="no file"):
         model.load_imagenet(network, name, tmp_path / "absent.pth")
+    torch.save(torch.zeros(3), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth: holds no state dict"):
+        model.load_imagenet(network, name, tmp_path / "w.pth")
 
 
 def test_heads_start_as_the_winners_did():

@@ -104,6 +104,12 @@ def test_table_of_boxes_in_all_layouts(tmp_path):
     assert np.allclose(TableBoxes(tmp_path / "kit.csv")("a.mp4", [7], frames[:1])[0][0][:4], (20, 20, 60, 40))
 
 
+def test_tables_of_spreadsheets_begin_with_a_mark(tmp_path):
+    path = tmp_path / "b.csv"
+    path.write_text("video,frame,x1,y1,x2,y2\na,0,1,2,3,4\n", encoding="utf-8-sig")
+    assert TableBoxes(path)("a", [0], [np.zeros((9, 9, 3), np.uint8)]) == [[(1, 2, 3, 4, 1.0)]]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -328,6 +334,23 @@ def test_an_interrupted_contest_goes_on(contest, tmp_path, monkeypatch):
     out.write_text("hello\n")
     with pytest.raises(UserError, match="not a file of scores"):
         score_videos(videos, scorer(), Settings(boxes), out)
+
+
+def test_scores_of_another_video_or_other_weights_are_not_taken_over(tmp_path):
+    out = tmp_path / "scores.jsonl"
+    for name, seed in (("one", 0), ("two", 1)):
+        write_clips([tmp_path / name / "a.mp4"], [film(11, seed=seed)], 10)
+    boxes = table(tmp_path / "b.csv", [("a", 0, 10, 8, 40, 40, 0.9)])
+    one, two = ([tmp_path / name / "a.mp4"] for name in ("one", "two"))
+    expected = [score_videos(path, scorer(), Settings(boxes)) for path in (one, two)]
+    assert expected[0][0].score != expected[1][0].score
+    found = [score_videos(path, scorer(), Settings(boxes), out) for path in (one, two, two)]
+    assert [clips[0].score for clips in found] == [clips[0].score for clips in (*expected, expected[1])]
+    trained_on = scorer()
+    for network, _, _ in trained_on.networks.values():
+        network.register_buffer("bias", torch.ones(1))
+    with pytest.raises(UserError, match="other detectors or settings"):
+        score_videos(two, trained_on, Settings(boxes), out)
 
 
 def test_several_faces(tmp_path):

@@ -333,6 +333,8 @@ def test_ratings_are_averaged_and_checked(tmp_path):
     path = tmp_path / "r.csv"
     path.write_text(header + "s,a,1,5,4,3,2,1\ns,a,2,4,4,4,4,4\nt,a,1,1,1,1,1,1\n")
     assert read_ratings(path)["s"] == {"realism": 4.5, "mouth": 4, "quality": 3.5, "expression": 3, "ID": 2.5}
+    path.write_text(header + "s,a,1,5,4,3,2,1\n", encoding="utf-8-sig")
+    assert read_ratings(path)["s"]["realism"] == 5
     for lines, message in (
         ("s,a,1,6,4,3,2,1\n", "line 2: ratings are whole numbers"),
         ("s,a,1,4.5,4,3,2,1\n", "whole numbers"),

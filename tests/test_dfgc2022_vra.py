@@ -89,6 +89,15 @@ def test_reading_the_release_and_its_features(release):
         assess(clips, first)
 
 
+def test_features_of_other_weights_or_boxes_are_computed_anew(release):
+    clips, entry = read_vra(release), detector("convnext_micro")
+    first, second = (Scorer({"a": (entry.build(), entry, entry.size)}) for _ in range(2))
+    config = vra.Config(release, every=1)
+    settings = [(first, config), (second, config), (second, vra.Config(release, every=1, boxes="crops"))]
+    found = [vra.features_of(clips, scorer, config, release / "out") for scorer, config in settings]
+    assert not np.allclose(found[0], found[1]) and not np.allclose(found[1], found[2])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
