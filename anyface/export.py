@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from anyface.bundle import Model, load_model, save_model
-from shared.onnxfile import keep_if_close, run_onnx, write_onnx
+from shared.onnxfile import exporting, require_close, run_onnx, write_onnx
 from shared.runtime import UserError, parse, run_main
 
 TOLERANCE = 1e-3
@@ -70,15 +70,16 @@ def write_part(module: nn.Module, example: Tensor, path: Path, names: tuple[str,
     # The fused attention of nn.TransformerEncoderLayer has no ONNX form.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        write_onnx(module, (example,), path, [names[0]], [names[1]])
-        with torch.no_grad():
-            wanted = module(example)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    (made,) = run_onnx(path, **{names[0]: example})
-    difference = ((made - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)).item()
-    keep_if_close(path, difference, TOLERANCE)
+    with exporting(path) as file:
+        try:
+            write_onnx(module, (example,), file, [names[0]], [names[1]])
+            with torch.no_grad():
+                wanted = module(example)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+        (made,) = run_onnx(file, **{names[0]: example})
+        difference = ((made - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)).item()
+        require_close(path, difference, TOLERANCE)
     return difference
 
 

@@ -15,7 +15,7 @@ from dfgc2022.model import OFFICIAL, detector, fake_probability, load_official
 from dfgc2022.train import Config as TrainConfig
 from dfgc2022.train import load_members
 from shared.io import find_run, load_config
-from shared.onnxfile import keep_if_close, run_onnx, write_onnx
+from shared.onnxfile import exporting, require_close, run_onnx, write_onnx
 from shared.runtime import UserError, parse, run_main
 
 TOLERANCE = 1e-3
@@ -54,15 +54,16 @@ def export(network: nn.Module, normalise: tuple, size: int, path: Path) -> float
     """Write the ONNX file with a free batch size; returns the largest difference from PyTorch on random
     crops.
 
-    Raises UserError when it exceeds 1e-3; the file is removed then.
+    Raises UserError when it exceeds 1e-3; what was at `path` stays then.
     """
     module = Probability(network, *normalise).eval()
     crops = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0)) * 255
-    write_onnx(module, (crops[:2],), path, ["crops"], ["probability"], free={0: "batch"})
-    (found,) = run_onnx(path, crops=crops)
-    with torch.no_grad():
-        gap = float((found - module(crops)).abs().max())
-    keep_if_close(path, gap, TOLERANCE)
+    with exporting(path) as file:
+        write_onnx(module, (crops[:2],), file, ["crops"], ["probability"], free={0: "batch"})
+        (found,) = run_onnx(file, crops=crops)
+        with torch.no_grad():
+            gap = float((found - module(crops)).abs().max())
+        require_close(path, gap, TOLERANCE)
     return gap
 
 

@@ -15,7 +15,7 @@ from faceswapper.blocks import fold
 from faceswapper.model import Generator, load_official
 from faceswapper.predict import of_run
 from shared.io import find_run
-from shared.onnxfile import keep_if_close, run_onnx, write_onnx
+from shared.onnxfile import exporting, require_close, run_onnx, write_onnx
 from shared.runtime import parse, run_main
 
 TOLERANCE = 1e-3
@@ -60,11 +60,12 @@ def example(size: int, seed: int = 0) -> tuple[Tensor, ...]:
 def export(generator: Generator, path: Path) -> float:
     """Write the file and return its largest difference to the network. UserError when that is too large."""
     module, size = OneSwap(generator), generator.size.img_size
-    write_onnx(module, example(size), path, INPUTS, ["swap"])
     check = example(size, seed=1)
-    (found,) = run_onnx(path, **dict(zip(INPUTS, check, strict=True)))
-    difference = (found - module(*check)).abs().max().item()
-    keep_if_close(path, difference, TOLERANCE)
+    with exporting(path) as file:
+        write_onnx(module, example(size), file, INPUTS, ["swap"])
+        (found,) = run_onnx(file, **dict(zip(INPUTS, check, strict=True)))
+        difference = (found - module(*check)).abs().max().item()
+        require_close(path, difference, TOLERANCE)
     return difference
 
 

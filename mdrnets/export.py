@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mdrnets.data import DataName
 from mdrnets.inpaint import Model, load_model
 from mdrnets.masks import StrokeMasks
-from shared.onnxfile import keep_if_close, run_onnx, write_onnx
+from shared.onnxfile import exporting, require_close, run_onnx, write_onnx
 from shared.runtime import parse, run_main
 
 TOLERANCE = 1e-3
@@ -68,9 +68,10 @@ def distance(model: Model, path: Path) -> Tensor:
 
 def export(model: Model, path: Path) -> float:
     """Write the file and return its largest difference to the network. UserError when that is too large."""
-    write_onnx(Exported(model.net), example(model.size), path, ["image", "mask"], ["output"])
-    difference = distance(model, path).max().item()
-    keep_if_close(path, difference, TOLERANCE)
+    with exporting(path) as file:
+        write_onnx(Exported(model.net), example(model.size), file, ["image", "mask"], ["output"])
+        difference = distance(model, file).max().item()
+        require_close(path, difference, TOLERANCE)
     return difference
 
 

@@ -14,7 +14,7 @@ from meta_reid.aggregation import Aggregation
 from meta_reid.model import META
 from meta_reid.predict import Options as PredictOptions
 from meta_reid.predict import load_model
-from shared.onnxfile import keep_if_close, run_onnx, write_onnx
+from shared.onnxfile import exporting, require_close, run_onnx, write_onnx
 from shared.runtime import UserError, parse, run_main
 
 
@@ -55,18 +55,18 @@ def export(model: META, size: tuple[int, int], path: Path, mode: Aggregation | N
         raise UserError(f"{path}: the ending must be .pt (TorchScript) or .onnx")
     embedding = Embedding(model, mode).eval()
     example, images = torch.rand(2, 3, *size) * 255, torch.rand(3, 3, *size) * 255
-    with torch.no_grad(), warnings.catch_warnings():
+    with exporting(path) as file, torch.no_grad(), warnings.catch_warnings():
         # TorchScript warns of its successor, and of sizes that are constants here on purpose.
         warnings.simplefilter("ignore")
         if path.suffix == ".pt":
-            torch.jit.save(torch.jit.trace(embedding, example, check_trace=False), str(path))
-            found = torch.jit.load(str(path))(images)
+            torch.jit.save(torch.jit.trace(embedding, example, check_trace=False), str(file))
+            found = torch.jit.load(str(file))(images)
         else:
-            write_onnx(embedding, (example,), path, ["images"], ["embedding"], free={0: "batch"})
-            (found,) = run_onnx(path, images=images)
+            write_onnx(embedding, (example,), file, ["images"], ["embedding"], free={0: "batch"})
+            (found,) = run_onnx(file, images=images)
         expected = embedding.eval()(images)
-    gap = float((expected - found).abs().max())
-    keep_if_close(path, gap, 1e-3 * float(expected.abs().max()))
+        gap = float((expected - found).abs().max())
+        require_close(path, gap, 1e-3 * float(expected.abs().max()))
     return gap
 
 

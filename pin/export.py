@@ -8,7 +8,7 @@ import torch
 
 from pin.predict import Options as Purify
 from pin.predict import load_defense
-from shared.onnxfile import write_onnx
+from shared.onnxfile import exporting, require_close, run_onnx, write_onnx
 from shared.runtime import parse, run_main
 
 
@@ -27,13 +27,20 @@ class Options:
 
 
 def export(options: Options) -> Path:
-    """Write the file and return its path."""
+    """Write the file and return its path. UserError when it does not do what the defence does."""
     purify = Purify(images=(), run=options.run, variant=options.variant, mode=options.mode)
     defense, _ = load_defense(purify, torch.device("cpu"))
     side = round(defense.basis.size[0] ** 0.5)
     # The check of the image's size becomes a constant, rightly.
     example = (torch.zeros(2, 1, side, side),)
-    write_onnx(defense, example, options.output, ["x"], ["purified"], free={0: "batch"})
+    x = torch.rand(3, 1, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with exporting(options.output) as file:
+        write_onnx(defense, example, file, ["x"], ["purified"], free={0: "batch"})
+        (found,) = run_onnx(file, x=x)
+        with torch.no_grad():
+            gap = (found - defense(x)).abs().flatten(1).mean(1).max().item()
+        # A mean over pixels: an eigenface whose probability is next to 0.5 may be kept here and not there.
+        require_close(options.output, gap, 1e-2)
     return options.output
 
 

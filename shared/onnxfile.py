@@ -1,6 +1,8 @@
 """Networks as ONNX files: writing them, comparing them with the network, running them with ONNX Runtime."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from shared.runtime import UserError
+
+
+@contextmanager
+def exporting(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path` when the block ends well; otherwise what was at `path` stays. Its
+    folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_onnx(
@@ -20,12 +35,11 @@ def write_onnx(
     free: dict[int, str] | None = None,
     opset: int | None = None,
 ) -> None:
-    """Trace a module on `example` and write it; its folder is made.
+    """Trace a module on `example` and write it.
 
     inputs, outputs: names of the file's tensors. free: axis -> name, for axes of all of them whose length may
     change; all other lengths are constants. opset: None is PyTorch's own choice.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     axes = {name: free for name in (*inputs, *outputs)} if free else None
     with warnings.catch_warnings(), torch.no_grad():
         # The older exporter, which needs no further package, warns of its successor, and of what becomes a
@@ -43,12 +57,11 @@ def write_onnx(
         )
 
 
-def keep_if_close(path: Path, difference: float, tolerance: float) -> None:
-    """Delete an exported file that differs too much from its network, with a UserError."""
+def require_close(path: Path, difference: float, tolerance: float) -> None:
+    """UserError when an exported file differs too much from its network."""
     if not difference <= tolerance:
-        path.unlink()
         raise UserError(
-            f"{path}: differs from the network by {difference:.2g}, more than {tolerance:g}; not kept"
+            f"{path}: would differ from the network by {difference:.2g}, more than {tolerance:g}; not kept"
         )
 
 

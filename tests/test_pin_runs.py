@@ -190,9 +190,9 @@ def test_onnx_file_does_what_the_defence_does(run, tmp_path):
     torch.testing.assert_close(torch.from_numpy(purified), defense(x).detach(), atol=1e-5, rtol=1e-4)
     other = OnnxRecognizer(path)  # any image-to-vector file will do: the grey channel goes in as it is
     assert other(x).shape == x.shape
-    with pytest.raises(UserError, match="config.json: not readable as an ONNX network"):
+    with pytest.raises(UserError, match="config.json: damaged or not an ONNX network"):
         OnnxRecognizer(run / "config.json")
-    with pytest.raises(UserError, match="absent.onnx: no such ONNX file"):
+    with pytest.raises(UserError, match="absent.onnx: no such file; an ONNX network belongs there"):
         OnnxRecognizer(tmp_path / "absent.onnx")
     assert recognizer(x).norm(dim=1).mean().item() == pytest.approx(1, abs=1e-4)
 

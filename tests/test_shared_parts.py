@@ -8,7 +8,7 @@ from torch import nn
 from shared.io import load_safetensors, save_safetensors
 from shared.irse import IRSE, Trunk
 from shared.loop import Position, average_gradients, follow
-from shared.onnxfile import keep_if_close, open_onnx, run_onnx, write_onnx
+from shared.onnxfile import exporting, open_onnx, require_close, run_onnx, write_onnx
 from shared.runtime import UserError
 
 SMALL = ((8, 1), (8, 2), (16, 1), (16, 1))
@@ -117,7 +117,9 @@ class Product(nn.Module):
 def test_onnx_files_run_at_the_free_lengths_only(tmp_path):
     example = (torch.rand(2, 3), torch.rand(2, 3))
     path = tmp_path / "new" / "product.onnx"
-    write_onnx(Product(), example, path, ["a", "b"], ["product"], free={0: "batch"})
+    with exporting(path) as file:
+        write_onnx(Product(), example, file, ["a", "b"], ["product"], free={0: "batch"})
+    assert list(path.parent.iterdir()) == [path]
     a, b = torch.rand(5, 3), torch.rand(5, 3)
     (found,) = run_onnx(path, a=a, b=b)
     torch.testing.assert_close(found, a * b)
@@ -133,16 +135,16 @@ def test_onnx_files_that_are_none(tmp_path):
         open_onnx(tmp_path / "odd.onnx")
 
 
-def test_an_export_that_differs_is_not_kept(tmp_path):
+@pytest.mark.parametrize("difference", [1e-2, float("nan")])
+def test_an_export_that_differs_is_not_kept(tmp_path, difference):
     path = tmp_path / "n.onnx"
-    path.write_bytes(b"")
-    keep_if_close(path, 1e-4, 1e-3)
-    assert path.exists()
-    for difference in (1e-2, float("nan")):
-        path.write_bytes(b"")
-        with pytest.raises(UserError, match="n.onnx: differs.*not kept"):
-            keep_if_close(path, difference, 1e-3)
-        assert not path.exists()
+    with exporting(path) as file:
+        file.write_text("good")
+        require_close(path, 1e-4, 1e-3)
+    with pytest.raises(UserError, match="n.onnx: would differ.*not kept"), exporting(path) as file:
+        file.write_text("bad")
+        require_close(path, difference, 1e-3)
+    assert [entry.read_text() for entry in tmp_path.iterdir()] == ["good"]
 
 
 def test_weights_of_a_module_come_back_and_leave_no_other_file(tmp_path):
