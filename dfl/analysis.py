@@ -65,7 +65,7 @@ def probes(method: Method, net: nn.Module, states: list[State], data: Federated)
 
 def sensitivity(
     represent: Callable[[nn.Module, State, Tensor], Tensor], net: nn.Module, state: State, x: Tensor
-):
+) -> Tensor:
     """How much each pixel moves a representation: root of the sum over channels and features of the squared
     derivative of z by the input. x (B, 3, H, W) -> (B, H, W)."""
 

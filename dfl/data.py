@@ -297,7 +297,7 @@ def load_data(config: "Config", seed: int) -> Federated:
             seed,
         )
     if config.data_root is None:
-        raise UserError(f"--data {config.data} needs --data-root FOLDER (layouts: README.md, 'Datasets')")
+        raise UserError(f"--data {config.data} needs --data-root FOLDER (layouts: README.md, 'Data')")
     return domains.LOADERS[config.data](config)
 
 

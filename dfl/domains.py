@@ -157,9 +157,10 @@ def _digits(path: Path) -> tuple[Tensor, Tensor]:
 
 def _pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
     content = load_pickle(path, NUMPY_PICKLE)
-    if not isinstance(content, tuple | list) or len(content) != 2 or len(content[0]) != len(content[1]):
+    pair = [np.asarray(part) for part in content] if isinstance(content, tuple | list) else []
+    if len(pair) != 2 or min(part.ndim for part in pair) < 1 or len(pair[0]) != len(pair[1]):
         raise UserError(f"{path}: expected a pair of equally long lists")
-    return np.asarray(content[0]), np.asarray(content[1])
+    return pair[0], pair[1]
 
 
 # --- photographs ----------------------------------------------------------------------------------
@@ -250,10 +251,14 @@ def folder(config: "Config") -> Federated:
 
     root/attributes.csv (columns file, attribute; paths relative to root) may name an attribute of each image;
     otherwise the client's number is the attribute. A client without training images stays in the federation
-    and is left out of each round by name. Raises UserError on another layout.
+    and is left out of each round by name. Raises UserError on another layout and for a client without test
+    images.
     """
     root = config.data_root
     names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    halves = [name for name in names if (root / name / "train").is_dir() > (root / name / "test").is_dir()]
+    if halves:
+        raise UserError(f"{root / halves[0]}: has train/ and no test/, so nothing could be measured there")
     names = [name for name in names if (root / name / "test").is_dir()]
     if not names:
         raise UserError(f"{root}: no clients; expected <client>/train/<class>/* and <client>/test/<class>/*")

@@ -145,15 +145,17 @@ def limits(table: dict[str, dict[str, float]], sweep: dict[str, dict[str, dict[f
             for rho in course["dfl"]
         )
         lines.append(f"In-domain accuracy of DFL against FedAvg by strength of the skew: {points}.")
-    if "dfl-no-max-mi" in table:
+    if dfl and "dfl-no-max-mi" in table:
         lines.append(
-            f"Without the max-MI term in-domain accuracy is {table['dfl-no-max-mi']['in_domain']:.1f} % "
-            f"(with it {dfl['in_domain']:.1f} %): it contributes nothing measurable here."
+            f"Without the max-MI term in-domain accuracy is {table['dfl-no-max-mi']['in_domain']:.1f} %, "
+            f"with it {dfl['in_domain']:.1f} %."
         )
-    if "dfl-one-stage" in table:
+    if "counterfactual" in dfl and "dfl-one-stage" in table:
+        joint = table["dfl-one-stage"]
         lines.append(
-            f"One joint stage instead of two gives {table['dfl-one-stage']['in_domain']:.1f} % in-domain and "
-            f"{table['dfl-one-stage']['counterfactual']:.1f} % counterfactual: alternating is worth little."
+            f"One joint stage instead of two gives {joint['in_domain']:.1f} % in-domain and "
+            f"{joint['counterfactual']:.1f} % counterfactual, alternating stages {dfl['in_domain']:.1f} and "
+            f"{dfl['counterfactual']:.1f} %."
         )
     return lines
 

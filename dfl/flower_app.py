@@ -10,7 +10,8 @@ stays in its node's `context.state`. Flower is an optional extra (requirements-f
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -170,8 +171,10 @@ class DFLStrategy(FedAvg):
 
     def find_clients(self, grid: Grid) -> None:
         """Ask every node which client it is: node ids are random."""
-        while len(nodes := list(grid.get_node_ids())) < len(self.federation.clients):
-            grid.send_and_receive([], timeout=1)
+        wanted = len(self.federation.clients)
+        while len(nodes := list(grid.get_node_ids())) < wanted:
+            print(f"{len(nodes)} of {wanted} clients are connected; waiting for the others", flush=True)
+            time.sleep(2)
         questions = [
             Message(
                 RecordDict({"config": ConfigRecord({})}), dst_node_id=node, message_type=MessageType.QUERY
@@ -284,18 +287,25 @@ def make_federation(config: Config) -> Federation:
     return Federation(build_method(config, data), config, data, report=print)
 
 
+def configure(options: Mapping) -> Config:
+    """Settings from a Flower run configuration: preset, trial, rounds, data-root ("" for the presets that
+    need none). UserError for an unknown preset or trial."""
+    preset, trial, root = (str(options[key]) for key in ("preset", "trial", "data-root"))
+    if trial not in TRIALS or preset not in PRESETS:
+        raise UserError(f"presets: {', '.join(PRESETS)}; trials: {', '.join(TRIALS)}")
+    changes = {"rounds": int(options["rounds"]), "data_root": Path(root) if root else None}
+    return replace(PRESETS[preset], **changes, **TRIALS[trial])
+
+
 server_app = ServerApp()
 
 
 @server_app.main()
 def serve(grid: Grid, context: Context) -> None:
-    """Entry point of `flwr run`. Run configuration: preset, trial, rounds, out (folder for the weights)."""
-    options = context.run_config
-    trial = str(options["trial"])
-    if trial not in TRIALS or options["preset"] not in PRESETS:
-        raise UserError(f"presets: {', '.join(PRESETS)}; trials: {', '.join(TRIALS)}")
-    config = replace(PRESETS[options["preset"]], rounds=int(options["rounds"]), **TRIALS[trial])
-    folder = Path(str(options["out"])).resolve()
+    """Entry point of `flwr run`. Run configuration: what `configure` reads, and out (folder for the
+    weights)."""
+    config = configure(context.run_config)
+    folder = Path(str(context.run_config["out"])).resolve()
     folder.mkdir(parents=True, exist_ok=True)
 
     def report(federation: Federation, scalars: dict[str, float]) -> None:

@@ -209,7 +209,8 @@ def he_normal(module: nn.Module) -> None:
 class Critic(nn.Module):
     """T(a, b): a score that is high for representations of the same image (a, b of shape (B, d) -> (B,)).
 
-    The parameter-free LayerNorm keeps the score bounded: without it the minimised bound runs away.
+    The parameter-free LayerNorm keeps the score bounded: without it the minimised bound runs away. Always in
+    single precision, also under autocast.
     """
 
     def __init__(self, width: int, hidden: int):
@@ -219,14 +220,16 @@ class Critic(nn.Module):
         self.fc2 = nn.Linear(hidden, 1)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        a, b = (F.layer_norm(v.float(), (self.width,)) for v in (a, b))
-        return self.fc2(F.relu(self.fc1(torch.cat([a, b], -1)))).squeeze(-1)
+        with torch.autocast(a.device.type, enabled=False):
+            a, b = (F.layer_norm(v.float(), (self.width,)) for v in (a, b))
+            return self.fc2(F.relu(self.fc1(torch.cat([a, b], -1)))).squeeze(-1)
 
 
 class GaussianCritic(nn.Module):
     """q(b | a), a diagonal Gaussian: log-density of b (B, d) given a (B, d), summed over features -> (B,).
 
-    For the CLUB bound. The log-variance is bounded by tanh, and both inputs are layer-normalised.
+    For the CLUB bound. The log-variance is bounded by tanh, and both inputs are layer-normalised. Always in
+    single precision.
     """
 
     def __init__(self, width: int, hidden: int):
@@ -237,11 +240,12 @@ class GaussianCritic(nn.Module):
         self.log_variance = nn.Linear(hidden, width)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        a, b = (F.layer_norm(v.float(), (self.width,)) for v in (a, b))
-        hidden = F.relu(self.fc1(a))
-        log_variance = torch.tanh(self.log_variance(hidden))
-        error = (b - self.mean(hidden)).square() / log_variance.exp()
-        return -0.5 * (error + log_variance).sum(-1)
+        with torch.autocast(a.device.type, enabled=False):
+            a, b = (F.layer_norm(v.float(), (self.width,)) for v in (a, b))
+            hidden = F.relu(self.fc1(a))
+            log_variance = torch.tanh(self.log_variance(hidden))
+            error = (b - self.mean(hidden)).square() / log_variance.exp()
+            return -0.5 * (error + log_variance).sum(-1)
 
 
 class TwoBranch(nn.Module):
@@ -290,7 +294,7 @@ def load_official(name: str, path: Path, which: str = "server_model") -> Classif
     fit.
     """
     net = official(name)
-    content = load_torch(Path(path))
+    content = _dict_of(Path(path))
     if any(isinstance(value, dict) for value in content.values()):
         entries = sorted(key for key, value in content.items() if isinstance(value, dict))
         if which not in content:
@@ -305,10 +309,17 @@ def load_extractors(path: Path, net: nn.Module) -> None:
 
     The file's own head is left out, and so is a head of `net`. Raises UserError when a tensor does not fit.
     """
-    content = load_torch(Path(path))
+    content = _dict_of(Path(path))
     for module in net.modules():
         if isinstance(module, Classifier):
             head = module.head_prefix + "."
             given = {name: value for name, value in content.items() if not name.startswith(head)}
             own = {name: value for name, value in module.state_dict().items() if name.startswith(head)}
             load_state(module, given | own, source=str(path))
+
+
+def _dict_of(path: Path) -> dict:
+    content = load_torch(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no state dict")
+    return content

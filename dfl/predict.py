@@ -16,9 +16,12 @@ from dfl.domains import SUFFIXES
 from dfl.engine import State, call, part
 from dfl.federation import transfer
 from dfl.train import Config, Trial, load_trial, plan
-from shared.io import find_run, image_grid, load_config, read_image, write_image
+from shared.io import find_run, image_grid, load_config, progress, read_image, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, run_main
+
+BATCH = 64
+"""Images that are read and classified at once."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +69,22 @@ def main(options: PredictConfig) -> Path:
         raise UserError(f"--mode invariant: {options.trial} has no invariant branch")
     paths = image_files(options.images)
     height, width = data.image_shape[1:]
-    images = torch.stack(
-        [
-            F.interpolate(read_image(path)[None], (height, width), mode="bilinear", antialias=True)[0]
-            for path in paths
-        ]
-    ).clamp(0, 1)
-    x = data.prepare(images)
-    with torch.inference_mode():
+
+    def read(path: Path) -> Tensor:
+        image = F.interpolate(read_image(path)[None], (height, width), mode="bilinear", antialias=True)
+        return image[0].clamp(0, 1)
+
+    @torch.inference_mode()
+    def classify(batch: list[Path]) -> Tensor:
+        x = data.prepare(torch.stack([read(path) for path in batch]))
         if options.mode == "transfer":
-            probabilities = transfer([method.predict(net, state, x) for state in states])
-        elif options.mode == "personal":
-            probabilities = method.predict(net, states[options.client], x).softmax(-1)
-        else:
-            probabilities = without_specific(net, states[options.client], x).softmax(-1)
+            return transfer([method.predict(net, state, x) for state in states])
+        if options.mode == "personal":
+            return method.predict(net, states[options.client], x).softmax(-1)
+        return without_specific(net, states[options.client], x).softmax(-1)
+
+    batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
+    probabilities = torch.cat([classify(batch) for batch in progress(batches, "images")])
     best = probabilities.argmax(-1).tolist()
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -96,7 +101,9 @@ def main(options: PredictConfig) -> Path:
     shown = min(len(paths), 16)
     labels = [f"{data.class_names[best[i]]} {probabilities[i].max():.0%}" for i in range(shown)]
     scale = max(1, 96 // width)
-    sheet = image_grid(images[:shown], columns=shown, column_labels=labels, scale=scale)
+    sheet = image_grid(
+        [read(path) for path in paths[:shown]], columns=shown, column_labels=labels, scale=scale
+    )
     write_image(options.out / "predictions.png", sheet)
     return options.out
 

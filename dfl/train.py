@@ -219,10 +219,12 @@ class Trial:
 
 
 def plan(config: Config) -> list[Trial]:
-    """All trials of a run in their order. Raises UserError for an unknown one."""
+    """All trials of a run in their order. Raises UserError for an unknown one and a batch of one image."""
     unknown = sorted({*config.trials, *config.sweep_trials} - TRIALS.keys())
     if unknown:
         raise UserError(f"unknown trial '{unknown[0]}'; there are {', '.join(TRIALS)}")
+    if config.batch_size < 2:
+        raise UserError(f"--batch-size {config.batch_size}: negative pairs need at least 2 images")
     trials = []
     for seed in range(config.seed, config.seed + config.seeds):
         for name in config.trials:
@@ -283,7 +285,9 @@ def train(config: Config) -> Path:
 
         if config.engine == "flower":
             federation = flower(trial.config, record)
-            record(federation, evaluate(federation, full=True))
+            found = evaluate(federation, full=True)
+            # The nodes have measured their own test sets in every round, the last one included.
+            record(federation, {name: found[name] for name in found.keys() - {"in_domain", "worst"}})
         steps.update(first + federation.round - steps.n)
         steps.set_postfix_str(trial.label)
         while federation.round < config.rounds:

@@ -1,5 +1,6 @@
 """dfl: networks, objective, the two engines, the server's rules."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from dfl.claims import domain_claims, skew_claims
 from dfl.client import Client, Upload, global_part, local_part, local_round
 from dfl.data import ClientData, Samples, load_data, skewed
 from dfl.engine import Draws, clip
+from dfl.eval import limits
 from dfl.federation import (
     Federation,
     average,
@@ -22,8 +24,16 @@ from dfl.federation import (
     participants,
     size_of,
 )
-from dfl.model import Critic, TwoBranch, build_backbone, load_official, official
-from dfl.train import TRIALS, Config
+from dfl.model import (
+    Critic,
+    GaussianCritic,
+    TwoBranch,
+    build_backbone,
+    load_extractors,
+    load_official,
+    official,
+)
+from dfl.train import TRIALS, Config, plan
 from shared.bench import count_macs, count_parameters
 from shared.runtime import REPOSITORY, UserError
 
@@ -67,12 +77,16 @@ def test_extractors_have_their_size(name, shape, width, parameters, mmac):
     assert net(torch.zeros(2, *shape)).shape == (2, width)
 
 
-def test_fedbn_names_and_files(tmp_path):
-    expected = {"conv1.weight", "bn1.running_mean", "fc1.bias", "bn5.num_batches_tracked", "fc3.weight"}
+@pytest.mark.parametrize(("name", "parameters"), [("digit_cnn", 14_219_210), ("alexnet_bn", 57_063_498)])
+def test_official_networks_have_the_public_names_and_shapes(name, parameters):
+    wanted = json.loads((REPOSITORY / "dfl" / "keys.json").read_text())[name]
+    net = official(name)
+    assert {key: list(value.shape) for key, value in net.state_dict().items()} == wanted
+    assert count_parameters(net) == parameters
+
+
+def test_fedbn_files(tmp_path):
     net = official("digit_cnn")
-    assert expected <= net.state_dict().keys() and count_parameters(net) == 14_219_210
-    assert "features.conv5.weight" in official("alexnet_bn").state_dict()
-    assert count_parameters(official("alexnet_bn")) == 57_063_498
     torch.nn.init.constant_(net.fc3.bias, 7.0)
     state = net.state_dict()
     torch.save({"server_model": state, "model_0": state, "a_iter": 99}, tmp_path / "fedbn")
@@ -86,6 +100,20 @@ def test_fedbn_names_and_files(tmp_path):
         load_official("alexnet_bn", tmp_path / "fedbn")
     with pytest.raises(UserError, match="no official network"):
         official("vgg")
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="list.pth: holds no state dict"):
+        load_official("digit_cnn", tmp_path / "list.pth")
+    with pytest.raises(UserError, match="list.pth: holds no state dict"):
+        load_extractors(tmp_path / "list.pth", net)
+
+
+def test_every_extractor_starts_from_one_file(tmp_path):
+    net = TwoBranch(lambda: build_backbone("digit_cnn", None, (3, 28, 28)), 10, 8)
+    torch.save(official("digit_cnn").state_dict(), tmp_path / "start.pth")
+    load_extractors(tmp_path / "start.pth", net)
+    given = torch.load(tmp_path / "start.pth", weights_only=True)
+    for branch in (net.specific, net.invariant):
+        assert all(torch.equal(value, given[name]) for name, value in branch.state_dict().items())
 
 
 def test_branches_share_nothing_and_parts_cover_the_state():
@@ -163,6 +191,44 @@ def test_diversity_against_a_loop():
     logits, y = torch.randn(3, 5, 4), torch.tensor([0, 1, 2, 3, 0])
     expected = sum(nn.functional.cross_entropy(each, y) for each in logits[:2]) / 2
     assert losses.diversity(logits, y, torch.tensor([0.5, 0.5, 0])).item() == pytest.approx(expected.item())
+
+
+def test_terms_of_the_baselines_by_hand():
+    state = {"w": torch.tensor([1.0, 3.0]), "b": torch.tensor([2.0]), "other": torch.tensor([9.0])}
+    anchor = {"w": torch.tensor([0.0, 1.0]), "b": torch.tensor([4.0])}
+    assert losses.proximal(state, anchor).item() == pytest.approx((1 + 4 + 4) / 2)
+    z, other = torch.eye(3)[:2], torch.eye(3)[2:].repeat(2, 1)
+    # cosine 1 with the global features and 0 with the previous ones, temperature 1/2: -log of e^2 / (e^2 + 1)
+    pulled = losses.model_contrastive(z, 5 * z, other, 0.5)
+    assert pulled.item() == pytest.approx(-math.log(math.e**2 / (math.e**2 + 1)))
+    assert losses.model_contrastive(z, other, z, 0.5).item() == pytest.approx(2 + pulled.item())
+    prototypes, y = torch.zeros(4, 3), torch.tensor([1, 3])
+    known = torch.tensor([1.0, 1.0, 1.0, 0.0])  # class 3 has no prototype: its sample counts 0
+    assert losses.prototype_distance(z, y, prototypes, known).item() == pytest.approx((1 / 3 + 0) / 2)
+
+
+def test_control_variates_are_the_mean_of_the_clients():
+    """SCAFFOLD with everyone present: c = mean of c_k, and c_k is the gradient at the received model."""
+    made = federation(replace(TOY, **TRIALS["scaffold"]))
+    start = {name: value.clone() for name, value in made.shared.items()}
+    made.run_round()
+    for name, value in made.extra.items():
+        own = torch.stack([client.memory[name] for client in made.clients])
+        assert torch.allclose(value, own.mean(0), atol=1e-6)
+    made.net.load_state_dict(start)
+    samples = made.data.clients[1].train
+    made.net.zero_grad()
+    nn.functional.cross_entropy(made.net(made.data.prepare(samples.images)), samples.labels).backward()
+    for name, parameter in made.net.named_parameters():
+        assert torch.allclose(parameter.grad, made.clients[1].memory[name], atol=1e-6)
+
+
+def test_critics_stay_in_single_precision():
+    a, b = torch.randn(2, 6, 8)
+    for critic in (Critic(8, 16), GaussianCritic(8, 16)):
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = critic(a, b)
+        assert mixed.dtype == torch.float32 and torch.equal(mixed, critic(a, b))
 
 
 # --- which part moves -----------------------------------------------------------------------------
@@ -392,6 +458,20 @@ def test_claims_hold_at_their_margin_and_need_their_trials():
     table["fedavg-wide"] = {"in_domain": 87.6}
     assert not skew_claims(table)[0].holds
     assert [(claim.id, claim.holds) for claim in domain_claims(table)] == [("D1", True), ("D2", False)]
+
+
+def test_limits_state_numbers_and_no_verdict():
+    row = {"in_domain": 90.0, "counterfactual": 60.0, "counterfactual_transfer": 70.0, "unseen": 65.0}
+    table = {"dfl": row, "fedavg": row, "dfl-no-max-mi": row | {"in_domain": 40.0}, "dfl-one-stage": row}
+    lines = limits(table, {})
+    assert "Without the max-MI term in-domain accuracy is 40.0 %, with it 90.0 %." in lines[1]
+    assert "90.0 % in-domain and 60.0 % counterfactual" in lines[2]
+    assert not any(word in line for line in lines for word in ("nothing", "worth"))
+
+
+def test_a_batch_needs_two_images():
+    with pytest.raises(UserError, match="--batch-size 1: .* at least 2"):
+        plan(replace(TOY, batch_size=1))
 
 
 def test_width_is_doubled_for_mlp_only():

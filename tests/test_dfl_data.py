@@ -127,6 +127,14 @@ def test_digits5_layout(tmp_path):
         load_data(config, 0)
 
 
+@pytest.mark.parametrize("content", [(1, 2), ([1], ["a"]), {"images": 3}])
+def test_a_foreign_data_pickle_is_named(tmp_path, content):
+    for name in DIGITS:
+        dump(tmp_path / name / "partitions" / "train_part0.pkl", content)
+    with pytest.raises(UserError, match="train_part0.pkl: expected"):
+        load_data(replace(PRESETS["digits5"], data_root=tmp_path), 0)
+
+
 class Hostile:
     def __reduce__(self):
         return print, ("ran",)
@@ -207,6 +215,9 @@ def test_folder_federation_with_attributes(tmp_path):
     assert data.clients[1].train.attributes.tolist() == [0, 1, 1] * 2
     (tmp_path / "attributes.csv").write_text("\n".join(rows[:-1]) + "\n")
     with pytest.raises(UserError, match="no attribute for empty/test/attack/0.png"):
+        load_data(config, 0)
+    (tmp_path / "sensor b" / "test").rename(tmp_path / "sensor b" / "tests")
+    with pytest.raises(UserError, match="sensor b: has train/ and no test/"):
         load_data(config, 0)
     with pytest.raises(UserError, match="no clients; expected"):
         load_data(replace(config, data_root=tmp_path / "absent"), 0)

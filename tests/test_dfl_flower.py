@@ -1,6 +1,8 @@
 """dfl on Flower: a real simulation against the in-process engine, and messages that go wrong."""
 
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ import torch
 from dfl.baselines import build_method
 from dfl.data import load_data
 from dfl.federation import Federation
-from dfl.train import TRIALS, Config
+from dfl.train import PRESETS, TRIALS, Config
+from shared.runtime import REPOSITORY, UserError
 
 pytestmark = pytest.mark.flower
 
@@ -56,6 +59,19 @@ def test_a_client_without_data_is_left_out(monkeypatch, capfd):
     app.simulate(replace(TOY, fraction=1.0), lambda federation, scalars: rounds.append(dict(scalars)))
     assert [scalars["clients"] for scalars in rounds] == [2, 2]
     assert "client1 left out: no training data" in capfd.readouterr().out
+
+
+def test_the_run_configuration_names_preset_trial_and_data():
+    from dfl.flower_app import configure
+
+    with open(REPOSITORY / "dfl" / "pyproject.toml", "rb") as file:
+        options = tomllib.load(file)["tool"]["flwr"]["app"]["config"]
+    assert configure(options) == PRESETS["demo"]
+    config = configure(options | {"preset": "office", "data-root": "/photos", "trial": "fedbn", "rounds": 3})
+    expected = replace(PRESETS["office"], data_root=Path("/photos"), method="fedbn", rounds=3)
+    assert config == expected
+    with pytest.raises(UserError, match="presets: demo, .*trials: dfl, "):
+        configure(options | {"trial": "nonsense"})
 
 
 def test_records_carry_states_exactly():

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dfl import train as training
+from dfl.baselines import build_method
+from dfl.data import load_data
+from dfl.federation import Federation, evaluate
+from dfl.train import Config
 from shared.io import read_image, write_image
 
 SMALL = ["demo", "--trials", "dfl", "fedavg", *helpers.TINY["dfl"]]
@@ -139,6 +145,24 @@ def test_mistakes_end_with_one_message_and_code_2(tmp_path, arguments, message):
     done = script("train.py", *arguments, PAPERS_RUNS=str(tmp_path))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert message in done.stderr
+
+
+def test_a_trial_on_flower_logs_every_round_once(tmp_path, monkeypatch):
+    def simulated(config, record):
+        """What `flower_app.simulate` reports, from the engine in this process."""
+        data = load_data(config, config.seed)
+        federation = Federation(build_method(config, data), replace(config, engine="sequential"), data)
+        for _ in range(config.rounds):
+            scalars = federation.run_round()
+            found = evaluate(federation, full=False)
+            record(federation, scalars | {name: found[name] for name in ("in_domain", "worst")})
+        return federation
+
+    monkeypatch.setattr(training, "flower", simulated)
+    config = Config(clients=3, per_client=40, test_images=60, rounds=4, engine="flower", out=tmp_path / "run")
+    log = [json.loads(line) for line in (training.train(config) / "log.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in log if "dfl/0/in_domain" in line] == [1, 2, 3, 4]
+    assert [line["round"] for line in log if "dfl/0/counterfactual" in line] == [4]
 
 
 def test_evaluating_nothing(tmp_path):
