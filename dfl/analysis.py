@@ -107,12 +107,12 @@ def curves_figure(curves: dict[str, list[float]], sizes: tuple[float, float] = (
     return to_image(figure)
 
 
-def sweep_figure(sweep: dict[str, dict[float, float]], title: str) -> Tensor:
-    """Accuracy over the strength of the skew rho, one line per method."""
+def sweep_figure(sweep: dict[str, dict[float, float]], title: str, setting: str) -> Tensor:
+    """Accuracy over the values of a setting, one line per method."""
     figure, axes = plt.subplots(figsize=(5.6, 4), dpi=110, layout="constrained")
     for name, points in sweep.items():
         axes.plot(list(points), list(points.values()), marker="o", label=name)
-    axes.set(xlabel="strength of the skew rho", ylabel="accuracy [%]", title=title)
+    axes.set(xlabel=setting, ylabel="accuracy [%]", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return to_image(figure)

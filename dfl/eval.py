@@ -58,6 +58,9 @@ COLUMNS = {
     "bytes_down": "kB down",
 }
 
+SWEPT = {"rho": "strength of the skew rho", "fraction": "share of clients in a round"}
+"""Settings that a run may sweep over."""
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -161,16 +164,17 @@ def limits(table: dict[str, dict[str, float]], sweep: dict[str, dict[str, dict[f
 
 
 def sweep_table(
-    trials: list[Trial], rows: dict[str, dict[str, float]], config: Config
+    trials: list[Trial], rows: dict[str, dict[str, float]], config: Config, setting: str
 ) -> dict[str, dict[str, dict[float, float]]]:
-    """{number: {trial: {rho: value}}} with the first seed, the run's own rho included."""
+    """{number: {trial: {value of `setting`: number}}} with the first seed, the run's own value included."""
     result: dict[str, dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     for trial in trials:
-        first = "@" in trial.label or trial.config.seed == config.seed
-        if first and trial.name in config.sweep_trials and trial.label in rows:
+        own = trial.swept is None and trial.config.seed == config.seed
+        if (own or trial.swept == setting) and trial.name in config.sweep_trials and trial.label in rows:
             for number in ("in_domain", "counterfactual"):
                 if number in rows[trial.label]:
-                    result[number][trial.name][trial.config.rho] = rows[trial.label][number]
+                    value = getattr(trial.config, setting)
+                    result[number][trial.name][value] = rows[trial.label][number]
     return {
         number: {name: dict(sorted(points.items())) for name, points in series.items()}
         for number, series in result.items()
@@ -189,13 +193,15 @@ def evaluate_run(options: EvalConfig) -> Path:
     rows = {trial.label: summarise(log[trial.label]) for trial in trials}
     grouped: dict[str, list[Trial]] = defaultdict(list)
     for trial in trials:
-        if "@" not in trial.label:
+        if trial.swept is None:
             grouped[trial.name].append(trial)
     table = {name: average([rows[trial.label] for trial in group]) for name, group in grouped.items()}
     main = [trial for group in grouped.values() for trial in group]
     probed = probe_table(folder, main, options.probe_all)
     table = {name: {**row, **probed.get(name, {})} for name, row in table.items()}
-    sweep = sweep_table(trials, rows, config) if config.sweep else {}
+    swept = [name for name, values in (("rho", config.sweep), ("fraction", config.fractions)) if values]
+    sweeps = {setting: sweep_table(trials, rows, config, setting) for setting in swept}
+    sweep = sweeps.get("rho", {})
 
     samples = folder / "samples"
     curves = {
@@ -212,8 +218,10 @@ def evaluate_run(options: EvalConfig) -> Path:
     }
     write_image(samples / "accuracies.png", bars_figure(bars, "Accuracy by method"))
     write_image(samples / "probes.png", matrix_figure(probed, "Linear probes [%]"))
-    for number, series in sweep.items():
-        write_image(samples / f"sweep_{number}.png", sweep_figure(series, number.replace("_", "-")))
+    for setting, tables in sweeps.items():
+        for number, series in tables.items():
+            picture = sweep_figure(series, number.replace("_", "-"), SWEPT[setting])
+            write_image(samples / f"{setting}_{number}.png", picture)
     looks = draw_maps(folder, grouped["dfl"][0]) if "dfl" in grouped else {}
 
     made_by_recipe = config.data in ("digits", "mnist")
@@ -226,10 +234,11 @@ def evaluate_run(options: EvalConfig) -> Path:
         if not math.isnan(value)
     ]
     metrics += [
-        Metric("sweep over rho", f"rho {rho:g}", COLUMNS[number], "%", value, dataset, False, name)
-        for number, series in sweep.items()
+        Metric(f"sweep over {setting}", f"{setting} {x:g}", COLUMNS[number], "%", value, dataset, False, name)
+        for setting, tables in sweeps.items()
+        for number, series in tables.items()
         for name, points in series.items()
-        for rho, value in points.items()
+        for x, value in points.items()
     ]
     metrics += [
         Metric("maps", "client 0", name, "%", value, dataset, False, "dfl") for name, value in looks.items()
@@ -256,6 +265,9 @@ def evaluate_run(options: EvalConfig) -> Path:
             ["method", *heads], [[name, *(row.get(h) for h in heads)] for name, row in probed.items()]
         )
     )
+    for name, points in sweeps.get("fraction", {}).get("in_domain", {}).items():
+        course = ", ".join(f"{x:g}: {value:.1f}" for x, value in points.items())
+        print(f"in-domain accuracy of {name} by share of participants: {course}")
     for name, value in looks.items():
         print(f"sensitivity of {name}: {value:.0f} %")
     print()

@@ -117,8 +117,10 @@ class Config(RunConfig):
     """Every trial runs with so many seeds, beginning with `seed`."""
     sweep: tuple[float, ...] = ()
     """Values of rho at which `sweep_trials` run as well, with the first seed."""
+    fractions: tuple[float, ...] = ()
+    """Shares of participating clients at which `sweep_trials` run as well, with the first seed."""
     sweep_trials: tuple[str, ...] = ("dfl", "fedavg", "fedavg-wide")
-    """Trials of the sweep over rho."""
+    """Trials of the sweeps over rho and over the share of participants."""
 
     backbone: Literal["mlp", "digit_cnn", "alexnet_bn", "resnet18", "resnet18_cifar"] = "mlp"
     """Architecture of each extractor."""
@@ -199,7 +201,9 @@ PHOTOS = {**CNN, "backbone": "alexnet_bn", "rounds": 300}
 
 PRESETS = {
     "demo": Config(trials=(*CLAIMS, "local", "fedprox"), sweep=(0.0, 0.5, 0.8), **TOY),
-    "study": Config(trials=tuple(TRIALS), sweep=(0.0, 0.5, 0.8), **{**TOY, "seeds": 5}),
+    "study": Config(
+        trials=tuple(TRIALS), sweep=(0.0, 0.5, 0.8), fractions=(0.25, 0.5, 0.75), **{**TOY, "seeds": 5}
+    ),
     "mnist": Config(data="mnist", trials=(*CLAIMS, "local", "fedprox"), sweep=(0.0, 0.5, 0.8), **TOY),
     "digits5": Config(data="digits5", **CNN),
     "office": Config(data="office", **PHOTOS),
@@ -211,11 +215,13 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One training: a row of the table with one seed. `label` names its files and its lines in the log."""
+    """One training: a row of the table with one seed, or a point of a sweep over the setting `swept`. `label`
+    names its files and its lines in the log."""
 
     name: str
     label: str
     config: Config
+    swept: Literal["rho", "fraction"] | None = None
 
 
 def plan(config: Config) -> list[Trial]:
@@ -231,10 +237,12 @@ def plan(config: Config) -> list[Trial]:
             trials.append(
                 Trial(name, f"{name}/{seed}", dataclasses.replace(config, seed=seed, **TRIALS[name]))
             )
-    for rho in config.sweep:
+    points = [("rho", f"{value:g}", value) for value in config.sweep]
+    points += [("fraction", f"fraction{value:g}", value) for value in config.fractions]
+    for setting, point, value in points:
         for name in config.sweep_trials:
-            changed = dataclasses.replace(config, rho=rho, **TRIALS[name])
-            trials.append(Trial(name, f"{name}@{rho:g}/{config.seed}", changed))
+            changed = dataclasses.replace(config, **{**TRIALS[name], setting: value})
+            trials.append(Trial(name, f"{name}@{point}/{config.seed}", changed, setting))
     return trials
 
 

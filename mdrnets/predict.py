@@ -120,7 +120,7 @@ def write_outputs(
     folder: Path, model: Model, image: Tensor, mask: Tensor, done: Completed, config: PredictConfig
 ) -> None:
     """All pictures and result.json of one completion."""
-    made = f"hole completed by {model.name}"
+    made = f"hole completed by {model.name}" if done.inputs is not None else None
     write_image(folder / "completed.png", done.image, made)
     write_image(folder / "coarse.png", done.coarse, made)
     painted = F.interpolate(paint_parts(done.parsing[None]), image.shape[-2:], mode="nearest")[0]

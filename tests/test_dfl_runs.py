@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from dfl import train as training
 from dfl.baselines import build_method
 from dfl.data import load_data
+from dfl.eval import EvalConfig, evaluate_run
 from dfl.federation import Federation, evaluate
 from dfl.train import Config
 from shared.io import read_image, write_image
@@ -163,6 +164,26 @@ def test_a_trial_on_flower_logs_every_round_once(tmp_path, monkeypatch):
     log = [json.loads(line) for line in (training.train(config) / "log.jsonl").read_text().splitlines()]
     assert [line["round"] for line in log if "dfl/0/in_domain" in line] == [1, 2, 3, 4]
     assert [line["round"] for line in log if "dfl/0/counterfactual" in line] == [4]
+
+
+def test_participation_is_swept(tmp_path):
+    small = dict(
+        clients=4, per_client=40, test_images=60, rounds=2, sweep_trials=("dfl",), out=tmp_path / "run"
+    )
+    config = Config(fractions=(0.25, 0.5), sweep=(0.5,), seeds=2, **small)
+    labels = [trial.label for trial in training.plan(config)]
+    assert labels == ["dfl/0", "dfl/1", "dfl@0.5/0", "dfl@fraction0.25/0", "dfl@fraction0.5/0"]
+    folder = evaluate_run(EvalConfig(run=training.train(config)))
+    metrics = json.loads((folder / "results.json").read_text())["metrics"]
+    swept = {(m["table"], m["setting"]) for m in metrics if m["table"].startswith("sweep")}
+    rhos = {("sweep over rho", f"rho {value}") for value in ("0.5", "0.9")}
+    assert swept == rhos | {("sweep over fraction", f"fraction {value}") for value in ("0.25", "0.5", "1")}
+    log, _ = outcome(folder)
+    clients = {
+        name.split("/")[0]: value for line in log for name, value in line.items() if "/clients" in name
+    }
+    assert clients == {"dfl": 4, "dfl@0.5": 4, "dfl@fraction0.25": 1, "dfl@fraction0.5": 2}
+    assert (folder / "samples" / "fraction_in_domain.png").is_file()
 
 
 def test_evaluating_nothing(tmp_path):

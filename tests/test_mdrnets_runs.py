@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import helpers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from mdrnets import eval as evaluation
 from mdrnets import predict
+from mdrnets.app import to_tensor
 from mdrnets.claims import copy_claim, make_claims
 from mdrnets.inpaint import Model, attention_of, complete, crop_box, load_model
 from mdrnets.model import SIZES, CoarseNet, MDRNet, RefineNet
@@ -303,6 +305,21 @@ def test_grey_transparent_and_damaged_pictures(run_folder, tmp_path):
     (tmp_path / "d.png").write_bytes(grey.read_bytes()[:60])
     with pytest.raises(UserError, match="d.png"):
         run_predict(run_folder, tmp_path, picture=tmp_path / "d.png", mask=mask)
+
+
+def test_an_empty_mask_returns_the_picture_unmarked(run_folder, tmp_path):
+    face, mask = Path(save(tmp_path / "f.png", picture())), Path(save(tmp_path / "m.png", 0 * hole()))
+    record = run_predict(run_folder, tmp_path, picture=face, mask=mask)
+    assert record["hole_ratio"] == 0 and any("empty" in warning for warning in record["warnings"])
+    assert torch.equal(read_image(tmp_path / "out" / "completed.png"), picture())
+    assert "DigitalSourceType" not in Image.open(tmp_path / "out" / "completed.png").info
+
+
+def test_the_page_lays_transparent_pictures_on_white():
+    array = np.zeros((2, 2, 4), np.uint8)
+    array[0, :, :3], array[0, :, 3] = 100, 255
+    assert to_tensor(array)[0].tolist() == [[pytest.approx(100 / 255)] * 2, [1, 1]]
+    assert torch.equal(to_tensor(array[..., :3])[0, 1], torch.zeros(2))
 
 
 def test_hiding_a_box_and_its_mistakes(run_folder, tmp_path):
