@@ -111,6 +111,9 @@ def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
     if config.run is not None:
         device = pick_device(config.device)
         networks = load_members(find_run("dfgc2022", config.run), settings)
+        twice = sorted(networks.keys() & submissions.keys())
+        if twice:
+            raise UserError(f"--preds: {twice[0]} is also the name of a detector of the run; rename the file")
         scorer = Scorer(networks, device, bf16=device.type == "cuda")
         videos = [found.paths[clip.name] for clip in found.clips]
         made = score_videos(

@@ -1,6 +1,6 @@
 """Cross-database evaluation: every run's network on every run's test set.
 
-    python cross_database.py --runs runs/irisusformer/ubiris runs/irisusformer/miche
+    python cross_database.py --runs ../runs/irisusformer/ubiris ../runs/irisusformer/miche
 
 Rows are what a network was trained on, columns what it is tested on. Every run remembers its own data set.
 """

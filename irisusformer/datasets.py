@@ -13,8 +13,9 @@
     all                             each of the above that has a folder of its name (nir-isl: one) in ROOT
 
 Images and masks are matched by stem whatever their endings. A split is, in this order: the folder's train
-and test; the CSV's column; ROOT/train.txt and ROOT/test.txt with one stem per line; every fifth subject
-(sub-folder, or the first five characters of CASIA's names) or else every fifth image for testing.
+and test; the CSV's column; ROOT/train.txt and ROOT/test.txt with one stem per line (of one of them alone the
+other split is the rest); every fifth subject (sub-folder, or the first five characters of CASIA's names) or
+else every fifth image for testing.
 """
 
 import csv
@@ -186,12 +187,14 @@ def split_list(pairs: list[Pair], root: Path, split: str) -> list[Pair]:
     """The split by text files, or every fifth subject for testing."""
     listed = root / f"{split}.txt"
     if listed.is_file():
-        wanted = [Path(line).stem for line in listed.read_text().split()]
-        by_name = {pair.name: pair for pair in pairs}
-        missing = [name for name in wanted if name not in by_name]
-        if missing:
-            raise UserError(f"{listed}: names images that are not there: {', '.join(missing[:10])}")
-        return [by_name[name] for name in wanted]
+        return listed_pairs(pairs, listed)
+    other = root / ("test.txt" if split == "train" else "train.txt")
+    if other.is_file():
+        elsewhere = {pair.name for pair in listed_pairs(pairs, other)}
+        rest = [pair for pair in pairs if pair.name not in elsewhere]
+        if not rest:
+            raise UserError(f"{other}: names every image; nothing is left for the {split} split")
+        return rest
     subjects = sorted({pair.subject for pair in pairs})
     held_out = set(subjects[4::5])
     chosen = [pair for pair in pairs if (pair.subject in held_out) == (split == "test")]
@@ -200,22 +203,45 @@ def split_list(pairs: list[Pair], root: Path, split: str) -> list[Pair]:
     return chosen
 
 
+def listed_pairs(pairs: list[Pair], listed: Path) -> list[Pair]:
+    """The pairs that a text file names, in its order: a line is a name, with or without its ending."""
+    by_name = {pair.name: pair for pair in pairs}
+    lines = [line.strip() for line in listed.read_text().splitlines() if line.strip()]
+    found = [by_name.get(line, by_name.get(Path(line).stem)) for line in lines]
+    missing = [line for line, pair in zip(lines, found, strict=True) if pair is None]
+    if missing:
+        raise UserError(f"{listed}: names images that are not there: {', '.join(missing[:10])}")
+    return found
+
+
 def csv_pairs(path: Path, split: str) -> list[Pair]:
-    """Rows of a CSV file; image and mask are relative to it."""
+    """Rows of a CSV file; image and mask are relative to it.
+
+    Raises UserError that names the line of a missing value or file, or of a split that is neither.
+    """
     if not path.is_file():
         raise UserError(f"{path}: not a CSV file")
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        rows, columns = list(reader), set(reader.fieldnames or ())
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), set(reader.fieldnames or ())
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not readable as a table ({error})") from None
     if not {"image", "mask"} <= columns:
         raise UserError(f"{path}: needs the columns image and mask (and optionally split: train or test)")
     pairs = []
     for line, row in enumerate(rows, 2):
+        for column in ("image", "mask"):
+            if not row[column]:
+                raise UserError(f"{path}, line {line}: no value in the column {column}")
         image, mask = (path.parent / row[column] for column in ("image", "mask"))
         for file in (image, mask):
             if not file.is_file():
                 raise UserError(f"{path}, line {line}: no file {file}")
-        if row.get("split", split) == split:
+        part = (row.get("split", split) or "").strip().lower()
+        if part not in ("train", "test"):
+            raise UserError(f"{path}, line {line}: split {part!r} is neither train nor test")
+        if part == split:
             pairs.append(Pair(image.stem, image, mask, subject=image.stem))
     if "split" not in columns:
         return split_list(pairs, path.parent, split)

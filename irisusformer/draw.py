@@ -1,7 +1,9 @@
 """Write procedural eyes with their ground truth to a folder, as a data set on disk, and a sheet of them.
 
     python draw.py --output eyes --count 16
-    python train.py paper --dataset casia-distance --data-root eyes     # after drawing train and test
+    python draw.py --output set/train --count 300
+    python draw.py --output set/test --count 100 --first 1000           # other people
+    python train.py paper --dataset casia-distance --data-root set
 
 Writes OUTPUT/{image,SegmentationClass,pupil_edge_mask,iris_edge_mask}/NAME.png, the layout of the
 IrisParseNet release, ellipses as OUTPUT/ellipses.json, and OUTPUT/sheet.png with the annotations drawn in.

@@ -74,7 +74,9 @@ def hausdorff(region: np.ndarray, truth: np.ndarray) -> float:
     a, b = boundary(region), boundary(truth)
     if not a.any() or not b.any():
         return 0.0 if a.any() == b.any() else float(np.hypot(*region.shape))
-    to_a, to_b = (cv2.distanceTransform((~edge).astype(np.uint8), cv2.DIST_L2, 5) for edge in (a, b))
+    to_a, to_b = (
+        cv2.distanceTransform((~edge).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for edge in (a, b)
+    )
     return float(max(to_b[a].max(), to_a[b].max()))
 
 

@@ -12,6 +12,7 @@ NAME_overlay.mp4. summary.csv has a line per image or frame.
 
 import csv
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -171,7 +172,8 @@ def write_maps(
 
 
 def frames(path: Path, every: int) -> tuple[float, Iterator[Tensor]]:
-    """Rate (1/s) and frames (3, H, W) of a video. UserError when it cannot be decoded."""
+    """Rate (1/s) and frames (3, H, W) of a video. UserError when it cannot be decoded, a warning on stderr
+    when it ends before its header says."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # its complaints go past Python to stderr
     video = cv2.VideoCapture(str(path))
     first, frame = video.read()
@@ -185,6 +187,9 @@ def frames(path: Path, every: int) -> tuple[float, Iterator[Tensor]]:
                 yield torch.from_numpy(current[:, :, ::-1].copy()).permute(2, 0, 1).float() / 255
             more, current = video.read()
             number += 1
+        announced = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+        if number < 0.98 * announced - 2:  # containers estimate their length
+            print(f"warning: {path}: ends early, {number} of {announced} frames", file=sys.stderr)
 
     return video.get(cv2.CAP_PROP_FPS) or 25.0, read()
 
@@ -207,6 +212,8 @@ def predict_video(model: IrisUsformer, config: PredictConfig, short_side: int) -
         if writer is None:
             target, code = str(config.output / f"{name}_overlay.mp4"), cv2.VideoWriter_fourcc(*"mp4v")
             writer = cv2.VideoWriter(target, code, rate / config.every, picture.shape[1::-1])
+            if not writer.isOpened():
+                raise UserError(f"{target}: OpenCV cannot write a video there")
         writer.write(picture)
     writer.release()
     write_json(config.output / f"{name}.json", records)

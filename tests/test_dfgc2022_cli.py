@@ -162,6 +162,10 @@ def test_a_run_scores_a_release_and_predicts_what_nobody_rated(trained, tmp_path
         (m["method"], m["metric"]): m["value"] for m in results["metrics"] if m["table"] == "creation"
     }
     assert 1 <= creation["checker", "realism"] <= 5 and ("checker", "mouth") not in creation
+    same = tmp_path / f"{TEAM[0]}.txt"
+    same.write_text("")
+    with pytest.raises(UserError, match="diverse-swin is also the name of a detector"):
+        evaluation.main(dataclasses.replace(config, preds=(same,)))
     few = tmp_path / "few.csv"
     few.write_text("".join((world / "ratings.csv").read_text().splitlines(keepends=True)[:6]))
     with pytest.raises(UserError, match="needs 20 rated clips"):

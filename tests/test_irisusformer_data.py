@@ -183,6 +183,16 @@ def test_generic_folder_splits_every_fifth(tmp_path):
     assert (read_pair(train[0])[2] == IGNORE).all()
 
 
+def test_lists_of_one_split_leave_the_rest_to_the_other(tmp_path):
+    names = [*(f"eye{i}" for i in range(6)), "left eye", "eye.2"]
+    write_folders(tmp_path, names, "images", "masks", False)
+    (tmp_path / "train.txt").write_text("eye4\nleft eye\neye.2\neye0.jpg\n")
+    train, test = ({pair.name for pair in find_pairs("folder", tmp_path, s)} for s in ("train", "test"))
+    assert train == {"eye4", "left eye", "eye.2", "eye0"} and test == set(names) - train
+    (tmp_path / "test.txt").write_text("eye1\n")
+    assert [pair.name for pair in find_pairs("folder", tmp_path, "test")] == ["eye1"]
+
+
 def test_csv_with_and_without_split(tmp_path):
     for i in range(5):
         save(tmp_path / f"pictures/{i}.png", picture())
@@ -194,6 +204,19 @@ def test_csv_with_and_without_split(tmp_path):
     splits = ["train", "test", "train", "train", "test"]
     table.write_text("image,mask,split\n" + "\n".join(f"{r},{s}" for r, s in zip(rows, splits, strict=True)))
     assert [pair.name for pair in find_pairs("csv", table, "test")] == ["1", "4"]
+    table.write_text("image,mask,split\n" + "\n".join(f"{r}, Test" for r in rows), encoding="utf-8-sig")
+    assert len(find_pairs("csv", table, "test")) == 5
+    for line, message in (
+        ("pictures/1.png", "line 2: no value in the column mask"),
+        ("pictures/1.png,truth/1.png,tset", "line 2: split 'tset' is neither train nor test"),
+        ("pictures/1.png,truth/1.png,", "line 2: split '' is neither"),
+    ):
+        table.write_text(f"image,mask,split\n{line}\n")
+        with pytest.raises(UserError, match=message):
+            find_pairs("csv", table, "train")
+    table.write_bytes(b"\x89PNG\xff\xfe\x00")
+    with pytest.raises(UserError, match="eyes.csv: not readable as a table"):
+        find_pairs("csv", table, "train")
     table.write_text("picture,mask\n")
     with pytest.raises(UserError, match="columns image and mask"):
         find_pairs("csv", table, "train")

@@ -61,8 +61,10 @@ def test_hausdorff_equals_brute_force():
     points_a, points_b = np.argwhere(boundary(a)), np.argwhere(boundary(b))
     distance = np.hypot(*(points_a[:, None] - points_b[None]).transpose(2, 0, 1))
     expected = max(distance.min(0).max(), distance.min(1).max())
-    assert hausdorff(a, b) == pytest.approx(expected, rel=0.03)  # OpenCV's distance transform is approximate
+    assert hausdorff(a, b) == pytest.approx(expected, rel=1e-5)
     assert hausdorff(a, a) == 0
+    far = square(0, 0, 5, (300, 400)), square(60, 290, 5, (300, 400))
+    assert hausdorff(*far) == pytest.approx(np.hypot(60, 290), rel=1e-5)
 
 
 def test_hausdorff_of_empty_regions():

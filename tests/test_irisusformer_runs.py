@@ -20,9 +20,10 @@ from irisusformer.cross_database import matrix
 from irisusformer.export import export, largest_difference
 from irisusformer.eyes import draw_eye
 from irisusformer.iris import identity
+from irisusformer.metrics import ErrorDetection
 from irisusformer.model import IrisUsformer
-from irisusformer.predict import segment
-from irisusformer.protocol import evaluate
+from irisusformer.predict import frames, segment
+from irisusformer.protocol import Result, evaluate
 from irisusformer.train import (
     DEMO,
     PRESETS,
@@ -110,6 +111,29 @@ def test_predict_reads_videos(trained, tmp_path):
     run("predict", "--run", trained, "--input", film, "--output", tmp_path / "out", "--every", 2)
     assert [r["frame"] for r in json.loads((tmp_path / "out/film.json").read_text())] == [0, 2]
     assert cv2.VideoCapture(str(tmp_path / "out/film_overlay.mp4")).read()[0]
+
+
+def test_a_video_that_ends_early_is_said(tmp_path, capsys):
+    film = tmp_path / "film.avi"
+    writer = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"MJPG"), 10, (81, 61))
+    for seed in range(12):
+        writer.write(np.random.default_rng(seed).integers(0, 255, (61, 81, 3), np.uint8))
+    writer.release()
+    assert len(list(frames(film, 1)[1])) == 12 and capsys.readouterr().err == ""
+    content = film.read_bytes()
+    film.write_bytes(content[: len(content) // 2])
+    assert 0 < len(list(frames(film, 1)[1])) < 12
+    assert "film.avi: ends early" in capsys.readouterr().err
+
+
+def test_nice_compat_reaches_the_results():
+    image = {"e1": 80.0, "e1_nice": 20.0, "iou": 1.0, "f1": 1.0}
+    result = Result(images=[image], mean_uncertainty=[0.1], edges=[(1.0, 1.0)])
+    result.detection["u"] = ErrorDetection.empty()
+    result.detection["u"].add(np.array([0.1, 0.2]), np.array([True, False]))
+    for nice, value in ((False, 80), (True, 20)):
+        rows = evaluation.metrics_of(replace(DEMO, dataset="miche"), {"learned": result}, nice)
+        assert [row.value for row in rows if row.metric.startswith("E1")] == [value]
 
 
 def test_users_mistakes_have_one_message_and_code_2(trained, tmp_path):
