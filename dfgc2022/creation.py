@@ -48,6 +48,7 @@ class Row:
 
     @property
     def total(self) -> float:
+        """Plain sum of the terms and anti-detection."""
         return sum(self.terms.values()) + self.anti_detection
 
 

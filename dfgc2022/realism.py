@@ -87,6 +87,7 @@ class RealismModel:
         self.model: Pipeline | GridSearchCV = make_pipeline(MinMaxScaler(), SVR())
 
     def fit(self, features: np.ndarray, mos: np.ndarray) -> "RealismModel":
+        """Choose features and settings by three-fold search on clips (n, D) and scores (n,); returns itself."""
         self.chosen = select(features, mos, min(self.keep, features.shape[1]), seed=self.seed)
         grid = {
             "svr__C": [2.0**k for k in range(1, 11, self.step)],
@@ -97,6 +98,7 @@ class RealismModel:
         return self
 
     def predict(self, features: np.ndarray) -> np.ndarray:
+        """Clips (n, D) -> realism (n,), cut to 1..5."""
         return np.clip(self.model.predict(features[:, self.chosen]), 1, 5)
 
 

@@ -48,6 +48,7 @@ class Size:
 
     @property
     def every(self) -> int:
+        """Distance of the drawn frames."""
         return self.gap + 1
 
 

@@ -6,12 +6,14 @@ from torch import Tensor, nn
 
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int = 3, dilation: int = 1) -> nn.Sequential:
+    """Convolution that keeps the size, batch norm, ReLU."""
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 def twice(inputs: int, outputs: int) -> nn.Sequential:
+    """Two 3x3 of them, to `outputs` channels."""
     return nn.Sequential(conv_bn_relu(inputs, outputs), conv_bn_relu(outputs, outputs))
 
 

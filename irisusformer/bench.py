@@ -107,6 +107,7 @@ def onnx_calls(model: IrisUsformer, image: Tensor, folder: Path) -> dict[str, Ca
 
 
 def rows_of(config: BenchConfig, folder: Path) -> list[dict[str, Any]]:
+    """Every row of the table. folder: for the ONNX files that are measured."""
     seed_everything(0)
     device = pick_device(config.device)
     batch = config.batch_size or (8 if device.type == "cuda" else 1)

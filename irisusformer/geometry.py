@@ -29,6 +29,7 @@ class Ellipse:
         return np.hypot((dx * c + dy * s) / self.a, (dy * c - dx * s) / self.b)
 
     def scaled(self, factor: float) -> "Ellipse":
+        """The ellipse in a picture enlarged by `factor`."""
         return Ellipse(self.x * factor, self.y * factor, self.a * factor, self.b * factor, self.angle)
 
 

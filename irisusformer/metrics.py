@@ -120,6 +120,7 @@ class ErrorDetection:
 
     @classmethod
     def empty(cls) -> "ErrorDetection":
+        """Nothing added yet."""
         return cls(np.zeros(cls.BINS, np.int64), np.zeros(cls.BINS, np.int64))
 
     def add(self, score: np.ndarray, wrong: np.ndarray) -> None:
@@ -170,6 +171,7 @@ class ErrorDetection:
         return float(np.mean([self.error_after_abstaining(1 - c) for c in coverage]))
 
     def summary(self) -> dict[str, float]:
+        """All numbers by name; shares and rates in [0, 1], `e1_abstain_5%` in percent."""
         result = {"auroc": self.auroc(), "aupr": self.aupr(), "aurc": self.aurc()}
         for share in (0.01, 0.05, 0.10):
             result[f"captured_{share:.0%}"] = self.captured(share)
@@ -188,9 +190,11 @@ class Calibration:
 
     @classmethod
     def empty(cls, bins: int = 15) -> "Calibration":
+        """Nothing added yet."""
         return cls(np.zeros(bins), np.zeros(bins), np.zeros(bins))
 
     def add(self, prob: np.ndarray, truth: np.ndarray) -> None:
+        """prob in [0, 1] and bool truth, of one shape."""
         bins = len(self.count)
         index = np.minimum((prob.ravel() * bins).astype(np.int64), bins - 1)
         self.count += np.bincount(index, minlength=bins)
@@ -198,6 +202,7 @@ class Calibration:
         self.positive += np.bincount(index, truth.ravel().astype(np.float64), bins)
 
     def ece(self) -> float:
+        """Mean over pixels of |observed - predicted| of their bin, in [0, 1]."""
         return float(np.abs(self.probability - self.positive).sum() / max(self.count.sum(), 1))
 
 

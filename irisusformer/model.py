@@ -46,11 +46,13 @@ SIZES = {
 
 
 def conv_bn_gelu(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Convolution (no bias), batch norm, GELU; the size stays, or halves with stride 2."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.GELU())
 
 
 def depthwise_bn(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    """Depthwise convolution (no bias), `outputs / inputs` maps per channel, and batch norm."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=inputs, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
@@ -110,6 +112,8 @@ class SpatialMix(nn.Sequential):
 
 
 class FeedForward(nn.Module):
+    """Pointwise to `ratio` times the channels, depthwise 3x3 where positions count, GELU, pointwise back."""
+
     def __init__(self, dim: int, ratio: int, position_sensitive: bool = True):
         super().__init__()
         hidden = dim * ratio
@@ -190,6 +194,7 @@ class Up(nn.Module):
 
 
 def upsample(x: Tensor) -> Tensor:
+    """Bilinear, twice the size."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
@@ -297,6 +302,7 @@ class IrisUsformer(nn.Module):
         return torch.cat([upsample(x), f0], 1), d2
 
     def forward_head(self, full: Tensor, d2: Tensor, return_uncertainty: bool = True) -> dict[str, Tensor]:
+        """Maps of `forward_features` -> logits at the padded size; see the class."""
         fine = self.drop(self.fine(full))
         out = {"logits": self.head(fine)}
         if self.region_head is not None:

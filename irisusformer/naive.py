@@ -14,6 +14,8 @@ from irisusformer.model import Attention, LayerNorm2d
 
 
 class NaiveAttention(Attention):
+    """The whole score matrix, and keys and values by convolutions of their own."""
+
     def forward(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         context = y if context is None else context
         conv, norm = self.key_value_map
@@ -32,6 +34,8 @@ class NaiveAttention(Attention):
 
 
 class NaiveLayerNorm2d(LayerNorm2d):
+    """Copies the map to channels-last and back."""
+
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1).contiguous()
         return nn.LayerNorm.forward(self, x).permute(0, 3, 1, 2).contiguous()

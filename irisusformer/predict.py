@@ -149,6 +149,7 @@ def measure(image: Tensor, maps: dict[str, Tensor]) -> tuple[dict[str, Any], She
 
 
 def overlay(image: Tensor, maps: dict[str, Tensor], ellipses: Ellipses) -> Tensor:
+    """Image (3, H, W) with mask, contour of the high-uncertainty region and ellipses drawn in."""
     picture = tint(image, maps["mask"], GREEN, 0.3)
     picture = outlined(picture, maps["high_region"], RED)
     for ellipse in ellipses:
@@ -159,6 +160,7 @@ def overlay(image: Tensor, maps: dict[str, Tensor], ellipses: Ellipses) -> Tenso
 def write_maps(
     folder: Path, name: str, image: Tensor, maps: dict[str, Tensor], sheet: Sheet | None, ellipses: Ellipses
 ) -> None:
+    """Write the pictures of one image that the module's description lists."""
     write_image(folder / f"{name}_mask.png", maps["mask"][None].float())
     write_image(folder / f"{name}_overlay.png", overlay(image, maps, ellipses))
     warm = heat(maps["uncertainty"])
@@ -195,11 +197,13 @@ def frames(path: Path, every: int) -> tuple[float, Iterator[Tensor]]:
 
 
 def summary_row(name: str, record: dict[str, Any]) -> list:
+    """A line of summary.csv, in the order of SUMMARY."""
     q = record["quality"]
     return [name, q["score"], q["usable"], record["mean_uncertainty"], record["iris_pixels"]]
 
 
 def predict_video(model: IrisUsformer, config: PredictConfig, short_side: int) -> list[list]:
+    """Write maps and record of every n-th frame; returns the lines of summary.csv."""
     records, rows, writer = [], [], None
     path, name = config.input, config.input.stem
     rate, images = frames(path, config.every)
@@ -221,6 +225,7 @@ def predict_video(model: IrisUsformer, config: PredictConfig, short_side: int) -
 
 
 def predict_images(model: IrisUsformer, config: PredictConfig, short_side: int) -> list[list]:
+    """Write maps and record of every image; returns the lines of summary.csv. UserError without images."""
     source = config.input
     paths = (
         [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix.lower() in ENDINGS)

@@ -40,9 +40,11 @@ class Result:
     truth: list[Tensor] = field(default_factory=list)
 
     def segmentation(self) -> dict[str, float]:
+        """Means of `segmentation_scores`, percent."""
         return average_scores(self.images)
 
     def localisation(self) -> dict[str, float]:
+        """Means of `localisation_scores`; empty without boundary heads or their truth."""
         return average_boundaries(self.boundaries)
 
     def uncertainty(self, score: str = "u") -> dict[str, float]:
@@ -56,6 +58,7 @@ class Result:
         return summary
 
     def ece(self) -> float:
+        """Expected calibration error of p, in [0, 1]."""
         return self.calibration.ece()
 
     def scaled_ece(self) -> tuple[float, float]:
@@ -71,6 +74,7 @@ class Result:
 
 
 def average_boundaries(scores: list[dict[str, float]]) -> dict[str, float]:
+    """Means over images; empty when there are none."""
     return {name: float(np.mean([s[name] for s in scores])) for name in scores[0]} if scores else {}
 
 

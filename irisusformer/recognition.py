@@ -105,6 +105,7 @@ class Picture:
 
 
 def pictures_of(config: RecognitionConfig) -> list[Picture]:
+    """The user's pictures, owners told by folder, or drawn ones."""
     if config.data_root is not None:
         return [Picture(path.parent.name, read_eye(path)) for path in files_in(config.data_root)]
     pictures = []
@@ -119,6 +120,7 @@ Coded = tuple[str, np.ndarray, np.ndarray]  # whose, code, mask
 
 
 def code(owner: str, sheet: dict[str, np.ndarray], mask: np.ndarray) -> Coded:
+    """Code and its mask from a rubber sheet."""
     return owner, iris_code(sheet["image"].mean(2)), code_mask(mask)
 
 

@@ -61,6 +61,7 @@ def revive(value: Any, kind: Any) -> Any:
 
 
 def random_state() -> dict:
+    """State of Python's, NumPy's and PyTorch's global generators, made of tensors, numbers and lists."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, next_gauss = random.getstate()
     state = {
@@ -74,6 +75,7 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
+    """Inverse of `random_state`."""
     torch.set_rng_state(state["torch"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
