@@ -87,7 +87,7 @@ class RealismModel:
         self.model: Pipeline | GridSearchCV = make_pipeline(MinMaxScaler(), SVR())
 
     def fit(self, features: np.ndarray, mos: np.ndarray) -> "RealismModel":
-        """Choose features and settings by three-fold search on clips (n, D) and scores (n,); returns itself."""
+        """Choose features and settings, by three-fold search, on clips (n, D) and their scores (n,)."""
         self.chosen = select(features, mos, min(self.keep, features.shape[1]), seed=self.seed)
         grid = {
             "svr__C": [2.0**k for k in range(1, 11, self.step)],

@@ -19,6 +19,7 @@ else every fifth image for testing.
 """
 
 import csv
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,21 +150,28 @@ def files_in(folder: Path, endings: tuple[str, ...] = ENDINGS) -> list[Path]:
 
 
 def match(dataset: str, images: Path, partners: dict[str, Path], prefix: str = "") -> list[Pair]:
-    """Pair by stem; where stems repeat in sub-folders, by <folder>_<stem> or <folder>-<stem>."""
+    """Pair by stem; where stems repeat in sub-folders, by <folder>_<stem> or <folder>-<stem>.
+
+    Raises UserError that lists what has no partner, or names two masks of one image.
+    """
     found = files_in(images)
     if not found:
         raise UserError(f"{dataset}: no image in {images} (endings {', '.join(ENDINGS)})")
     by_role = {}
     for role, folder in partners.items():
-        by_role[role] = {}
-        for path in files_in(folder):
-            if path.stem.startswith(prefix):
-                by_role[role][path.stem.removeprefix(prefix)] = path
-    stems = [path.stem for path in found]
+        files = by_role[role] = {}
+        masks = [(p.stem.removeprefix(prefix), p) for p in files_in(folder) if p.stem.startswith(prefix)]
+        times = Counter(stem for stem, _ in masks)
+        for stem, path in masks:
+            key = stem if times[stem] == 1 else f"{path.parent.name}_{stem}"
+            if key in files:
+                raise UserError(f"{dataset}: {files[key]} and {path} are masks of one image; remove one")
+            files[key] = path
+    stems = Counter(path.stem for path in found)
     pairs, lonely, used = [], [], set()
     for path in found:
         longer = [f"{path.parent.name}{joint}{path.stem}" for joint in "_-"]
-        keys = [*longer, path.stem] if stems.count(path.stem) == 1 else longer
+        keys = [*longer, path.stem] if stems[path.stem] == 1 else longer
         key = next((key for key in keys if key in by_role["mask"]), None)
         if key is None or any(key not in files for files in by_role.values()):
             missing = [role for role, files in by_role.items() if key is None or key not in files]

@@ -160,6 +160,18 @@ def test_irisseg_where_stems_repeat_in_every_subject(tmp_path):
     ]
 
 
+def test_masks_in_folders_of_their_own_and_masks_twice(tmp_path):
+    for subject in ("001", "002"):
+        save(tmp_path / "images" / subject / "left.png", picture())
+        save(tmp_path / "masks" / subject / "left.png", mask_array())
+    (tmp_path / "train.txt").write_text("001_left\n002_left\n")
+    pairs = find_pairs("folder", tmp_path, "train")
+    assert [(p.image.parent.name, p.mask.parent.name) for p in pairs] == [("001", "001"), ("002", "002")]
+    save(tmp_path / "masks/001/left.bmp", mask_array())
+    with pytest.raises(UserError, match=r"left.bmp and .*left.png are masks of one image"):
+        find_pairs("folder", tmp_path, "train")
+
+
 def test_nice(tmp_path):
     write_folders(tmp_path / "test", ["C1_S1_I1"], "images", "masks", False, ".tiff")
     assert len(find_pairs("nice", tmp_path, "test")) == 1
