@@ -80,13 +80,12 @@ def read_list(path: Path) -> tuple[list[CropFolder], int]:
 
 def dfdc_crops(root: Path, parts: range = range(50)) -> tuple[list[CropFolder], int]:
     """Crop folders `dfdc_train_part_k/<name>.mp4/` under DFDC's own metadata.json, and the number without
-    crops.
+    crops. Says how many parts are absent; UserError when all are.
     """
     found, empty = [], 0
-    for part in parts:
-        folder = root / f"dfdc_train_part_{part}"
-        if not folder.is_dir():
-            continue
+    folders = [root / f"dfdc_train_part_{part}" for part in parts]
+    here = [folder for folder in folders if folder.is_dir()]
+    for folder in here:
         for name, entry in _read_json(folder / "metadata.json").items():
             if next((folder / name).glob("*.png"), None) is None:
                 empty += 1
@@ -94,6 +93,8 @@ def dfdc_crops(root: Path, parts: range = range(50)) -> tuple[list[CropFolder], 
                 found.append(CropFolder(folder / name, int(entry["label"] == "FAKE")))
     if not found:
         raise UserError(f"{root}: no crops in dfdc_train_part_0 ... dfdc_train_part_49")
+    if len(here) < len(folders):
+        print(f"warning: {root}: {len(folders) - len(here)} of {len(folders)} parts of DFDC are not there")
     return found, empty
 
 

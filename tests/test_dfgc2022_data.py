@@ -179,7 +179,7 @@ def test_celeb_df(tmp_path):
     assert [(v.label, v.split) for v in celeb_df(tmp_path)] == [(0, "train"), (0, "test"), (1, "train")]
 
 
-def test_dfdc_videos_and_crops(tmp_path):
+def test_dfdc_videos_and_crops(tmp_path, capsys):
     part = tmp_path / "dfdc_train_part_3"
     entries = {"a.mp4": {"label": "FAKE", "original": "b.mp4"}, "b.mp4": {"label": "REAL"}}
     touch(part / "metadata.json", json.dumps(entries).encode())
@@ -192,6 +192,7 @@ def test_dfdc_videos_and_crops(tmp_path):
     crop(part / "a.mp4" / "0000.png")
     folders, empty = dfdc_crops(tmp_path)
     assert [(f.folder.name, f.label) for f in folders] == [("a.mp4", 1)] and empty == 1
+    assert "49 of 50 parts of DFDC are not there" in capsys.readouterr().out
     touch(part / "metadata.json", b"{")
     with pytest.raises(UserError, match="not readable as JSON"):
         dfdc(tmp_path)
