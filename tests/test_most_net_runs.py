@@ -392,7 +392,6 @@ def test_learning_an_artist_recalls_its_features():
     assert means[1] > means[0] + 0.2
 
 
-@pytest.mark.slow
 def test_two_processes_write_one_memory(tmp_path):
     settings = ["demo", *helpers.TINY["most_net"], "--steps", "6", "--batch", "4"]
     one, two = run_one(train, PRESETS, tmp_path, *settings), run_two("most_net", tmp_path, *settings)
