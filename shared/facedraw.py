@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from shared.facefeatures import MouthWindow, paint_eyes
-from shared.facelook import LABEL, bump, cover, illuminate, over
+from shared.facelook import bump, cover, illuminate, over, stamp
 from shared.faceparams import Params
-from shared.faceshape import Frame, bell, nose_relief, smoothstep
+from shared.faceshape import Frame, above, bell, nose_relief, root, smoothstep
 from shared.facewindow import Window, chosen
 
 
@@ -18,7 +18,7 @@ def paint_head(
     image: Tensor, labels: Tensor, f: Frame, s: SimpleNamespace, c: SimpleNamespace, params: Params
 ) -> tuple[Tensor, Tensor]:
     """Head over what lies behind it: linear image (B, 3, H, W) and labels (B, 1, H, W), overwritten."""
-    window = Window(f.distance < 2 * f.px / s.scale)
+    window = Window.around(f.distance - 2 * f.px / s.scale)
     part = paint_surface(window.take(image), window.take(labels), window.view(f), s, c, params)
     window.put(image, part[0])
     window.put(labels, part[1])
@@ -30,67 +30,65 @@ def paint_surface(
 ) -> tuple[Tensor, Tensor]:
     """The head in a window around it."""
     x, y, px = f.x, f.y, f.px / s.scale
-    ax, side = x.abs(), torch.sign(x)
+    ax, side = x.abs(), x.sign()
     head = cover(f.distance, px)
 
     # relief for the light
-    nose = nose_relief(s, x, y)
-    ny0 = y - s.nose_y
-    wing = bump(ax - 0.74 * s.nose_w, ny0 + 0.002, 0.36 * s.nose_w, 0.040)
+    ny0, my = y - s.nose_y, y - s.mouth_y
     exs, eys = ax - s.eye_x, y - s.eye_y
-    ex, ey = exs - eys * s.eye_tilt, eys + exs * s.eye_tilt
+    ex, ey = exs.addcmul(eys, s.eye_tilt, value=-1), eys.addcmul(exs, s.eye_tilt)
     socket = bump(exs + 0.02, eys + 0.012, 0.135, 0.075)
-    ball = bump(exs, eys + 0.008, 0.085, 0.048)
-    brow_ridge = bump(exs - 0.0, y - s.brow_y - 0.02, 0.16, 0.045)
-    cheek = bump(ax - 0.60 * s.width, y - s.nose_y + 0.03, 0.13, 0.115)
-    my = y - s.mouth_y
-    muzzle = bump(x, my, 0.17, 0.11)
-    chin = bump(x, y - s.chin_open + 0.085, 0.11, 0.075)
-    groove = bump(x, my - 0.052 - s.lip_low - s.gap_low, 0.10, 0.028)
-    philtrum = bump(x, (y - 0.5 * (s.nose_y + s.mouth_y) - 0.01), 0.018, 0.045)
-    relief = (
-        nose
-        + (0.045 * wing - 0.034 * socket + 0.026 * ball)
-        + (0.018 + 0.010 * s.male) * brow_ridge
-        + (0.030 + 0.024 * s.grin + 0.014 * s.child) * cheek
-        + 0.028 * muzzle
-        + 0.034 * chin
-        - 0.016 * groove
-        - 0.006 * philtrum
-    )
+    cheek = bump(ax - 0.60 * s.width, ny0 + 0.03, 0.13, 0.115)
+    chin = bump(x, y - (s.chin_open - 0.085), 0.11, 0.075)
+    groove = bump(x, my - (0.052 + s.lip_low + s.gap_low), 0.10, 0.028)
+    relief = nose_relief(s, x, y)
+    relief.add_(bump(ax - 0.74 * s.nose_w, ny0 + 0.002, 0.36 * s.nose_w, 0.040), alpha=0.045)
+    relief.add_(socket, alpha=-0.034).add_(bump(exs, eys + 0.008, 0.085, 0.048), alpha=0.026)
+    relief.addcmul_(bump(exs, y - (s.brow_y + 0.02), 0.16, 0.045), 0.018 + 0.010 * s.male)  # ridge of the brow
+    relief.addcmul_(cheek, 0.030 + 0.024 * s.grin + 0.014 * s.child)
+    relief.add_(bump(x, my, 0.17, 0.11), alpha=0.028)  # muzzle
+    relief.add_(chin, alpha=0.034).add_(groove, alpha=-0.016)
+    philtrum = bump(x, y - (0.5 * (s.nose_y + s.mouth_y) + 0.01), 0.018, 0.045)
+    relief.add_(philtrum, alpha=-0.006)
     wrinkles, relief = add_wrinkles(relief, f, s, ax, ex, ey, ny0, my)
 
     hu, hv = gradient(relief, px)
     nx, ny, nz = f.normal
-    nx, ny = nx - hu * nz, ny - hv * nz
-    length = (nx * nx + ny * ny + nz * nz).rsqrt()
-    nx, ny, nz = nx * length, ny * length, nz * length
+    nx, ny = nx.addcmul(hu, nz, value=-1), ny.addcmul(hv, nz, value=-1)
+    length = (nx * nx).addcmul_(ny, ny).addcmul_(nz, nz).rsqrt_()
+    nx, ny, nz = nx.mul_(length), ny.mul_(length), length.mul_(nz)
     wrap = torch.tensor([0.42, 0.26, 0.20], device=x.device).reshape(1, 3, 1, 1)
     light = illuminate(c, (nx, ny, nz), wrap)
 
     # occlusion: socket, side of the nose, under nose and lip; the nose's cast shadow
-    shadow_x = x + 0.055 * c.light[0]
-    under = bump(shadow_x, ny0 - 0.062, 0.95 * s.nose_w, 0.032)
-    occlusion = 0.20 * socket * (1 - 0.4 * s.child) + 0.30 * under + 0.16 * groove
-    beside = bump(ax - s.nose_w - 0.018, ny0 + 0.004, 0.022, 0.040)
-    occlusion = (occlusion + 0.20 * beside + wrinkles).clamp(max=0.8)
-    light.mul_(1 - occlusion)
+    under = bump(x + 0.055 * c.light[0], ny0 - 0.062, 0.95 * s.nose_w, 0.032)
+    beside = bump(ax - (s.nose_w + 0.018), ny0 + 0.004, 0.022, 0.040)
+    open_ = wrinkles.add_(socket.mul_(0.20 * (1 - 0.4 * s.child))).add_(under, alpha=0.30)
+    open_ = open_.add_(groove, alpha=0.16).add_(beside, alpha=0.20).clamp_(max=0.8).neg_().add_(1)
+    light.mul_(open_)
 
     # skin colour
-    flush = (0.55 * cheek + 0.5 * bump(x, ny0, 0.08, 0.07) + 0.25 * chin) * c.redness * 0.55
-    flush = flush + 0.9 * c.blush * cheek
     texture = skin_texture(f, s, c, x, y)
-    colour = (c.flush * flush).add_(1).mul_(c.skin).mul_(texture)
+    flush = bump(x, ny0, 0.08, 0.07).mul_(0.5).add_(cheek, alpha=0.55).add_(chin, alpha=0.25)
+    flush = flush.mul_(0.55 * c.redness).addcmul_(cheek, 0.9 * c.blush)
+    colour = (flush * c.flush).add_(1).mul_(c.skin).mul_(texture)
     colour = paint_marks(colour, params, s, c, x, y, px)
-    bags = bump(exs + 0.005, eys - 0.066, 0.085, 0.028) * (0.06 + 0.26 * s.old)
-    bag_colour = torch.tensor([0.7, 1.0, 0.8], device=x.device).reshape(1, 3, 1, 1)
-    colour.mul_((bags * -bag_colour).add_(1))
-    colour = paint_beard(colour, f, s, c, ax, x, y, my, ny0)
+    bags = bump(exs + 0.005, eys - 0.066, 0.085, 0.028).mul_(0.06 + 0.26 * s.old)
+    bag_colour = torch.tensor([-0.7, -1.0, -0.8], device=x.device).reshape(1, 3, 1, 1)
+    colour.mul_((bags * bag_colour).add_(1))
+    grown = (c.beard + c.moustache + c.stubble).flatten().nonzero()[:, 0]
+    if len(grown):
+        fields = (chosen(f, grown), chosen(s, grown), chosen(c, grown), *(t[grown] for t in (ax, x, y, my, ny0)))
+        colour[grown] = paint_beard(colour[grown], *fields)
 
     # make-up around the eyes, then brows
-    above = smoothstep((ey - s.brow_y + s.eye_y - 0.02) / 0.05) * smoothstep((0.03 - ey) / 0.03)
-    above = above * bell((exs / 0.12).square() * (exs / 0.12).square())
-    colour = over(colour, c.eye_shadow_colour, above * (0.62 * c.eye_shadow))
+    shaded = c.eye_shadow.flatten().nonzero()[:, 0]
+    if len(shaded):
+        lid, out = ey[shaded], exs[shaded]
+        alpha = smoothstep((lid - (s.brow_y - s.eye_y + 0.02)[shaded]).mul_(1 / 0.05))
+        alpha = alpha.mul_(smoothstep((0.03 - lid).mul_(1 / 0.03))).mul_(0.62 * c.eye_shadow[shaded])
+        alpha = alpha.mul_(bell(out.mul_(1 / 0.12).square_().square_()))
+        colour[shaded] = over(colour[shaded], c.eye_shadow_colour[shaded], alpha)
     brow, brow_label = brow_mask(f, s, c, ax, y, px)
     colour = over(colour, c.brow, brow)
 
@@ -98,32 +96,34 @@ def paint_surface(
     colour = lips.paint(colour)
 
     # shine of the skin
-    shine = (nx * c.half[0] + ny * c.half[1] + nz * c.half[2]).clamp_(min=0.12)
-    s2 = shine * shine
-    s4 = s2 * s2
-    s16 = (s4 * s4).square()
-    spec = 0.085 * s4 * s16
-    lips.put_gloss(spec, c.gloss * lips.window.take(s4).pow_(9))
-    rgb = colour.mul_(light).addcmul_(spec * (1 - occlusion), c.key)
+    shine = nx.mul_(c.half[0]).addcmul_(ny, c.half[1]).addcmul_(nz, c.half[2]).clamp_(min=0.12)
+    s4 = shine.square_().square_()
+    s16 = s4.square().square_()
+    spec = s16.mul_(s4).mul_(0.085)
+    wet = lips.window.take(s4)
+    lips.put_gloss(spec, wet.square().square_().square_().mul_(wet).mul_(c.gloss))
+    rgb = colour.mul_(light).addcmul_(spec.mul_(open_), c.key)
 
     level = c.key.mean(1, keepdim=True) * 0.45 + c.fill.mean(1, keepdim=True) * 0.8
     lips.open(rgb, s, level)
 
     # nostrils
-    window = Window((ax < 1.6 * s.nose_w) & ((ny0 - 0.030).abs() < 0.10))
+    window = Window.around(torch.maximum(ax - 1.6 * s.nose_w, (ny0 - 0.030).abs_().sub_(0.10)))
     nx, dy = window.take(ax) - 0.43 * s.nose_w, window.take(ny0) - 0.030
     nostril = bump(nx, dy + 0.16 * nx, 0.30 * s.nose_w, 0.0135)
     window.put(rgb, window.take(rgb) * (1 - (0.92 * nostril).clamp(max=0.85)))
     # eyes
     reach = 1.3 * s.lid_up.abs() + s.fold + 3.6 * (0.0075 + 0.42 * px)
-    window = Window((ex.abs() < s.eye_w + 0.075) & (ey > -reach) & (ey < 1.3 * s.lid_low + reach))
+    low, high = 1.3 * s.lid_low + reach, reach
+    rows = (ey - 0.5 * (low - high)).abs_().sub_(0.5 * (low + high))
+    window = Window.around(torch.maximum(rows, ex.abs().sub_(s.eye_w + 0.075)))
     eye = torch.zeros_like(x)
     parts = paint_eyes(window.take(rgb), f.px, s, c, *(window.take(t) for t in (ex, ey, side)), level)
     window.put(rgb, parts[0])
     window.put(eye, parts[1])
 
     image = over(image, rgb, head)
-    labels = label_head(labels, f, s, head, x, ax, y, ny0, brow_label, lips, eye)
+    labels = label_head(labels, s, head, x, ax, y, ny0, brow_label, lips, eye)
     return image, labels
 
 
@@ -132,8 +132,8 @@ def gradient(field: Tensor, px: Tensor) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(field, (1, 1, 1, 1), mode="replicate")
     k = 0.5 / px
     return (
-        (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) * k,
-        (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) * k,
+        (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]).mul_(k),
+        (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]).mul_(k),
     )
 
 
@@ -143,75 +143,82 @@ def add_wrinkles(
     """Folds of age and expression: (darkening, relief with furrows)."""
     y = f.y
     # nasolabial fold: from the wing of the nose round the corner of the mouth
-    t = ((ny0 + 0.01) / (s.mouth_y - s.nose_y + 0.05)).clamp(0, 1)
-    path = s.nose_w + 0.012 + (s.mouth_w + 0.035 - s.nose_w) * t * (1.5 - 0.5 * t)
-    fold = bell(((ax - path) / 0.020).square()) * smoothstep((ny0 + 0.05) / 0.05)
-    fold = fold * smoothstep((s.mouth_y + 0.06 - y) / 0.07)
-    depth = 0.05 + 0.55 * s.old + 0.34 * s.grin * (1 - 0.6 * s.child)
-    furrows = depth * fold
+    t = (ny0 + 0.01).mul_(1 / (s.mouth_y - s.nose_y + 0.05)).clamp_(0, 1)
+    path = (t * -0.5).add_(1.5).mul_(t).mul_(s.mouth_w + 0.035 - s.nose_w).add_(s.nose_w + 0.012)
+    fold = bell((ax - path).mul_(1 / 0.020).square_()).mul_(smoothstep((ny0 + 0.05).mul_(1 / 0.05)))
+    fold = fold.mul_(smoothstep((s.mouth_y + 0.06 - y).mul_(1 / 0.07)))
+    furrows = fold.mul_(0.05 + 0.55 * s.old + 0.34 * s.grin * (1 - 0.6 * s.child))
     # forehead: three lines over the brows
-    lines = 0.5 + 0.5 * torch.cos((y - s.brow_y + 6 * 0.01 * torch.sin(9 * f.x)) * (6.283 / 0.062))
-    lines = lines * lines * lines
-    fore = lines * smoothstep((s.brow_y - 0.035 - y) / 0.04) * smoothstep((y - s.brow_y + 0.25) / 0.06)
-    fore = fore * smoothstep((0.36 - ax) / 0.12)
-    furrows = furrows + 0.42 * s.old * fore
+    lines = (f.x * 9).sin_().mul_(0.06).add_(y).sub_(s.brow_y).mul_(6.283 / 0.062).cos_().mul_(0.5).add_(0.5)
+    lines = (lines * lines).mul_(lines).mul_(smoothstep((s.brow_y - 0.035 - y).mul_(1 / 0.04)))
+    lines = lines.mul_(smoothstep((y - (s.brow_y - 0.25)).mul_(1 / 0.06)))
+    furrows.addcmul_(lines.mul_(smoothstep((0.36 - ax).mul_(1 / 0.12))), 0.42 * s.old)
     # crow's feet: rays from the outer corner of the eye
-    cx, cy = ex - s.eye_w - 0.012, ey
-    ray = torch.cos(13 * cy / (cx.abs() + 0.035))
-    feet = (0.5 + 0.5 * ray).square() * bump(cx - 0.05, cy, 0.05, 0.06) * smoothstep(cx / 0.02)
-    furrows = furrows + (0.5 * s.old + 0.12 * s.grin * (1 - s.child)) * feet
+    cx, cy = ex - (s.eye_w + 0.012), ey
+    ray = (cy * 13).div_(cx.abs().add_(0.035)).cos_().mul_(0.5).add_(0.5).square_()
+    feet = ray.mul_(bump(cx - 0.05, cy, 0.05, 0.06)).mul_(smoothstep(cx.mul_(1 / 0.02)))
+    furrows.addcmul_(feet, 0.5 * s.old + 0.12 * s.grin * (1 - s.child))
     # bags under the eyes, lines from the mouth's corners down
-    bag = bell(((ey - 0.072 + 0.9 * ex * ex * 2) / 0.013).square()) * smoothstep((0.10 - ex.abs()) / 0.05)
-    furrows = furrows + 0.42 * s.old * bag
-    marionette = bell(((ax - s.mouth_w - 0.022 - 0.12 * (my - 0.02)) / 0.014).square())
-    marionette = marionette * smoothstep((my - 0.005) / 0.04) * smoothstep((0.14 - my) / 0.06)
-    furrows = furrows + (0.45 * s.old + 0.1 * s.frown) * marionette
-    return 0.42 * furrows, relief - 0.016 * furrows
+    bag = bell((ex * ex).mul_(1.8).add_(ey).sub_(0.072).mul_(1 / 0.013).square_())
+    furrows.addcmul_(bag.mul_(smoothstep(ex.abs().mul_(-1 / 0.05).add_(2))), 0.42 * s.old)
+    marionette = bell(ax.add(my, alpha=-0.12).sub_(s.mouth_w + 0.0196).mul_(1 / 0.014).square_())
+    marionette = marionette.mul_(smoothstep((my - 0.005).mul_(1 / 0.04)))
+    marionette = marionette.mul_(smoothstep((0.14 - my).mul_(1 / 0.06)))
+    furrows.addcmul_(marionette, 0.45 * s.old + 0.1 * s.frown)
+    return furrows * 0.42, relief.add_(furrows, alpha=-0.016)
 
 
 def skin_texture(f: Frame, s: SimpleNamespace, c: SimpleNamespace, x: Tensor, y: Tensor) -> Tensor:
     """Blotches and pores around 1; frequencies above the picture's resolution fade out."""
     p = c.phase
-    soft = torch.sin(11 * x + 1.3 * p) * torch.sin(9 * y + 2.1 * p + 2 * torch.sin(6 * x + p))
-    texture = 1 + (0.018 + 0.03 * s.old) * soft
+    soft = (x * 6).add_(p).sin_().mul_(2).add_(y, alpha=9).add_(2.1 * p).sin_()
+    soft = soft.mul_((x * 11).add_(1.3 * p).sin_())
+    texture = soft.mul_(0.018 + 0.03 * s.old).add_(1)
     if f.px >= 1 / 32:
         return texture
-    fine = torch.sin(63 * x + 41 * y + 3 * torch.sin(31 * y + p)) * torch.sin(57 * y - 38 * x + p)
-    return texture + ((0.022 + 0.02 * s.old) * min(1.5625 - f.px * 50, 1.0)) * fine
+    fine = (y * 31).add_(p).sin_().mul_(3).add_(x, alpha=63).add_(y, alpha=41).sin_()
+    fine = fine.mul_((y * 57).add_(x, alpha=-38).add_(p).sin_())
+    return texture.addcmul_(fine, (0.022 + 0.02 * s.old) * min(1.5625 - f.px * 50, 1.0))
 
 
 def paint_marks(
     colour: Tensor, params: Params, s: SimpleNamespace, c: SimpleNamespace, x: Tensor, y: Tensor, px: Tensor
 ) -> Tensor:
     """Freckles, age spots and moles."""
-
-    def column(name: str) -> Tensor:
-        return params[name].reshape(-1, 1, 1, 1)
-
     speckled = (params["freckles"] > 0).nonzero()[:, 0]
     if len(speckled):
         dots = freckles(chosen(s, speckled), chosen(c, speckled), x[speckled], y[speckled])
         colour[speckled] = colour[speckled].mul_(1 - dots * params["freckles"][speckled, None, None, None])
     for name in ("mole1", "mole2"):
-        mx = (column(f"{name}_x") * 2 - 1) * 0.34
-        mole_y = -0.28 + 0.75 * column(f"{name}_y")
-        radius = 0.024 * column(f"{name}_size").sqrt()
-        distance = ((x - mx).square_() + (y - mole_y).square_()).sqrt_() - radius
-        mole = cover(distance, px.clamp(min=0.012)) * (column(f"{name}_size") * 8).clamp(max=1)
-        colour = over(colour, c.skin * 0.16, 0.85 * mole)
+        marked = (params[f"{name}_size"] > 0).nonzero()[:, 0]
+        if len(marked):
+            fields = (t[marked] for t in (colour, c.skin, x, y, px))
+            colour[marked] = mole(params[marked], name, *fields)
     return colour
+
+
+def mole(
+    params: Params, name: str, colour: Tensor, skin: Tensor, x: Tensor, y: Tensor, px: Tensor
+) -> Tensor:
+    """colour with a mole over it."""
+    mx, my, size = (params[f"{name}_{what}"].reshape(-1, 1, 1, 1) for what in ("x", "y", "size"))
+    x, y = x.sub_((mx * 2 - 1) * 0.34), y.sub_(0.75 * my - 0.28)
+    distance = root(x.square_().addcmul_(y, y)).sub_(0.024 * size.sqrt())
+    dot = cover(distance, px.clamp(min=0.012)).mul_(0.85 * (size * 8).clamp(max=1))
+    return over(colour, skin * 0.16, dot)
 
 
 def freckles(s: SimpleNamespace, c: SimpleNamespace, x: Tensor, y: Tensor) -> Tensor:
     """How much freckles of full strength darken red, green and blue, (B, 3, H, W)."""
-    gx, gy = x * 24 + 0.3 * c.phase, y * 24
+    gx, gy = (x * 24).add_(0.3 * c.phase), y * 24
     ix, iy = gx.floor(), gy.floor()
-    a = torch.sin(ix * 12.99 + iy * 78.23 + c.phase) * 437.58
-    a = a - a.floor()
+    a = (ix * 12.99).add_(iy * 78.23).add_(c.phase).sin_().mul_(437.58)
+    a = a.sub_(a.floor())
     b = a * 57.31
-    b = b - b.floor()
-    dot = ((gx - ix - 0.3 - 0.4 * a).square() + (gy - iy - 0.3 - 0.4 * b).square()) * (1 / (0.05 + 0.05 * b))
-    dots = (1 - dot).clamp_(min=0) * bump(x, y - s.nose_y + 0.10, 0.34, 0.17)
+    b = b.sub_(b.floor())
+    gx, gy = gx.sub_(ix).sub_(0.3).sub_(a, alpha=0.4), gy.sub_(iy).sub_(0.3).sub_(b, alpha=0.4)
+    dot = gx.square_().addcmul_(gy, gy).div_(b.mul_(0.05).add_(0.05))
+    dots = (1 - dot).clamp_(min=0).mul_(bump(x, y - (s.nose_y - 0.10), 0.34, 0.17))
     strength = torch.tensor([0.55, 1.0, 1.15], device=x.device).reshape(1, 3, 1, 1)
     return dots * (strength * (0.25 + c.fair) * 0.55 * (1 - 0.5 * s.old))
 
@@ -228,46 +235,51 @@ def paint_beard(
     ny0: Tensor,
 ) -> Tensor:
     """Beard, moustache and the shade of shaved skin."""
-    across = ((ax - s.mouth_w - 0.01) / (s.width - s.mouth_w)).clamp(0, 1)
-    line = s.mouth_y + 0.045 + s.gap_low * (1 - across) - across * across * (s.mouth_y - 0.06)
-    strands = torch.zeros_like(x)
+    across = (ax - (s.mouth_w + 0.01)).mul_(1 / (s.width - s.mouth_w)).clamp_(0, 1)
+    # lower edge of bare skin: below the lips in the middle, up to the ears at the sides
+    line = (across * (0.06 - s.mouth_y)).sub_(s.gap_low).mul_(across).add_(s.mouth_y + 0.045 + s.gap_low)
+    edge = y
     if f.px < 1 / 32:
-        strands = torch.sin(120 * x + 30 * torch.sin(9 * y + c.phase))
-        strands *= torch.sin(75 * y + 8 * torch.sin(30 * x)) * min(1.875 - f.px * 60, 1.0)
-    edge = y + 0.012 * strands
-    region = smoothstep((edge - line) / 0.05)
-    lip = bump(x, ny0 - 0.5 * (s.mouth_y - s.nose_y) - 0.045, s.mouth_w * 1.05, 0.042)
-    lip = smoothstep((lip + 0.05 * strands - 0.35) / 0.3)
-    hair = 1 - (1 - region * (1.25 * c.beard).clamp(max=1) ** 0.7) * (
-        1 - lip * c.moustache.clamp(max=1) ** 0.7
-    )
-    shaved = 0.16 * c.stubble * torch.maximum(region, lip)
+        strands = (y * 9).add_(c.phase).sin_().mul_(30).add_(x, alpha=120).sin_()
+        strands.mul_((x * 30).sin_().mul_(8).add_(y, alpha=75).sin_()).mul_(min(1.875 - f.px * 60, 1.0))
+        edge = y.add(strands, alpha=0.012)
+    region = smoothstep((edge - line).mul_(1 / 0.05))
+    lip = bump(x, ny0 - (0.5 * (s.mouth_y - s.nose_y) + 0.045), s.mouth_w * 1.05, 0.042)
+    if f.px < 1 / 32:
+        lip.add_(strands, alpha=0.05)
+    lip = smoothstep(lip.sub_(0.35).mul_(1 / 0.3))
+    shaved = torch.maximum(region, lip).mul_(0.16 * c.stubble)
     grey = c.skin * torch.tensor([0.62, 0.70, 0.80], device=x.device).reshape(1, 3, 1, 1)
     colour = over(colour, grey, shaved)
-    return over(colour, c.beard_colour * (1 + 0.35 * strands), (0.94 * hair).clamp(0, 1))
+    bare = region.mul_(-((1.25 * c.beard).clamp(max=1) ** 0.7)).add_(1)
+    bare = bare.mul_(lip.mul_(-(c.moustache.clamp(max=1) ** 0.7)).add_(1))
+    hair = bare.neg_().add_(1).mul_(0.94).clamp_(0, 1)
+    if f.px < 1 / 32:
+        return over(colour, strands.mul_(0.35).add_(1) * c.beard_colour, hair)
+    return over(colour, c.beard_colour, hair)
 
 
 def brow_mask(
     f: Frame, s: SimpleNamespace, c: SimpleNamespace, ax: Tensor, y: Tensor, px: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Opacity of the brows with their hairs, and the plain area for the label."""
-    bx = (ax - s.eye_x - 0.012) / s.brow_w
-    middle = s.brow_y + s.brow_arch * (bx - 0.25).square() * 1.1 - s.brow_tilt * bx * s.brow_w - 0.012
-    q = (1 - bx.square()).clamp(min=0)
-    thickness = s.brow_t * (0.25 + 0.75 * q) * (1 - 0.32 * bx)
-    distance = (y - middle).abs() - thickness
-    area = torch.maximum(distance, (bx.abs() - 1) * s.brow_w)
-    soft = cover(area, px.clamp(min=0.014)) * (0.92 - 0.3 * s.child)
+    bx = (ax - (s.eye_x + 0.012)).mul_(1 / s.brow_w)
+    middle = (bx - 0.25).square_().mul_(1.1 * s.brow_arch).addcmul_(bx, -s.brow_tilt * s.brow_w)
+    off = y - middle.add_(s.brow_y - 0.012)
+    q = (bx * bx).neg_().add_(1).clamp_(min=0).mul_(0.75).add_(0.25)
+    thickness = q.mul_((bx * -0.32).add_(1)).mul_(s.brow_t)
+    area = torch.maximum(off.abs().sub_(thickness), bx.abs().sub_(1).mul_(s.brow_w))
+    soft = cover(area, px.clamp(min=0.014)).mul_(0.92 - 0.3 * s.child)
+    inside = above(-area, 0)
     if f.px >= 0.022:
-        return soft, area < 0
-    hairs = torch.sin((ax + 0.6 * (y - middle) * (1 + 0.6 * bx)) * 160 + c.phase)
-    hairs = 1 + 0.20 * hairs * min(2.2 - f.px * 100, 1.0)
-    return soft * hairs.clamp_(max=1.08), area < 0
+        return soft, inside
+    hairs = off.mul_(bx.mul_(0.6).add_(1)).mul_(0.6).add_(ax).mul_(160).add_(c.phase).sin_()
+    hairs = hairs.mul_(0.20 * min(2.2 - f.px * 100, 1.0)).add_(1)
+    return soft.mul_(hairs.clamp_(max=1.08)), inside
 
 
 def label_head(
     labels: Tensor,
-    f: Frame,
     s: SimpleNamespace,
     head: Tensor,
     x: Tensor,
@@ -279,21 +291,20 @@ def label_head(
     eye: Tensor,
 ) -> Tensor:
     """Classes of the head's pixels, painted over what is behind."""
-    on = head > 0.5
-    left = x < 0
-    t = ((y - s.nose_root) / (s.nose_y - s.nose_root)).clamp(0, 1)
-    half = 0.045 + (s.nose_w * 1.04 - 0.045) * t * t
-    round_ = (ny0.clamp(min=0) / 0.052).square() + (ax / half.clamp(min=0.02)).square() - 1
-    nose = (round_ < 0) & (y > s.nose_root)
-    labels.masked_fill_(on, LABEL["skin"])
-    labels.masked_fill_(on & nose, LABEL["nose"])
+    on = above(head, 0.5)
+    left = above(-x, 0)
+    t = (y - s.nose_root).mul_(1 / (s.nose_y - s.nose_root)).clamp_(0, 1)
+    half = (t * t).mul_(s.nose_w * 1.04 - 0.045).add_(0.045).clamp_(min=0.02)
+    tip = ny0.clamp(min=0).mul_(1 / 0.052).square_()
+    nose = above(-tip.add_((ax / half).square_()), -1).mul_(above(y, s.nose_root)).mul_(on)
+    stamp(labels, on, "skin")
+    stamp(labels, nose, "nose")
     mouth.label(labels, on)
-    eyes, brows = on & (eye > 0.5), on & brow
-    for area, name in (
-        (brows & left, "l_brow"),
-        (brows & ~left, "r_brow"),
-        (eyes & left, "l_eye"),
-        (eyes & ~left, "r_eye"),
-    ):
-        labels.masked_fill_(area, LABEL[name])
+    eyes, brows = above(eye, 0.5).mul_(on), brow.mul_(on)
+    on_left = brows * left
+    stamp(labels, on_left, "l_brow")
+    stamp(labels, brows.sub_(on_left), "r_brow")
+    on_left = eyes * left
+    stamp(labels, on_left, "l_eye")
+    stamp(labels, eyes.sub_(on_left), "r_eye")
     return labels

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from shared.facelook import LABEL, cover, over
-from shared.faceshape import Frame, bell, eye_curves, lip_curves, smoothstep
+from shared.facelook import cover, over, stamp
+from shared.faceshape import Frame, above, bell, eye_curves, lip_curves, root, smoothstep
 from shared.facewindow import Window
 
 
@@ -24,7 +24,8 @@ class MouthWindow:
         margin = 2 * px
         high = s.curve.abs() + 1.4 * s.lip_up + s.gap_up + 0.025 + margin
         low = s.curve.abs() + 1.2 * (s.lip_low + s.gap_low) + 0.025 + margin
-        self.window = Window((x.abs() < s.mouth_w + margin) & (my > -high) & (my < low))
+        rows = (my - 0.5 * (low - high)).abs_().sub_(0.5 * (low + high))
+        self.window = Window.around(torch.maximum(rows, x.abs().sub_(s.mouth_w + margin)))
         self.px = px
         self.mx = mx = self.window.take(x) / s.mouth_w
         self.my = my = self.window.take(my)
@@ -36,9 +37,9 @@ class MouthWindow:
         inside = cover(torch.maximum(gap, self.ends + 0.012), px)
         self.inside = inside * ((self.low_in - self.up_in) * (1.2 / px)).clamp(0, 1)
         self.middle = 0.5 * (self.up_in + self.low_in)
-        self.upper = my < self.middle
+        self.upper = above(self.middle, my)
         ridges = torch.sin(mx * 46 + c.phase) * (1 - 2 * px * 46 / s.mouth_w / 6.3).clamp(0, 1)
-        shade = torch.where(self.upper, 0.80 + 3.0 * (self.up_in - my), 1.05 - 2.2 * (my - self.low_in))
+        shade = torch.lerp(1.05 - 2.2 * (my - self.low_in), 0.80 + 3.0 * (self.up_in - my), self.upper)
         self.colour = c.lips * (shade.clamp(0.45, 1.15) * (1 + 0.05 * ridges))
 
     def paint(self, colour: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ class MouthWindow:
 
     def put_gloss(self, shine: Tensor, gloss: Tensor) -> None:
         """Less of the skin's shine (overwritten) and more gloss, given in the window, on the lips."""
-        wet = self.lip * torch.where(self.upper, 0.1, 1.0)
+        wet = self.lip * (1 - 0.9 * self.upper)
         self.window.put(shine, self.window.take(shine) * (1 - 0.6 * self.lip) + gloss * wet)
 
     def open(self, rgb: Tensor, s: SimpleNamespace, level: Tensor) -> None:
@@ -61,18 +62,20 @@ class MouthWindow:
         mouth = torch.lerp(cavity, tongue, smoothstep((my - self.low_in + 0.045) / 0.05) * 0.8)
         bottom = self.up_in + 0.036 * (1 - 0.5 * mx * mx)
         teeth = cover(my - bottom, px) * cover((mx.abs() - 0.86) * s.mouth_w, px)
-        gaps = 1 - 0.16 * (0.5 + 0.5 * torch.cos(mx * 6.2832 * 4)).pow(8) * (1 - px * 14).clamp(0, 1)
+        waves = (0.5 + 0.5 * torch.cos(mx * 6.2832 * 4)).square_().square_().square_()
+        gaps = 1 - 0.16 * waves * (1 - px * 14).clamp(0, 1)
         enamel = level * torch.tensor([0.86, 0.82, 0.74], device=my.device).reshape(1, 3, 1, 1)
         shade = (1 - 0.55 * mx * mx) * gaps * (0.72 + 9 * (my - self.up_in)).clamp(0.5, 1)
         self.window.put(rgb, over(image, over(mouth, enamel * shade, teeth), self.inside))
 
     def label(self, labels: Tensor, on: Tensor) -> None:
-        """Writes lips and mouth where the head is on, (B, 1, H, W) bool, into labels."""
+        """Writes lips and mouth where the head is on, (B, 1, H, W) 0 or 1, into labels."""
         on = self.window.take(on)
-        lips = on & (self.lip > 0.5)
-        part = self.window.take(labels)
-        part.masked_fill_(lips & self.upper, LABEL["u_lip"]).masked_fill_(lips & ~self.upper, LABEL["l_lip"])
-        self.window.put(labels, part.masked_fill_(on & (self.inside > 0.5), LABEL["mouth"]))
+        lips = above(self.lip, 0.5).mul_(on)
+        upper = lips * self.upper
+        part = stamp(self.window.take(labels), upper, "u_lip")
+        stamp(part, lips.sub_(upper), "l_lip")
+        self.window.put(labels, stamp(part, above(self.inside, 0.5).mul_(on), "mouth"))
 
 
 def paint_eyes(
@@ -96,7 +99,7 @@ def paint_eyes(
     eye = cover(distance, px)
     # eyeball
     dx, dy = ex - side * s.gaze_x, ey + 0.006 - s.gaze_y
-    r = (dx * dx + dy * dy).sqrt()
+    r = root(dx * dx + dy * dy)
     white = torch.tensor([0.80, 0.78, 0.77], device=device).reshape(1, 3, 1, 1) * (1 - 0.1 * s.old)
     pink = bell(((ex + s.eye_w) / 0.025).square())
     white = white * (1 - pink * torch.tensor([0.25, 0.5, 0.5], device=device).reshape(1, 3, 1, 1))
@@ -117,7 +120,7 @@ def paint_eyes(
         ex - side * (s.gaze_x * 0.6 + 0.022 * c.light[0]),
         ey + 0.008 - 0.026 * c.light[1] - 0.6 * s.gaze_y,
     )
-    spark = cover((hx * hx + hy * hy).sqrt() - 0.0105, px)
+    spark = cover(root(hx * hx + hy * hy) - 0.0105, px)
     ball = ball + spark * (0.25 + 0.65 * c.key.mean(1, keepdim=True)).clamp(max=1)
     rgb = over(rgb, ball, eye)
     # crease of the lid, lash line, lower lid

@@ -122,12 +122,19 @@ def bump(x: Tensor, y: Tensor, sx: float | Tensor, sy: float | Tensor) -> Tensor
 def illuminate(c: SimpleNamespace, normal: tuple[Tensor, Tensor, Tensor], wrap: Tensor | float) -> Tensor:
     """Light arriving on a surface: (B, 3, H, W). wrap > 0 lets it reach round the edge, as under skin."""
     nx, ny, nz = normal
-    lambert = nx * c.light[0] + ny * c.light[1] + nz * c.light[2]
-    direct = (lambert * (1 / (1 + wrap))).add_(wrap / (1 + wrap)).clamp_(min=0)
-    direct = direct.mul_(c.key) if direct.shape[1] == 3 else direct * c.key
-    return direct.addcmul_(0.80 - 0.14 * ny + 0.16 * nz, c.fill)
+    direct = (nx * c.light[0]).addcmul_(ny, c.light[1]).addcmul_(nz, c.light[2])
+    if isinstance(wrap, float):
+        direct = direct.mul_(1 / (1 + wrap)).add_(wrap / (1 + wrap)).clamp_(min=0) * c.key
+    else:
+        direct = (direct * (c.key / (1 + wrap))).add_(c.key * wrap / (1 + wrap)).clamp_(min=0)
+    return direct.addcmul_((ny * -0.14).add_(nz, alpha=0.16).add_(0.80), c.fill)
 
 
 def over(image: Tensor, colour: Tensor, alpha: Tensor) -> Tensor:
     """image (B, 3, H, W), overwritten, with a colour over it at alpha (B, 1, H, W)."""
     return image.lerp_(colour, alpha)
+
+
+def stamp(labels: Tensor, where: Tensor, name: str) -> Tensor:
+    """labels (B, 1, H, W), class indices as floats, overwritten with a class where the float mask is 1."""
+    return labels.lerp_(torch.tensor(float(LABEL[name]), device=labels.device), where)

@@ -19,15 +19,7 @@ import torch
 from torch import Tensor
 
 from shared.facedraw import paint_head
-from shared.facehair import (
-    hair_field,
-    hair_shape,
-    paint_background,
-    paint_behind,
-    paint_glasses,
-    paint_hair,
-    paint_hat,
-)
+from shared.facehair import hair_field, hair_shape, paint_back_hair, paint_background, paint_hair
 from shared.facelook import CLASSES, LABEL, build_look
 from shared.faceparams import (
     AGE_RANGE,
@@ -44,6 +36,7 @@ from shared.faceparams import (
 from shared.faceshape import build_shape, frame, landmarks
 from shared.facesketch import ARTISTS, render_sketch, studio
 from shared.facetext import Caption, captions, facts
+from shared.facewear import paint_body, paint_glasses, paint_hat
 from shared.facewindow import chosen, draw_some
 
 __all__ = [
@@ -168,8 +161,9 @@ def _draw(
     f = frame(s, height, width)
     hair = hair_field(f, s, h, c)
     image = paint_background(params, height, width)
-    labels = torch.zeros(len(params), 1, height, width, dtype=torch.uint8, device=image.device)
-    image, labels = paint_behind(image, labels, f, s, h, c, hair, params)
+    labels = torch.zeros(len(params), 1, height, width, device=image.device)
+    image, labels = paint_back_hair(image, labels, f, s, hair)
+    image, labels = paint_body(image, labels, f, s, c, params)
     image, labels = paint_head(image, labels, f, s, c, params)
     image, labels = paint_hair(image, labels, f, s, h, c, hair)
     draw_some(paint_glasses, params["glasses"].round() > 0.5, image, labels, f, s, c, params)
@@ -177,7 +171,7 @@ def _draw(
     image = image.clamp_(0, 1).sqrt_()
     if camera:
         image = _camera(image, params)
-    return image, labels[:, 0]
+    return image, labels[:, 0].to(torch.uint8)
 
 
 def _camera(image: Tensor, params: Params) -> Tensor:
