@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shared.facelook import cover, illuminate, over, stamp, triple
 from shared.faceparams import Params
-from shared.faceshape import CHEEK_ROW, Frame, above, bell, smoothstep
+from shared.faceshape import CHEEK_ROW, PIVOT, Frame, above, bell, smoothstep
 from shared.facestyle import hair_lengths
 
 
@@ -69,6 +69,26 @@ def hair_shape(params: Params, s: SimpleNamespace, c: SimpleNamespace) -> Simple
     h.burn = 0.02 + 0.10 * male + 1.6 * h.long  # lower end of the sideburns
     h.open = s.width * (0.90 + 0.02 * male)
     return h
+
+
+def head_box(
+    s: SimpleNamespace, h: SimpleNamespace, params: Params, px: float
+) -> tuple[tuple[float, Tensor], tuple[Tensor, Tensor]]:
+    """Rectangle of the upright face around head, hair and hat: its middle (u, v) and half its sides.
+
+    px: size of a pixel in half heights.
+    """
+    hat = params["hat"].reshape(-1, 1, 1, 1).round()
+    worn, brimmed = (hat > 0.5).float(), (hat > 1.5).float()
+    wide = 1.05 * (s.width + h.sides + (0.010 + 0.03 * h.curl) * h.long + 0.016 * h.curl)
+    brim = 1 + brimmed * (0.55 + px / s.scale / 0.08)  # its soft edge is broad at the sides
+    wide = torch.maximum(wide, worn * (s.width + 0.055 + 0.6 * h.sides) * brim)
+    # rows of the head, seen from above or below (heights over the plane of the picture from 0 to 0.4)
+    top = PIVOT + (s.top - torch.maximum(h.top, 0.15 * worn) - PIVOT) * s.cos_pitch
+    top = top - 0.15 * s.sin_pitch.clamp(min=0)
+    low = PIVOT + (torch.maximum(h.length + 0.03, s.chin_open) - PIVOT) * s.cos_pitch
+    low = low + 0.4 * (-s.sin_pitch).clamp(min=0)
+    return (0.0, 0.5 * (top + low)), (wide + 0.1 * s.sin_yaw.abs() + 0.02, 0.5 * (low - top) + 0.03)
 
 
 def strands(

@@ -12,6 +12,7 @@ Everything is a pure function of the parameters: a face does not depend on the b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shared.facedraw import paint_head
-from shared.facehair import hair_field, hair_shape, paint_back_hair, paint_background, paint_hair
+from shared.facehair import hair_field, hair_shape, head_box, paint_back_hair, paint_background, paint_hair
 from shared.facelook import CLASSES, LABEL, build_look
 from shared.faceparams import (
     AGE_RANGE,
@@ -33,11 +34,11 @@ from shared.faceparams import (
     sample_attributes,
     sample_identities,
 )
-from shared.faceshape import build_shape, frame, landmarks
+from shared.faceshape import build_shape, frame, landmarks, upright
 from shared.facesketch import ARTISTS, render_sketch, studio
 from shared.facetext import Caption, captions, facts
 from shared.facewear import paint_body, paint_glasses, paint_hat
-from shared.facewindow import chosen, draw_some
+from shared.facewindow import Window, chosen, draw_some, spans
 
 __all__ = [
     "AGE_RANGE",
@@ -115,21 +116,17 @@ def draw(params: Params, size: int | tuple[int, int] = 64, camera: bool = True) 
     s = build_shape(params)
     c = build_look(params, s)
     h = hair_shape(params, s, c)
-    images, semantics = [], []
-    for start in range(0, len(params), chunk):
-        part = slice(start, start + chunk)
-        image, labels = _draw(params[part], *(chosen(n, part) for n in (s, c, h)), height, width, camera)
-        images.append(image)
-        semantics.append(labels)
-    if not images:
-        device = params.identity.device
-        return Faces(
-            torch.zeros(0, 3, height, width, device=device),
-            torch.zeros(0, height, width, dtype=torch.uint8, device=device),
-            torch.zeros(0, 68, 2, device=device),
-            params,
-        )
-    return Faces(torch.cat(images), torch.cat(semantics), landmarks(s, height, width), params)
+    # faces with windows of about one size together
+    ends = spans(s, height, width, *head_box(s, h, params, 2 / height))
+    order = math.prod(last - first for first, last in ends).flatten().argsort()
+    device = params.identity.device
+    images = torch.empty(len(params), 3, height, width, device=device)
+    semantics = torch.empty(len(params), height, width, dtype=torch.uint8, device=device)
+    for faces in order.split(chunk) if len(params) else ():
+        window = Window(height, width, tuple(tuple(end[faces] for end in pair) for pair in ends))
+        numbers = (chosen(n, faces) for n in (s, c, h))
+        images[faces], semantics[faces] = _draw(params[faces], *numbers, window, height, width, camera)
+    return Faces(images, semantics, landmarks(s, height, width), params)
 
 
 @torch.no_grad()
@@ -156,18 +153,23 @@ def sketches(
 
 
 def _draw(
-    params: Params, s: Any, c: Any, h: Any, height: int, width: int, camera: bool
+    params: Params, s: Any, c: Any, h: Any, window: Window, height: int, width: int, camera: bool
 ) -> tuple[Tensor, Tensor]:
-    f = frame(s, height, width)
-    hair = hair_field(f, s, h, c)
+    """window: around the head with its hair and hat."""
     image = paint_background(params, height, width)
     labels = torch.zeros(len(params), 1, height, width, device=image.device)
-    image, labels = paint_back_hair(image, labels, f, s, hair)
-    image, labels = paint_body(image, labels, f, s, c, params)
-    image, labels = paint_head(image, labels, f, s, c, params)
-    image, labels = paint_hair(image, labels, f, s, h, c, hair)
-    draw_some(paint_glasses, params["glasses"].round() > 0.5, image, labels, f, s, c, params)
-    draw_some(paint_hat, params["hat"].round() > 0.5, image, labels, f, s, h, c, params, hair.n)
+    f = frame(s, 2 / height, *upright(s, window.rows, window.columns, height, width))
+    hair = hair_field(f, s, h, c)
+    about = (window.take(image), window.take(labels))
+    for canvas, part in zip((image, labels), paint_back_hair(*about, f, s, hair), strict=True):
+        window.put(canvas, part)
+    paint_body(image, labels, s, c, params)
+    about = paint_head(window.take(image), window.take(labels), f, s, c, params)
+    about = paint_hair(*about, f, s, h, c, hair)
+    draw_some(paint_glasses, params["glasses"].round() > 0.5, *about, f, s, c, params)
+    draw_some(paint_hat, params["hat"].round() > 0.5, *about, f, s, h, c, params, hair.n)
+    for canvas, part in zip((image, labels), about, strict=True):
+        window.put(canvas, part)
     image = image.clamp_(0, 1).sqrt_()
     if camera:
         image = _camera(image, params)
@@ -187,14 +189,16 @@ def _camera(image: Tensor, params: Params) -> Tensor:
         1, 1, height, width
     )
     h = (counter * -1640531527) ^ low
-    h = (h ^ (h >> 15)) * -2048144789
-    h = (h ^ (h >> 13)) * -1028477387
-    h = h ^ (h >> 16)
+    h = (h ^ (h >> 15)).mul_(-2048144789)
+    h = (h ^ (h >> 13)).mul_(-1028477387)
+    h ^= h >> 16
     # six fields of five bits, two for each channel: triangular distribution
-    planes = torch.cat([((h >> k) & 31) + ((h >> (k + 5)) & 31) for k in (0, 10, 20)], 1)
+    planes = torch.empty_like(image)
+    for channel, k in enumerate((0, 10, 20)):
+        planes[:, channel] = ((h >> k).bitwise_and_(31) + (h >> (k + 5)).bitwise_and_(31))[:, 0]
     deviation = (2 * (32.0**2 - 1) / 12) ** 0.5
     scale = params["noise"].reshape(-1, 1, 1, 1) / deviation
-    return (image + (planes.to(torch.float32) - 31) * scale).clamp(0, 1)
+    return image.addcmul_(planes.sub_(31), scale).clamp_(0, 1)
 
 
 def _blur(image: Tensor, sigma: Tensor, radius: int) -> Tensor:
@@ -202,12 +206,16 @@ def _blur(image: Tensor, sigma: Tensor, radius: int) -> Tensor:
     offsets = torch.arange(radius + 1, device=image.device).reshape(1, 1, 1, -1)
     weight = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)).square()) * (offsets <= (3 * sigma).ceil())
     weight = weight / (weight[..., :1] + 2 * weight[..., 1:].sum(-1, keepdim=True))
+    taps = (3 * sigma).ceil().flatten()
     for dim in (2, 3):
         size = image.shape[dim]
         pad = (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0)
         padded = torch.nn.functional.pad(image, pad, mode="replicate")
         image = image * weight[..., :1]
         for k in range(1, radius + 1):
-            pair = padded.narrow(dim, radius - k, size) + padded.narrow(dim, radius + k, size)
-            image.addcmul_(pair, weight[..., k : k + 1])
+            wide = (taps >= k).nonzero()[:, 0]
+            source, w = (padded, weight) if len(wide) == len(taps) else (padded[wide], weight[wide])
+            pair = source.narrow(dim, radius - k, size) + source.narrow(dim, radius + k, size)
+            pair.mul_(w[..., k : k + 1])
+            image = image.add_(pair) if source is padded else image.index_add_(0, wide, pair)
     return image

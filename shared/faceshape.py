@@ -190,27 +190,37 @@ def to_picture(s: SimpleNamespace, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 
 
 @dataclass
-class Frame:
-    """Head coordinates of every pixel, each (B, 1, H, W)."""
+class Place:
+    """Pixels in the picture plane after undoing roll, shift and scale."""
 
     px: float  # size of a pixel in half heights
-    u: Tensor  # picture plane after undoing roll, shift and scale
+    u: Tensor
     v: Tensor
+
+
+@dataclass
+class Frame(Place):
+    """Head coordinates of pixels, each (B, 1, H, W)."""
+
     x: Tensor  # on the surface of the head
     y: Tensor
     normal: tuple[Tensor, Tensor, Tensor]  # of the surface without relief, seen from the camera
     distance: Tensor  # signed distance to the outline of the head in the picture plane, negative inside
 
 
-def frame(s: SimpleNamespace, height: int, width: int) -> Frame:
-    """Finds for every pixel the point of the head that it shows: two fixed-point steps on the depth."""
-    device = s.width.device
+def upright(
+    s: SimpleNamespace, rows: Tensor, columns: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Places (u, v) of pixels in the picture plane after undoing roll, shift and scale, (B, 1, h, w): rows
+    (B, h) and columns (B, w) of a picture."""
     px = 2.0 / height
-    rows = ((torch.arange(height, device=device) + 0.5) * px - 1).reshape(1, 1, -1, 1)
-    cols = ((torch.arange(width, device=device) + 0.5) * px - width / height).reshape(1, 1, 1, -1)
-    a, b = (cols - s.shift_x) / s.scale, (rows - s.shift_y) / s.scale
-    u, v = a * s.cos_roll + b * s.sin_roll, b * s.cos_roll - a * s.sin_roll
+    a = (((columns + 0.5) * px - width / height)[:, None, None, :] - s.shift_x) / s.scale
+    b = (((rows + 0.5) * px - 1)[:, None, :, None] - s.shift_y) / s.scale
+    return a * s.cos_roll + b * s.sin_roll, b * s.cos_roll - a * s.sin_roll
 
+
+def frame(s: SimpleNamespace, px: float, u: Tensor, v: Tensor) -> Frame:
+    """Finds for every pixel the point of the head that it shows: two fixed-point steps on the depth."""
     vp = v - PIVOT
     depth = root(1 - (u * (1 / s.width)).square_() - (v * (1 / 0.75)).square_()).mul_(0.5)
     level_y, fall = vp * s.cos_pitch + PIVOT, vp.mul_(s.tan_pitch)

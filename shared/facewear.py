@@ -12,26 +12,29 @@ from torch import Tensor
 from shared.facehair import fade
 from shared.facelook import bump, cover, illuminate, over, stamp, triple
 from shared.faceparams import Params
-from shared.faceshape import CHEEK_ROW, Frame, above, bell, root, smoothstep
-from shared.facewindow import Window
+from shared.faceshape import CHEEK_ROW, Frame, Place, above, bell, root, smoothstep, upright
+from shared.facewindow import Window, spans
 
 PIVOT_EAR = 0.085  # row of the middle of the ears
 
 
 def paint_body(
-    image: Tensor, labels: Tensor, f: Frame, s: SimpleNamespace, c: SimpleNamespace, params: Params
-) -> tuple[Tensor, Tensor]:
+    image: Tensor, labels: Tensor, s: SimpleNamespace, c: SimpleNamespace, params: Params
+) -> None:
     """Neck, clothes and ears, each in a window around it."""
     height, width = image.shape[2:]
 
     def part(paint: Callable[..., None], u: Tensor | float, du: Tensor | float, v: tuple, *about: Any) -> None:
         """Paints the places within du of column u and between two rows of the upright face."""
-        window = Window.box(s, height, width, (u, 0.5 * (v[0] + v[1])), (du, 0.5 * (v[1] - v[0])))
+        middle, reach = (u, 0.5 * (v[0] + v[1])), (du, 0.5 * (v[1] - v[0]))
+        window = Window(height, width, spans(s, height, width, middle, reach))
         cut = [window.take(t) for t in (image, labels)]
-        paint(*cut, window.view(f), s, c, params, *about)
+        place = Place(px, *upright(s, window.rows, window.columns, height, width))
+        paint(*cut, place, s, c, params, *about)
         window.put(image, cut[0])
         window.put(labels, cut[1])
 
+    px = 2 / height
     # the lowest row of the face that the picture shows
     corner = (1 - s.shift_y) * s.cos_roll + (width / height + s.shift_x.abs()) * s.sin_roll.abs()
     bottom = (corner / s.scale).clamp(min=0.7)
@@ -39,7 +42,7 @@ def paint_body(
     part(paint_clothes, 0.0, 1.02, (0.68, bottom))
     # each ear stands at the side of the head, a little behind its middle; turned to the viewer it is seen
     # broader
-    margin = 2 * f.px / s.scale
+    margin = 2 * px / s.scale
     rings = (0.09 * (params["earrings"] > 0)).reshape(-1, 1, 1, 1)
     for turn in (-1, 1):
         place = s.width * s.cos_yaw - 0.06 * turn * s.sin_yaw + 0.6 * s.ear_out
@@ -47,11 +50,10 @@ def paint_body(
         middle = PIVOT_EAR + 0.05 * s.sin_pitch
         rows = (middle - 0.15 * s.ear - margin, middle + 0.15 * s.ear + rings + margin)
         part(paint_ear, turn * place, 1.35 * broad + margin, rows, turn, place, broad)
-    return image, labels
 
 
 def paint_neck(
-    image: Tensor, labels: Tensor, f: Frame, s: SimpleNamespace, c: SimpleNamespace, params: Params
+    image: Tensor, labels: Tensor, f: Place, s: SimpleNamespace, c: SimpleNamespace, params: Params
 ) -> None:
     """A cylinder behind the chin, and a necklace."""
     px = f.px / s.scale
@@ -102,7 +104,7 @@ def paint_necklace(
     return over(image, light.mul_(gold).mul_(beads), chain), stamp(labels, above(chain, 0.5), "neck_l")
 
 
-def chin_shadow(f: Frame, s: SimpleNamespace, c: SimpleNamespace) -> Tensor:
+def chin_shadow(f: Place, s: SimpleNamespace, c: SimpleNamespace) -> Tensor:
     """Shadow of the chin on neck and clothes, 0 .. 1."""
     edge = s.chin_open - s.jut * s.sin_pitch + 0.17
     across = (f.u + 0.12 * c.light[0]).square_()
@@ -110,7 +112,7 @@ def chin_shadow(f: Frame, s: SimpleNamespace, c: SimpleNamespace) -> Tensor:
 
 
 def paint_clothes(
-    image: Tensor, labels: Tensor, f: Frame, s: SimpleNamespace, c: SimpleNamespace, params: Params
+    image: Tensor, labels: Tensor, f: Place, s: SimpleNamespace, c: SimpleNamespace, params: Params
 ) -> None:
     """Shoulders with a collar."""
     px = f.px / s.scale
@@ -139,7 +141,7 @@ def paint_clothes(
 def paint_ear(
     image: Tensor,
     labels: Tensor,
-    f: Frame,
+    f: Place,
     s: SimpleNamespace,
     c: SimpleNamespace,
     params: Params,

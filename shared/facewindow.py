@@ -49,49 +49,52 @@ def draw_some(
         )
 
 
-class Window:
-    """One rectangle per face, (B, 1) of first and last rows and columns of a picture; all are as large as the
-    largest."""
+Spans = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # first and last rows, first and last columns
 
-    def __init__(self, height: int, width: int, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]):
-        top, self.height = self._span(*rows, height)
-        left, self.width = self._span(*columns, width)
-        rows_ = top + torch.arange(self.height, device=top.device)
-        columns_ = left + torch.arange(self.width, device=top.device)
-        self.index = (rows_[:, :, None] * width + columns_[:, None, :]).flatten(1)[:, None]  # (B, 1, pixels)
+
+def spans(s: Any, height: int, width: int, middle: tuple[Any, Any], reach: tuple[Any, Any]) -> Spans:
+    """Bounds in the picture, each (B, 1) int64, of a rectangle of the upright face: its middle (u, v) and half
+    its sides in half heights."""
+    cos, sin = s.cos_roll * s.scale, s.sin_roll * s.scale
+    (u, v), (du, dv) = middle, reach
+    ends = []
+    for at, grown, count in (
+        (u * sin + v * cos + s.shift_y + 1, du * sin.abs() + dv * cos.abs(), height),
+        (u * cos - v * sin + s.shift_x + width / height, du * cos.abs() + dv * sin.abs(), width),
+    ):
+        pair = ((at - grown) * (height / 2) - 1, (at + grown) * (height / 2))
+        ends.append(tuple(end.flatten(1).floor().clamp(0, count - 1).long() for end in pair))
+    return tuple(ends)
+
+
+class Window:
+    """One rectangle per face of pictures, which holds the given one; all are as large as the largest.
+
+    rows (B, height) and columns (B, width): the pixels' numbers in the picture.
+    """
+
+    def __init__(self, height: int, width: int, ends: Spans) -> None:
+        self.rows, self.columns = (
+            self._span(*pair, count) for pair, count in zip(ends, (height, width), strict=True)
+        )
+        self.height, self.width = self.rows.shape[1], self.columns.shape[1]
+        self.index = (self.rows[:, :, None] * width + self.columns[:, None]).flatten(1)[:, None]  # (B, 1, pixels)
+
+    @staticmethod
+    def _span(first: Tensor, last: Tensor, count: int) -> Tensor:
+        length = int((last - first).max()) + 1
+        return first.clamp(max=count - length) + torch.arange(length, device=first.device)
 
     @staticmethod
     def around(field: Tensor) -> Window:
         """Around the pixels where a field (B, 1, H, W) is negative."""
-        spans = []
+        ends = []
         for lowest in (field.amin(3), field.amin(2)):
-            flags = (lowest.flatten(1) < 0).to(torch.uint8)
-            spans.append((flags.argmax(1), flags.shape[1] - 1 - flags.flip(1).argmax(1)))
-            # of a face without such pixels: one pixel
-            spans[-1] = (spans[-1][0], torch.where(flags.any(1).bool(), spans[-1][1], spans[-1][0]))
-        return Window(*field.shape[2:], *(tuple(end[:, None] for end in span) for span in spans))
-
-    @staticmethod
-    def box(
-        s: Any, height: int, width: int, middle: tuple[Any, Any], reach: tuple[Any, Any]
-    ) -> Window:
-        """Around a rectangle of the upright face, its middle (u, v) and half its sides in half heights."""
-        cos, sin = s.cos_roll * s.scale, s.sin_roll * s.scale
-        (u, v), (du, dv) = middle, reach
-        spans = []
-        for at, grown, count in (
-            (u * sin + v * cos + s.shift_y + 1, du * sin.abs() + dv * cos.abs(), height),
-            (u * cos - v * sin + s.shift_x + width / height, du * cos.abs() + dv * sin.abs(), width),
-        ):
-            ends = ((at - grown) * (height / 2) - 1, (at + grown) * (height / 2))
-            spans.append(tuple(end.flatten(1).floor().clamp(0, count - 1).long() for end in ends))
-        return Window(height, width, *spans)
-
-    @staticmethod
-    def _span(first: Tensor, last: Tensor, count: int) -> tuple[Tensor, int]:
-        """First position of each rectangle, (B, 1), and the length of all."""
-        length = int((last - first).max()) + 1
-        return first.clamp(max=count - length), length
+            flags = lowest.flatten(1) < 0
+            first = flags.to(torch.uint8).argmax(1, keepdim=True)
+            last = flags.shape[1] - 1 - flags.flip(1).to(torch.uint8).argmax(1, keepdim=True)
+            ends.append((first, torch.where(flags.any(1, keepdim=True), last, first)))
+        return Window(*field.shape[2:], tuple(ends))
 
     def take(self, tensor: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, height, width); numbers of whole faces, (B, C, 1, 1), stay as they are."""
