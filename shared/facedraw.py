@@ -44,7 +44,9 @@ def paint_surface(
     relief = nose_relief(s, x, y)
     relief.add_(bump(ax - 0.74 * s.nose_w, ny0 + 0.002, 0.36 * s.nose_w, 0.040), alpha=0.045)
     relief.add_(socket, alpha=-0.034).add_(bump(exs, eys + 0.008, 0.085, 0.048), alpha=0.026)
-    relief.addcmul_(bump(exs, y - (s.brow_y + 0.02), 0.16, 0.045), 0.018 + 0.010 * s.male)  # ridge of the brow
+    relief.addcmul_(
+        bump(exs, y - (s.brow_y + 0.02), 0.16, 0.045), 0.018 + 0.010 * s.male
+    )  # ridge of the brow
     relief.addcmul_(cheek, 0.030 + 0.024 * s.grin + 0.014 * s.child)
     relief.add_(bump(x, my, 0.17, 0.11), alpha=0.028)  # muzzle
     relief.add_(chin, alpha=0.034).add_(groove, alpha=-0.016)
@@ -78,17 +80,22 @@ def paint_surface(
     colour.mul_((bags * bag_colour).add_(1))
     grown = (c.beard + c.moustache + c.stubble).flatten().nonzero()[:, 0]
     if len(grown):
-        fields = (chosen(f, grown), chosen(s, grown), chosen(c, grown), *(t[grown] for t in (ax, x, y, my, ny0)))
-        colour[grown] = paint_beard(colour[grown], *fields)
+        fields = (
+            chosen(f, grown),
+            chosen(s, grown),
+            chosen(c, grown),
+            *(chosen(t, grown) for t in (ax, x, y, my, ny0)),
+        )
+        colour[grown] = paint_beard(chosen(colour, grown), *fields)
 
     # make-up around the eyes, then brows
     shaded = c.eye_shadow.flatten().nonzero()[:, 0]
     if len(shaded):
-        lid, out = ey[shaded], exs[shaded]
+        lid, out = chosen(ey, shaded), chosen(exs, shaded)
         alpha = smoothstep((lid - (s.brow_y - s.eye_y + 0.02)[shaded]).mul_(1 / 0.05))
         alpha = alpha.mul_(smoothstep((0.03 - lid).mul_(1 / 0.03))).mul_(0.62 * c.eye_shadow[shaded])
         alpha = alpha.mul_(bell(out.mul_(1 / 0.12).square_().square_()))
-        colour[shaded] = over(colour[shaded], c.eye_shadow_colour[shaded], alpha)
+        colour[shaded] = over(chosen(colour, shaded), c.eye_shadow_colour[shaded], alpha)
     brow, brow_label = brow_mask(f, s, c, ax, y, px)
     colour = over(colour, c.brow, brow)
 
@@ -187,19 +194,18 @@ def paint_marks(
     """Freckles, age spots and moles."""
     speckled = (params["freckles"] > 0).nonzero()[:, 0]
     if len(speckled):
-        dots = freckles(chosen(s, speckled), chosen(c, speckled), x[speckled], y[speckled])
-        colour[speckled] = colour[speckled].mul_(1 - dots * params["freckles"][speckled, None, None, None])
+        dots = freckles(*(chosen(thing, speckled) for thing in (s, c, x, y)))
+        dots = dots.mul_(-params["freckles"][speckled, None, None, None]).add_(1)
+        colour[speckled] = dots.mul_(chosen(colour, speckled))
     for name in ("mole1", "mole2"):
         marked = (params[f"{name}_size"] > 0).nonzero()[:, 0]
         if len(marked):
-            fields = (t[marked] for t in (colour, c.skin, x, y, px))
+            fields = (chosen(t, marked) for t in (colour, c.skin, x, y, px))
             colour[marked] = mole(params[marked], name, *fields)
     return colour
 
 
-def mole(
-    params: Params, name: str, colour: Tensor, skin: Tensor, x: Tensor, y: Tensor, px: Tensor
-) -> Tensor:
+def mole(params: Params, name: str, colour: Tensor, skin: Tensor, x: Tensor, y: Tensor, px: Tensor) -> Tensor:
     """colour with a mole over it."""
     mx, my, size = (params[f"{name}_{what}"].reshape(-1, 1, 1, 1) for what in ("x", "y", "size"))
     x, y = x.sub_((mx * 2 - 1) * 0.34), y.sub_(0.75 * my - 0.28)

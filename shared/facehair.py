@@ -11,6 +11,7 @@ from shared.facelook import cover, illuminate, over, stamp, triple
 from shared.faceparams import Params
 from shared.faceshape import CHEEK_ROW, PIVOT, Frame, above, bell, smoothstep
 from shared.facestyle import hair_lengths
+from shared.facewindow import chosen
 
 
 def fade(px: float, frequency: float) -> float:
@@ -36,7 +37,9 @@ def paint_background(params: Params, height: int, width: int) -> Tensor:
         p, q, turn = along[patterned], across[patterned], angle[patterned]
         blobs = (q * 2.3).sin_().mul_(1.5).add_(p, alpha=5.0).add_(turn).sin_()
         blobs = blobs.mul_((q.mul_(4.1).add_(2 * turn)).sin_())
-        t[patterned] += smoothstep(blobs.mul_(1.6).add_(0.5)).mul_(0.45 * column("background_pattern")[patterned])
+        t[patterned] += smoothstep(blobs.mul_(1.6).add_(0.5)).mul_(
+            0.45 * column("background_pattern")[patterned]
+        )
     first = triple(params, "background")
     return (t.clamp_(0, 1) * (triple(params, "background2") - first)).add_(first)
 
@@ -114,7 +117,7 @@ def strands(
             out.add_(wavy(p_, amount, y_, phase * c.phase).sin_(), alpha=size * seen)
     curly = h.curl.flatten().nonzero()[:, 0]
     if len(curly):
-        fan, wave, y = fan[curly], wave[curly], y[curly]
+        fan, wave, y = (chosen(field, curly) for field in (fan, wave, y))
         curls = (fan * 25).add_(wave, alpha=27).sin_().mul_(y.mul_(24).add_(fan, alpha=5).sin_())
         out[curly] += curls.mul_(h.curl[curly] * 0.5)
     return out

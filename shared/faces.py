@@ -122,11 +122,16 @@ def draw(params: Params, size: int | tuple[int, int] = 64, camera: bool = True) 
     device = params.identity.device
     images = torch.empty(len(params), 3, height, width, device=device)
     semantics = torch.empty(len(params), height, width, dtype=torch.uint8, device=device)
-    for faces in order.split(chunk) if len(params) else ():
-        window = Window(height, width, tuple(tuple(end[faces] for end in pair) for pair in ends))
-        numbers = (chosen(n, faces) for n in (s, c, h))
-        images[faces], semantics[faces] = _draw(params[faces], *numbers, window, height, width, camera)
-    return Faces(images, semantics, landmarks(s, height, width), params)
+    sorted_ = [chosen(thing, order) for thing in (params, s, c, h)]
+    for start in range(0, len(params), chunk):
+        part = slice(start, start + chunk)
+        window = Window(height, width, tuple(tuple(end[order[part]] for end in pair) for pair in ends))
+        numbers = (chosen(thing, part) for thing in sorted_)
+        images[part], semantics[part] = _draw(*numbers, window, height, width, camera)
+    back = order.argsort()
+    return Faces(
+        images.index_select(0, back), semantics.index_select(0, back), landmarks(s, height, width), params
+    )
 
 
 @torch.no_grad()

@@ -13,18 +13,18 @@ from shared.facehair import fade
 from shared.facelook import bump, cover, illuminate, over, stamp, triple
 from shared.faceparams import Params
 from shared.faceshape import CHEEK_ROW, Frame, Place, above, bell, root, smoothstep, upright
-from shared.facewindow import Window, spans
+from shared.facewindow import Window, chosen, spans
 
 PIVOT_EAR = 0.085  # row of the middle of the ears
 
 
-def paint_body(
-    image: Tensor, labels: Tensor, s: SimpleNamespace, c: SimpleNamespace, params: Params
-) -> None:
+def paint_body(image: Tensor, labels: Tensor, s: SimpleNamespace, c: SimpleNamespace, params: Params) -> None:
     """Neck, clothes and ears, each in a window around it."""
     height, width = image.shape[2:]
 
-    def part(paint: Callable[..., None], u: Tensor | float, du: Tensor | float, v: tuple, *about: Any) -> None:
+    def part(
+        paint: Callable[..., None], u: Tensor | float, du: Tensor | float, v: tuple, *about: Any
+    ) -> None:
         """Paints the places within du of column u and between two rows of the upright face."""
         middle, reach = (u, 0.5 * (v[0] + v[1])), (du, 0.5 * (v[1] - v[0]))
         window = Window(height, width, spans(s, height, width, middle, reach))
@@ -79,7 +79,7 @@ def paint_neck(
     hung = (params["necklace"] > 0).nonzero()[:, 0]
     if len(hung):
         fields = (image, labels, u, v, light, inverse, inside, rise, px)
-        image[hung], labels[hung] = paint_necklace(f.px, *(field[hung] for field in fields))
+        image[hung], labels[hung] = paint_necklace(f.px, *(chosen(field, hung) for field in fields))
 
 
 def paint_necklace(
@@ -168,8 +168,8 @@ def paint_ear(
     worn = (params["earrings"] > 0).nonzero()[:, 0]
     if len(worn):
         size = params["earrings"][worn].reshape(-1, 1, 1, 1)
-        row = f.v[worn] - (PIVOT_EAR + 0.150 * s.ear[worn])
-        fields = (t[worn] for t in (image, labels, ex, light, px))
+        row = chosen(f.v, worn) - (PIVOT_EAR + 0.150 * s.ear[worn])
+        fields = (chosen(t, worn) for t in (image, labels, ex, light, px))
         image[worn], labels[worn] = paint_earring(size, row, *fields)
 
 

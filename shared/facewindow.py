@@ -35,7 +35,16 @@ class View:
 
 def chosen(source: Any, faces: Tensor | slice) -> Any:
     """The same tensor, Params or object with tensors for some faces: numbers (n,) int64, or a slice."""
-    return source[faces] if isinstance(source, Tensor | Params) else View(source, lambda t: t[faces])
+    if isinstance(faces, slice):
+        return source[faces] if isinstance(source, Tensor | Params) else View(source, lambda t: t[faces])
+    if isinstance(source, Params):
+        return source[faces]
+    # a quarter of the time of source[faces]
+    return (
+        source.index_select(0, faces)
+        if isinstance(source, Tensor)
+        else View(source, lambda t: t.index_select(0, faces))
+    )
 
 
 def draw_some(
@@ -44,17 +53,15 @@ def draw_some(
     """Overwrites image and labels with paint(image, labels, *about) for the faces with worn, (B,) bool."""
     faces = worn.nonzero()[:, 0]
     if len(faces):
-        image[faces], labels[faces] = paint(
-            image[faces], labels[faces], *(chosen(thing, faces) for thing in about)
-        )
+        image[faces], labels[faces] = paint(*(chosen(thing, faces) for thing in (image, labels, *about)))
 
 
 Spans = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # first and last rows, first and last columns
 
 
 def spans(s: Any, height: int, width: int, middle: tuple[Any, Any], reach: tuple[Any, Any]) -> Spans:
-    """Bounds in the picture, each (B, 1) int64, of a rectangle of the upright face: its middle (u, v) and half
-    its sides in half heights."""
+    """Bounds in the picture, each (B, 1) int64, of a rectangle of the upright face: its middle (u, v) and
+    half its sides in half heights."""
     cos, sin = s.cos_roll * s.scale, s.sin_roll * s.scale
     (u, v), (du, dv) = middle, reach
     ends = []
@@ -78,7 +85,9 @@ class Window:
             self._span(*pair, count) for pair, count in zip(ends, (height, width), strict=True)
         )
         self.height, self.width = self.rows.shape[1], self.columns.shape[1]
-        self.index = (self.rows[:, :, None] * width + self.columns[:, None]).flatten(1)[:, None]  # (B, 1, pixels)
+        self.index = (self.rows[:, :, None] * width + self.columns[:, None]).flatten(1)[
+            :, None
+        ]  # (B, 1, pixels)
 
     @staticmethod
     def _span(first: Tensor, last: Tensor, count: int) -> Tensor:
@@ -106,7 +115,10 @@ class Window:
 
     def put(self, tensor: Tensor, part: Tensor) -> None:
         """Writes part (B, C, height, width) into tensor (B, C, H, W)."""
-        tensor.flatten(2).scatter_(2, self.index.expand(-1, tensor.shape[1], -1), part.flatten(2))
+        flat, part = tensor.flatten(2), part.flatten(2)
+        for channel in range(flat.shape[1]):  # one at a time: half the time of all at once
+            one = slice(channel, channel + 1)
+            flat[:, one].scatter_(2, self.index, part[:, one])
 
     def view(self, source: Any) -> View:
         return View(source, self.take)
