@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from meta_reid.baselines import Plain
-from meta_reid.losses import objective
+from meta_reid.losses import backward, objective
 from meta_reid.metrics import rank
 from meta_reid.model import META
 from meta_reid.sequential import Sequential
@@ -74,27 +74,36 @@ def main() -> None:
         pixels = torch.rand(count, 3, 256, 128, device=device) * 255
         return pixels.contiguous(memory_format=torch.channels_last)
 
+    def precision() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=gpu)
+
     def evaluation(network: nn.Module, function: Callable[[torch.Tensor], Any]) -> Callable[[], Any]:
         pixels = images(batch)
 
         def call() -> Any:
             network.eval()
-            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=gpu):
+            with torch.inference_mode(), precision():
                 return function(pixels)
 
         return call
 
-    def training(forward: Callable[[torch.Tensor, int], Any]) -> Callable[[], Any]:
+    def training(back: Callable[[torch.Tensor, torch.Tensor], Any]) -> Callable[[], Any]:
         pixels, labels = images(train_batch), torch.arange(train_batch, device=device) // 4
 
         def step() -> None:
             model.train()
             model.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
-                loss = sum(objective(forward(pixels, 1), labels, labels).values())
-            loss.backward()
+            back(pixels, labels)
 
         return step
+
+    def in_halves(pixels: torch.Tensor, labels: torch.Tensor) -> None:
+        backward(model, pixels, 1, labels, labels, autocast=precision)
+
+    def in_one(pixels: torch.Tensor, labels: torch.Tensor) -> None:
+        with precision():
+            loss = sum(objective(loop.train_step(pixels, 1), labels, labels).values())
+        loss.backward()
 
     embeddings = {
         "evaluation, experts as one batch": (model, model.embed),
@@ -103,7 +112,7 @@ def main() -> None:
         "evaluation, plain ResNet-50": (plain, plain.embed),
     }
     cases = {name: evaluation(*pair) for name, pair in embeddings.items()}
-    cases |= {"training step": training(model), "training step, sequential": training(loop.train_step)}
+    cases |= {"training step": training(in_halves), "training step, sequential": training(in_one)}
     rates = dict.fromkeys(cases, 0.0)
     for _ in range(ROUNDS):
         for name, call in cases.items():

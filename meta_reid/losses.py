@@ -1,10 +1,13 @@
 """The five terms of META's objective, all of weight 1, and an optional sixth from later work."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from meta_reid.model import Training
+from meta_reid.model import META, Training
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, epsilon: float = 0.1) -> Tensor:
@@ -64,6 +67,33 @@ def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
     return squared[pairs[0], pairs[1]].mul(-t).exp().mean().log()
 
 
+def expert_terms(
+    expert: Tensor,
+    logits: Tensor,
+    mixtures: dict[str, Tensor],
+    labels: Tensor,
+    consistency_weight: float = 1.0,
+) -> dict[str, Tensor]:
+    """Terms of `META.expert_half`; labels (B,): identity within the domain."""
+    terms = {"ce_expert": smoothed_cross_entropy(logits, labels), "triplet_expert": triplet(expert, labels)}
+    for kind, mixture in mixtures.items():
+        terms[f"consistency_{kind}"] = consistency_weight * consistency(expert, mixture, labels)
+    return terms
+
+
+def global_terms(
+    universal: Tensor, logits: Tensor, labels: Tensor, uniformity_weight: float = 0.0
+) -> dict[str, Tensor]:
+    """Terms of `META.global_half`; labels (B,): identity in the union of all domains."""
+    terms = {
+        "ce_global": smoothed_cross_entropy(logits, labels),
+        "triplet_global": triplet(universal, labels),
+    }
+    if uniformity_weight:
+        terms["uniformity"] = uniformity_weight * uniformity(universal)
+    return terms
+
+
 def objective(
     out: Training,
     labels: Tensor,
@@ -76,14 +106,38 @@ def objective(
     labels, union_labels: (B,) identity within the domain and in the union of all domains. With two scoring
     networks there are two consistency terms; each trains its own network alone.
     """
-    terms = {
-        "ce_expert": smoothed_cross_entropy(out.expert_logits, labels),
-        "ce_global": smoothed_cross_entropy(out.universal_logits, union_labels),
-        "triplet_expert": triplet(out.expert, labels),
-        "triplet_global": triplet(out.universal, labels),
-    }
-    for kind, mixture in out.mixtures.items():
-        terms[f"consistency_{kind}"] = consistency_weight * consistency(out.expert, mixture, labels)
-    if uniformity_weight:
-        terms["uniformity"] = uniformity_weight * uniformity(out.universal)
-    return terms
+    return expert_terms(
+        out.expert, out.expert_logits, out.mixtures, labels, consistency_weight
+    ) | global_terms(out.universal, out.universal_logits, union_labels, uniformity_weight)
+
+
+def backward(
+    model: META,
+    images: Tensor,
+    domain: int,
+    labels: Tensor,
+    union_labels: Tensor,
+    consistency_weight: float = 1.0,
+    uniformity_weight: float = 0.0,
+    warm: bool = False,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    go_back: Callable[[Tensor], None] = Tensor.backward,
+) -> dict[str, Tensor]:
+    """Forward and backward of one batch: the gradients of the summed `objective`; returns its terms.
+
+    The domain's expert and the global branch share only the stem, so the one goes back before the other sets
+    out: the maps of a single pass are kept at a time. autocast: around what computes the terms; go_back: adds
+    the gradients of a sum of terms.
+    """
+    with autocast():
+        stem = model.normalise(images)
+        cut = stem.detach().requires_grad_(stem.requires_grad)
+        terms = expert_terms(*model.expert_half(cut, domain), labels, consistency_weight)
+    go_back(sum(terms.values()))
+    terms = {name: term.detach() for name, term in terms.items()}
+    with autocast():
+        rest = global_terms(*model.global_half(cut, warm), union_labels, uniformity_weight)
+    go_back(sum(rest.values()))
+    if cut.requires_grad:
+        stem.backward(cut.grad)
+    return terms | {name: term.detach() for name, term in rest.items()}

@@ -173,6 +173,11 @@ class META(nn.Module):
         if domain is None:
             return self.embed(images)
         stem = self.normalise(images)
+        e, e_logits, mixtures = self.expert_half(stem, domain)
+        return Training(e, e_logits, *self.global_half(stem, warm), mixtures)
+
+    def expert_half(self, stem: Tensor, domain: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Training, from the stem's output: e, its logits and the mixtures of the other experts."""
         others = [k for k in range(self.K) if k != domain]
         with torch.set_grad_enabled(self.episodic_grad):
             frozen = self.backbone.frozen(stem, others)
@@ -182,10 +187,11 @@ class META(nn.Module):
             w = weights(kind, distances, self.scores(kind, distances, others))
             mixtures[kind] = gem(mix(w, frozen.maps))
         own = self.backbone.live(stem, domain, learn=True)
-        universal = self.backbone_agg(self.backbone.live(stem, self.K, learn=not warm))
-        e, e_logits = getattr(self, f"heads_Expert{domain + 1}")(own)
-        u, u_logits = self.heads_agg(universal)
-        return Training(e, e_logits, u, u_logits, mixtures)
+        return *getattr(self, f"heads_Expert{domain + 1}")(own), mixtures
+
+    def global_half(self, stem: Tensor, warm: bool = False) -> tuple[Tensor, Tensor]:
+        """Training, from the stem's output: u and its logits."""
+        return self.heads_agg(self.backbone_agg(self.backbone.live(stem, self.K, learn=not warm)))
 
     def _relevance(self, frozen) -> Tensor:
         return relevance(

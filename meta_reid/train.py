@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from meta_reid.baselines import Plain
 from meta_reid.data import Labels, batches, walker_sources
-from meta_reid.losses import objective, smoothed_cross_entropy, triplet
+from meta_reid.losses import backward, objective, smoothed_cross_entropy, triplet
 from meta_reid.model import META
 from meta_reid.pretrained import URLS, init_imagenet
 from meta_reid.protocols import file_sources, manifest_sources, source_items
@@ -237,16 +237,44 @@ def run_seeds(config: Config) -> range:
     return range(config.seed, config.seed + config.seeds)
 
 
-def losses_of(
-    net: nn.Module, config: Config, labels: Labels, images: Tensor, index: Tensor, domain: int, warm: bool
+def step_back(
+    net: nn.Module,
+    row: Row,
+    labels: Labels,
+    images: Tensor,
+    index: Tensor,
+    warm: bool,
+    accelerator: Accelerator,
+    shares: int,
 ) -> dict[str, Tensor]:
-    """Forward one batch and return the terms of its objective."""
+    """Forward and backward of one of the shares of a batch; returns the terms of its objective.
+
+    net: the model, wrapped.
+    """
+
+    def go_back(loss: Tensor) -> None:
+        accelerator.backward(loss / shares)
+
+    config, model = row.config, row.model
     union = labels.union[index].to(images.device)
-    if config.method == "plain":
-        pooled, logits = net(images)
-        return {"ce": smoothed_cross_entropy(logits, union), "triplet": triplet(pooled, union)}
     local = labels.local[index].to(images.device)
-    return objective(net(images, domain, warm), local, union, config.consistency, config.uniformity)
+    domain = int(labels.domain[index[0]])
+    meta = isinstance(model, META)
+    # Several processes exchange their gradients in one backward, and compiled is the network as a whole.
+    if meta and accelerator.num_processes == 1 and not config.compile:
+        return backward(
+            model, images, domain, local, union, config.consistency, config.uniformity, warm,
+            accelerator.autocast, go_back,
+        )  # fmt: skip
+    with accelerator.autocast():
+        if meta:
+            out = net(images, domain, warm)
+            terms = objective(out, local, union, config.consistency, config.uniformity)
+        else:
+            pooled, logits = net(images)
+            terms = {"ce": smoothed_cross_entropy(logits, union), "triplet": triplet(pooled, union)}
+    go_back(sum(terms.values()))
+    return {name: term.detach() for name, term in terms.items()}
 
 
 def train_row(
@@ -308,14 +336,11 @@ def train_row(
                 group["lr"] = learning_rate(step, steps, per_epoch, config)
             optim.zero_grad(set_to_none=True)
         pixels = pixels.to(accelerator.device, non_blocking=True, memory_format=torch.channels_last)
-        domain = int(labels.domain[index[0]])
         statistics.begin(share)
         with nullcontext() if last else accelerator.no_sync(net):
-            with accelerator.autocast():
-                terms = losses_of(net, config, labels, pixels, index, domain, warm)
-            accelerator.backward(sum(terms.values()) / shares)
+            terms = step_back(net, row, labels, pixels, index, warm, accelerator, shares)
         for name, value in terms.items():
-            logged[name] = logged.get(name, 0) + value.detach() / shares
+            logged[name] = logged.get(name, 0) + value / shares
         if not last:
             continue
         statistics.finish()

@@ -11,7 +11,15 @@ from torch import nn
 from meta_reid.aggregation import MODES, moments, relevance, weights
 from meta_reid.backbone import ARCHITECTURES, GlobalTail, Trunk
 from meta_reid.baselines import Plain
-from meta_reid.losses import batch_hard, consistency, objective, smoothed_cross_entropy, triplet, uniformity
+from meta_reid.losses import (
+    backward,
+    batch_hard,
+    consistency,
+    objective,
+    smoothed_cross_entropy,
+    triplet,
+    uniformity,
+)
 from meta_reid.model import META, RELEASED_CLASSES, load_official, official
 from meta_reid.pretrained import imagenet_name, init_imagenet
 from meta_reid.sequential import Sequential
@@ -127,6 +135,27 @@ def test_batched_training_step_equals_the_plain_loop_forward_and_gradients(domai
         if gradient is not None:
             torch.testing.assert_close(fast_grads[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
     torch.testing.assert_close(fast_stats, plain_stats, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("episodic", [False, True])
+def test_one_half_after_the_other_gives_the_gradients_of_the_whole(warm, episodic):
+    labels, union = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([3, 3, 1, 1, 4, 4])
+    weights_ = {"consistency_weight": 0.7, "uniformity_weight": 0.4}
+    whole, halves = (tiny(episodic_grad=episodic).train() for _ in range(2))
+    for model in (whole, halves):
+        model.set_warm(warm)
+    terms = objective(whole(pictures(), 1, warm), labels, union, **weights_)
+    sum(terms.values()).backward()
+    found = backward(halves, pictures(), 1, labels, union, warm=warm, **weights_)
+    assert found.keys() == terms.keys()
+    for name, term in terms.items():
+        torch.testing.assert_close(found[name], term.detach(), rtol=1e-12, atol=1e-12)
+    for (name, a), b in zip(whole.named_parameters(), halves.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-12, msg=name)
+    torch.testing.assert_close(halves.state_dict(), whole.state_dict())
 
 
 def test_where_gradients_reach_and_statistics_move():
