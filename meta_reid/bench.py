@@ -30,7 +30,7 @@ class Options:
     """Images per evaluation pass. Default: 4 on a CPU, 64 on a GPU."""
     train_batch: int | None = None
     """Images per training step. Default: 8 on a CPU, 64 on a GPU."""
-    seconds: float = 10.0
+    seconds: float = 4.0
     """Measuring time of each number."""
     ranking: bool = False
     """Measure nothing but the ranking of 10,000 queries against 100,000 images at 2,048 dimensions."""

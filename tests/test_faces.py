@@ -290,12 +290,16 @@ def test_wrong_arguments_are_value_errors(wrong, message):
 
 
 def test_speed():
-    """A bound that only a broken vectorisation misses; the measured speed stands in shared/README.md."""
-    params = sample(128, seed=0)
-    draw(params[:16], 64)
-    start = time.process_time()
-    draw(params, 64)
-    assert 128 / (time.process_time() - start) > 60
+    """Processor time of the best of several draws, so that a slow machine busy with other work passes too;
+    the measured speed stands in shared/README.md."""
+    params = sample(256, seed=0)
+    draw(params[:64], 64)
+    best = float("inf")
+    for _ in range(6):
+        start = time.process_time()
+        draw(params, 64)
+        best = min(best, time.process_time() - start)
+    assert 256 / best > 350
 
 
 def test_identities_can_be_learnt_but_not_read_off_the_pixels():
