@@ -32,14 +32,13 @@ def paint_background(params: Params, height: int, width: int) -> Tensor:
     along = x * angle.cos() + y * angle.sin()
     across = y * angle.cos() - x * angle.sin()
     t = along * 0.36 + 0.5
-    patterned = (column("background_pattern") > 0).flatten().nonzero()[:, 0]
+    pattern = column("background_pattern")
+    patterned = pattern.flatten().nonzero()[:, 0]
     if len(patterned):
-        p, q, turn = along[patterned], across[patterned], angle[patterned]
+        p, q, turn, strength = (chosen(field, patterned) for field in (along, across, angle, pattern))
         blobs = (q * 2.3).sin_().mul_(1.5).add_(p, alpha=5.0).add_(turn).sin_()
         blobs = blobs.mul_((q.mul_(4.1).add_(2 * turn)).sin_())
-        t[patterned] += smoothstep(blobs.mul_(1.6).add_(0.5)).mul_(
-            0.45 * column("background_pattern")[patterned]
-        )
+        t.index_add_(0, patterned, smoothstep(blobs.mul_(1.6).add_(0.5)).mul_(0.45 * strength))
     first = triple(params, "background")
     return (t.clamp_(0, 1) * (triple(params, "background2") - first)).add_(first)
 
@@ -119,7 +118,7 @@ def strands(
     if len(curly):
         fan, wave, y = (chosen(field, curly) for field in (fan, wave, y))
         curls = (fan * 25).add_(wave, alpha=27).sin_().mul_(y.mul_(24).add_(fan, alpha=5).sin_())
-        out[curly] += curls.mul_(h.curl[curly] * 0.5)
+        out.index_add_(0, curly, curls.mul_(h.curl[curly] * 0.5))
     return out
 
 

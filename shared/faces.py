@@ -123,11 +123,12 @@ def draw(params: Params, size: int | tuple[int, int] = 64, camera: bool = True) 
     images = torch.empty(len(params), 3, height, width, device=device)
     semantics = torch.empty(len(params), height, width, dtype=torch.uint8, device=device)
     sorted_ = [chosen(thing, order) for thing in (params, s, c, h)]
-    for start in range(0, len(params), chunk):
-        part = slice(start, start + chunk)
-        window = Window(height, width, tuple(tuple(end[order[part]] for end in pair) for pair in ends))
-        numbers = (chosen(thing, part) for thing in sorted_)
-        images[part], semantics[part] = _draw(*numbers, window, height, width, camera)
+    with torch.inference_mode():  # calls without a gradient's bookkeeping; what is returned is ordinary
+        for start in range(0, len(params), chunk):
+            part = slice(start, start + chunk)
+            window = Window(height, width, tuple(tuple(end[order[part]] for end in pair) for pair in ends))
+            numbers = (chosen(thing, part) for thing in sorted_)
+            images[part], semantics[part] = _draw(*numbers, window, height, width, camera)
     back = order.argsort()
     return Faces(
         images.index_select(0, back), semantics.index_select(0, back), landmarks(s, height, width), params
