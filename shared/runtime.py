@@ -197,7 +197,7 @@ class StepBatches(Sampler):
     the sample in the whole run, to seed that sample's augmentation whatever worker draws it. roles: into so
     many equal parts a batch is cut by what its samples are for; each rank gets its share of every part.
     Epochs are reshuffled and run into each other, so every batch is full also when n < batch_size.
-    Raises ValueError when the batch does not divide by the number of processes or there is no data.
+    Raises UserError when the batch does not divide by the number of processes, ValueError without data.
     """
 
     def __init__(
@@ -215,7 +215,10 @@ class StepBatches(Sampler):
         if n < 1:
             raise ValueError("StepBatches needs at least one sample")
         if batch_size % (world * roles):
-            raise ValueError(f"batch size {batch_size} does not divide over {world} processes")
+            raise UserError(
+                f"a batch of {batch_size} does not divide over {world} processes: give another batch size or "
+                "number of processes"
+            )
         self.n, self.batch_size, self.seed, self.steps = n, batch_size, seed, steps
         self.start_step, self.rank, self.world, self.draws = start_step, rank, world, draws
         self.roles = roles

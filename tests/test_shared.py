@@ -36,7 +36,7 @@ def test_batches_resume_and_shard():
     ranks = [list(StepBatches(7, 8, seed=0, steps=9, rank=r, world=2, draws=True, roles=2)) for r in (0, 1)]
     halves = [a[:2] + b[:2] + a[2:] + b[2:] for a, b in zip(*ranks, strict=True)]
     assert halves == list(StepBatches(7, 8, seed=0, steps=9, draws=True))
-    with pytest.raises(ValueError, match="does not divide"):
+    with pytest.raises(UserError, match="a batch of 3 does not divide over 2 processes"):
         StepBatches(7, 3, seed=0, steps=1, world=2)
 
 
