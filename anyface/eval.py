@@ -351,7 +351,9 @@ def main(settings: EvalConfig) -> Path:
         claims = [replace(claim, id=f"C{i}") for i, claim in enumerate(claims, start=1)]
         print_claims(claims)
     extra = {"effects": effects, "diversity": drawn, "milliseconds": speed}
-    write_results(folder, claims, metrics, environment(config, time.perf_counter() - began), extra)
+    write_results(
+        folder, claims, metrics, environment(config, time.perf_counter() - began, settings.device), extra
+    )
     return folder
 
 

@@ -297,7 +297,9 @@ def main(settings: EvalConfig) -> Path:
     print_metrics([m for m in metrics if m.metric in headline], load_published("biphasic_age"))
     print()
     print_claims(claims)
-    write_results(folder, claims, metrics, environment(config, time.perf_counter() - began), extra)
+    write_results(
+        folder, claims, metrics, environment(config, time.perf_counter() - began, settings.device), extra
+    )
     return folder
 
 

@@ -94,7 +94,9 @@ def main(config: Config) -> None:
         print_claims(claims)
         print()
     print_metrics([metric for metric in metrics if metric.table in SHOWN or metric.comparable], published)
-    write_results(folder, claims, metrics, environment(settings, time.perf_counter() - begin), extra)
+    write_results(
+        folder, claims, metrics, environment(settings, time.perf_counter() - begin, config.device), extra
+    )
     print(folder)
 
 

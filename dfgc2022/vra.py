@@ -179,7 +179,7 @@ def main(config: Config) -> None:
     out = config.out or runs_root() / "dfgc2022-vra"
     metrics = assess(clips, features_of(clips, scorer, config, out), config.wide)
     print_metrics(metrics, load_published("dfgc2022"))
-    write_results(out, [], metrics, environment(RunConfig(), time.perf_counter() - begin))
+    write_results(out, [], metrics, environment(RunConfig(), time.perf_counter() - begin, config.device))
     print(out)
 
 

@@ -196,7 +196,9 @@ def main(config: Config) -> Path:
         print_claims(claims)
     else:
         print_metrics(metrics, published)
-    write_results(folder, claims, metrics, environment(settings, time.perf_counter() - began), extra)
+    write_results(
+        folder, claims, metrics, environment(settings, time.perf_counter() - began, config.device), extra
+    )
     return folder
 
 

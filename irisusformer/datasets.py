@@ -26,6 +26,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from irisusformer.losses import IGNORE
@@ -320,7 +321,11 @@ def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
         have, want = (f"{s[1]}x{s[0]}" for s in (mask.shape, size))
         raise UserError(f"{path}: the mask has {have} pixels, its image {want}; they must be the same")
     values = (mask * 255).round().unique().int().tolist()
-    if not (set(values) <= {0, 1} or set(values) <= {0, 255}):
+    binary = set(values) <= {0, 1} or set(values) <= {0, 255}
+    numbers = None if binary and values != [0] else class_numbers(path)
+    if numbers is not None:
+        return numbers
+    if not binary:
         raise UserError(
             f"{path}: not a binary mask, it has {len(values)} values (such as {values[:5]}) instead of "
             "0 and 1 or 0 and 255; store masks without lossy compression, or threshold this one first"
@@ -328,6 +333,16 @@ def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
     if values == [0]:
         raise UserError(f"{path}: the mask is empty; remove the pair or correct the annotation")
     return (mask > 0).to(torch.uint8)
+
+
+def class_numbers(path: Path) -> Tensor | None:
+    """Pixels (H, W) uint8 of a palette or 16-bit file that are 0 and 1, which the conversion to grey changes:
+    coloured classes, as VOC stores them. None for other files."""
+    with Image.open(path) as picture:
+        if picture.mode != "P" and not picture.mode.startswith("I"):
+            return None
+        numbers = np.array(picture)
+    return torch.from_numpy(numbers.astype(np.uint8)) if set(np.unique(numbers)) == {0, 1} else None
 
 
 def read_labels(path: Path, size: tuple[int, int]) -> Tensor:

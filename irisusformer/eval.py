@@ -356,7 +356,9 @@ def main() -> None:
         "parameters": {name: count_parameters(model) for name, model in models.items()},
         "options": asdict(options),
     }
-    write_results(folder, claims, metrics, environment(config, time.perf_counter() - began), extra)
+    write_results(
+        folder, claims, metrics, environment(config, time.perf_counter() - began, options.device), extra
+    )
     print(folder)
 
 

@@ -222,7 +222,9 @@ def main(settings: EvalConfig) -> Path:
     print_claims(claims)
     extra |= {"protocol": PROTOCOL_NAMES[settings.protocol], "oracle_parsing": settings.oracle_parsing}
     extra["test_mask_seed"] = TEST_MASKS
-    write_results(folder, claims, metrics, environment(config, time.perf_counter() - began), extra)
+    write_results(
+        folder, claims, metrics, environment(config, time.perf_counter() - began, settings.device), extra
+    )
     return folder
 
 

@@ -309,7 +309,7 @@ def main() -> None:
     table = markdown(metrics, published["rows"])
     (folder / "table.md").write_text(table)
     (folder / "table.tex").write_text(latex(table))
-    write_results(folder, claims, metrics, environment(config, time.perf_counter() - begin))
+    write_results(folder, claims, metrics, environment(config, time.perf_counter() - begin, options.device))
     print(folder)
 
 

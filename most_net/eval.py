@@ -189,7 +189,7 @@ def evaluate(config: Config) -> Path:
     print_claims(claims)
     seconds = time.perf_counter() - start
     extra = {"scores": scores, "memory": memories, "artists": artists}
-    write_results(folder, claims, metrics, environment(settings, seconds), extra)
+    write_results(folder, claims, metrics, environment(settings, seconds, config.device), extra)
     if config.write:
         for name, images in {"truth": truth, **methods}.items():
             for file, image in zip(test.names, enlarge(images, truth), strict=True):

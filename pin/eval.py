@@ -1,7 +1,6 @@
 """Evaluate PIN: verification under attacks that know the recogniser, another one, only its answers, or the
 defence."""
 
-import dataclasses
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -219,7 +218,7 @@ def evaluate(options: Options) -> Path:
     for variant, by_attack in gains.items():
         print(f"    {variant}: " + ", ".join(f"{attack} {gain:+.3f}" for attack, gain in by_attack.items()))
     draw_figures(lab, table, quality, folder / "samples")
-    record = environment(dataclasses.replace(config, device=options.device), time.perf_counter() - begin)
+    record = environment(config, time.perf_counter() - begin, options.device)
     write_results(folder, claims, metrics, record, {"gain over fixed top-K": gains})
     return folder
 

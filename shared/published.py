@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 from shared.records import write_json
-from shared.runtime import REPOSITORY, RunConfig, UserError
+from shared.runtime import REPOSITORY, RunConfig, UserError, pick_device
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,13 @@ def print_metrics(metrics: list[Metric], published: dict[str, Any]) -> None:
         print("was measured under their data and protocol, so they are not set beside these numbers.")
 
 
-def environment(config: RunConfig, seconds: float) -> dict[str, Any]:
-    """Versions, machine, seed, duration and command of a result."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def environment(config: RunConfig, seconds: float, device: str | None = None) -> dict[str, Any]:
+    """Versions, machine, seed, duration and command of a result.
+
+    config: of the run. device: where the result was computed, when not where the run was.
+    """
+    used = pick_device(device or config.device).type
+    gpu = torch.cuda.get_device_name() if used == "cuda" else None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -296,6 +296,19 @@ def test_bad_masks(tmp_path, mask, message):
         read_pair(broken_pair(tmp_path, mask))
 
 
+@pytest.mark.parametrize("kind", ["class colours", "black on white first", "16 bit"])
+def test_masks_that_grey_would_change(tmp_path, kind):
+    pair = broken_pair(tmp_path)
+    truth = mask_array(top=1)
+    if kind == "16 bit":
+        stored = Image.fromarray(truth.astype(np.uint16))
+    else:  # VOC colours its classes; an optimised file numbers its colours as it likes
+        stored = Image.fromarray(truth if kind == "class colours" else 1 - truth).convert("P")
+        stored.putpalette([0, 0, 0, 128, 0, 0] if kind == "class colours" else [255, 255, 255, 0, 0, 0])
+    stored.save(pair.mask)
+    assert (read_pair(pair)[1][0].numpy() == truth).all()
+
+
 def test_damaged_files_are_named(tmp_path):
     pair = broken_pair(tmp_path)
     pair.image.write_bytes(pair.image.read_bytes()[:60])

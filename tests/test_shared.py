@@ -346,6 +346,14 @@ def test_claims_are_printed_as_they_came_out(capsys):
     assert "C1: holds" in text and "C2: DOES NOT HOLD" in text and "claims: 1 of 2 hold" in text
 
 
+def test_a_result_computed_on_the_cpu_names_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    for device, gpu in (("auto", "a GPU"), ("cuda", "a GPU"), ("cpu", None)):
+        assert published.environment(runtime.RunConfig(device=device), 1.0)["gpu"] == gpu
+        assert published.environment(runtime.RunConfig(device="cuda"), 1.0, device)["gpu"] == gpu
+
+
 def test_results_are_strict_json(tmp_path):
     claim = published.Claim("C1", "x", {"a": float("nan"), "b": np.float32(1.5)}, "", np.bool_(True))
     published.write_results(tmp_path, [claim], [measured(False)], {"seed": 0}, {"more": torch.ones(2)})
