@@ -341,11 +341,8 @@ def _checkpoint(folder: Path) -> Path | None:
 
 def _detached(model: nn.Module) -> dict[str, Tensor]:
     # Cloned one by one, because safetensors refuses tensors that share memory.
-    weights = model.state_dict()
-    return {
-        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in weights.items()
-    }
+    form = torch.contiguous_format
+    return {key: value.detach().cpu().clone(memory_format=form) for key, value in model.state_dict().items()}
 
 
 def _stages(folder: Path) -> tuple[Path, Path, Path]:
