@@ -60,12 +60,13 @@ def anti_detection(
 ) -> float:
     """Anti-detection term of one creator: w (1 - s_d), s_d the mean over detectors.
 
-    clips: of one split; the creator's fakes stand against all its real clips. Raises UserError when there is
-    no fake of the creator, or no real clip where an AUC is asked for.
+    The creator's fakes stand against the real clips of the parts that they lie in. Raises UserError when there
+    is no fake of the creator, or no real clip there where an AUC is asked for.
     """
     weight, kind, _ = DEFINITIONS[definition]
     fakes = [clip for clip in clips if clip.label == 1 and clip.creator == creator]
-    reals = [clip for clip in clips if clip.label == 0]
+    parts = {clip.part for clip in fakes}
+    reals = [clip for clip in clips if clip.label == 0 and clip.part in parts]
     if not fakes or not submissions or (kind == "auc" and not reals):
         raise UserError(f"anti-detection of {creator} needs its fakes, real clips and a detector's scores")
     if kind == "probability":

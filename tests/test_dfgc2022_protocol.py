@@ -21,6 +21,7 @@ from dfgc2022.creation import (
 )
 from dfgc2022.protocol import (
     FUSION,
+    PARTS,
     POOLED,
     Clip,
     area,
@@ -285,8 +286,9 @@ def test_ranks_and_correlations_of_round_3():
 
 
 def test_anti_detection_in_every_definition():
-    clips = clips_of(2, {"a": 2, "b": 1})
+    clips = [*clips_of(2, {"a": 2, "b": 1}), Clip("elsewhere.mp4", 0, PARTS[1])]
     first = {
+        "elsewhere.mp4": 1.0,  # a real clip of a part without the creator's fakes: does not count
         "Public-r0.mp4": 0.1,
         "Public-r1.mp4": 0.6,
         "Public-a0.mp4": 0.5,
