@@ -60,8 +60,8 @@ def anti_detection(
 ) -> float:
     """Anti-detection term of one creator: w (1 - s_d), s_d the mean over detectors.
 
-    The creator's fakes stand against the real clips of the parts that they lie in. Raises UserError when there
-    is no fake of the creator, or no real clip there where an AUC is asked for.
+    The creator's fakes stand against the real clips of the parts that they lie in. Raises UserError when
+    there is no fake of the creator, or no real clip there where an AUC is asked for.
     """
     weight, kind, _ = DEFINITIONS[definition]
     fakes = [clip for clip in clips if clip.label == 1 and clip.creator == creator]
