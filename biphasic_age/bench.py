@@ -5,10 +5,12 @@ Fast: `objective.py`, once in the same precision and once in bf16. One run measu
 weights.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Literal
 
 import torch
@@ -20,7 +22,7 @@ from biphasic_age.layouts import CLASSES
 from biphasic_age.losses import Weights
 from biphasic_age.model import SIZES, Discriminator, Generator, SizeName
 from biphasic_age.objective import Guides, discriminator_backward, generator_backward
-from shared.bench import count_macs, count_parameters, peak_memory, report, throughput
+from shared.bench import count_macs, count_parameters, peak_memory, report, synchronize, throughput
 from shared.runtime import parse, pick_device, run_main
 
 GROUPS = 4
@@ -37,7 +39,10 @@ class BenchConfig:
     batch_size: int | None = None
     """Pictures per training step; default 1 on the CPU and 16 on a GPU."""
     seconds: float = 3.0
-    """Shortest time that each speed is measured for; at least three calls are made."""
+    """Shortest time that the speed of inference is measured for; at least three calls are made."""
+    rounds: int | None = None
+    """Timed calls of each form of the training step, in turns, so that a busy moment meets them all; default
+    2 on the CPU and 20 on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
 
@@ -115,21 +120,28 @@ def main(config: BenchConfig) -> None:
     rows = networks(step, config.seconds, device, bf16 if device.type == "cuda" else nullcontext)
     everything: list[nn.Module] = [step.generator, step.critic, step.guides.age, step.guides.identity]
     layouts = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-    forms = [("plain", "fp32", "NCHW", step.plain), ("fast", "fp32", "NCHW", step.fast)]
-    forms.append(("fast", "bf16", "NHWC", partial(step.fast, bf16)))
-    for form, precision, memory, call in forms:
-        for network in everything:
-            network.to(memory_format=layouts[memory])
-        step.image = step.image.contiguous(memory_format=layouts[memory])
-        rows.append(
-            {
-                "what": "training step",
-                "form": f"{form} {precision}",
-                "batch": len(step.image),
-                "images_per_second": throughput(call, len(step.image), device, config.seconds),
-                "peak_mib": peak_memory(call, device) / 2**20,
-            }
-        )
+    forms = [("plain fp32", "NCHW", step.plain), ("fast fp32", "NCHW", step.fast)]
+    forms.append(("fast bf16", "NHWC", partial(step.fast, bf16)))
+    peaks: dict[str, int] = {}
+    times: dict[str, list[float]] = {form: [] for form, *_ in forms}
+    rounds = config.rounds or (20 if device.type == "cuda" else 2)
+    for turn in range(1 + rounds):
+        for form, memory, call in forms:
+            for network in everything:
+                network.to(memory_format=layouts[memory])
+            step.image = step.image.contiguous(memory_format=layouts[memory])
+            if turn == 0:  # the first call warms up as well
+                peaks[form] = peak_memory(call, device)
+                continue
+            synchronize(device)
+            began = time.perf_counter()
+            call()
+            synchronize(device)
+            times[form].append(time.perf_counter() - began)
+    for form in times:
+        row = {"what": "training step", "form": form, "batch": len(step.image)}
+        row |= {"images_per_second": len(step.image) / median(times[form]), "peak_mib": peaks[form] / 2**20}
+        rows.append(row)
     report("biphasic_age", rows)
     compare(rows)
     if device.type == "cpu":

@@ -214,10 +214,14 @@ class TrainSet(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def pick(self, draw: int) -> int:
+        """Which picture a draw takes."""
+        group = self.members[draw % len(self.members)]
+        return int(group[mixed(self.seed, draw) % len(group)])
+
     def __getitem__(self, at: tuple[int, int]) -> dict[str, Tensor]:
         draw = at[1]
-        group = self.members[draw % len(self.members)]
-        i = int(group[mixed(self.seed, draw) % len(group)])
+        i = self.pick(draw)
         image, layout = self.source.load(i)
         if self.flip and mixed(self.seed, draw, 1) & 1:
             image = image.flip(-1)
@@ -233,6 +237,24 @@ class TrainSet(Dataset):
             "identity": self.source.people[i],
             "attributes": self.source.attributes[i],
         }
+
+
+class PairSet(TrainSet):
+    """Training samples for recognition: draws 2n and 2n + 1 are two pictures of one person. Only people with
+    several pictures take part."""
+
+    def __init__(self, source: FaceSet, seed: int, flip: bool = False, jitter: float = 0.0):
+        super().__init__(source, seed, flip, jitter)
+        order = source.people.argsort(stable=True)
+        groups = order.split(source.people.bincount().tolist())
+        self.people = [group for group in groups if len(group) > 1]
+
+    def pick(self, draw: int) -> int:
+        pair = draw // 2
+        own = self.people[mixed(self.seed, pair, 3) % len(self.people)]
+        first = mixed(self.seed, pair, 4) % len(own)
+        other = (first + 1 + mixed(self.seed, pair, 5) % (len(own) - 1)) % len(own)
+        return int(own[other if draw % 2 else first])
 
 
 def jittered(image: Tensor, strength: float, rng: torch.Generator) -> Tensor:

@@ -1,6 +1,8 @@
 """Measure generators on faces: ages, identity, attributes, truth where faces were drawn, change by part."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +21,14 @@ from biphasic_age.data import (
     drawn_faces,
     open_faces,
 )
-from biphasic_age.judges import AgeJudge, IdentityJudge, OnnxJudge, load_judge, train_judges
+from biphasic_age.judges import (
+    AgeJudge,
+    IdentityJudge,
+    OnnxJudge,
+    load_judge,
+    train_age_judge,
+    train_identity_judge,
+)
 from biphasic_age.layouts import CLASSES
 from shared import metrics as shared_metrics
 from shared.io import save_safetensors
@@ -32,7 +41,9 @@ if TYPE_CHECKING:
 AGEING = tuple(CLASSES.index(name) for name in ("skin", "hair"))
 KEPT = tuple(CLASSES.index(name) for name in ("background", "cloth", "l_eye", "r_eye"))
 """Where age may show, and where change is leakage."""
-CALIBRATION_PEOPLE, CALIBRATION_PICTURES, CALIBRATION_FACES = 100, 5, 2000
+CALIBRATION_PEOPLE, CALIBRATION_PICTURES, CALIBRATION_FACES = 200, 4, 2000
+JUDGE_PICTURES = 4
+DRAWN_FAR = 0.01
 PROTOTYPE_FACES = 800
 
 
@@ -87,49 +98,48 @@ def open_judges(
         if drawn
         else open_faces(config, data, "test", config.seed)
     )
-    people = settings.judge_people if drawn else 0
-    networks: dict[str, nn.Module] = {}
     stages = max(2, config.image_size.bit_length() - 3)
-    attributes = len(test.attribute_names)
-    paths = {name: folder / "judges" / f"{data}-{name}.safetensors" for name in ("age", "identity")}
-    teaching: FaceSet | None = None
 
+    @cache
     def teachers() -> FaceSet:
-        nonlocal teaching
-        if teaching is None:
-            teaching = (
-                drawn_faces(people, JUDGE_SEED, config.image_size, 6, config.limits)
-                if drawn
-                else open_faces(config, data, "train", config.seed)
-            )
-        return teaching
+        if not drawn:
+            return open_faces(config, data, "train", config.seed)
+        size, limits = config.image_size, config.limits
+        return drawn_faces(settings.judge_people, JUDGE_SEED, size, JUDGE_PICTURES, limits)
 
+    def judge(name: str, network: nn.Module, teach: Callable[..., None]) -> nn.Module:
+        """The judge of an earlier evaluation of the run, or taught now and kept."""
+        path = folder / "judges" / f"{data}-{name}.safetensors"
+        if path.is_file():
+            return load_judge(path, network, device)
+        network = network.to(device)
+        teach(network, teachers(), settings.judge_steps, settings.judge_batch, device, JUDGE_SEED)
+        save_safetensors(path, network)
+        return network
+
+    trained = None
     if settings.age_judge is None:
-        networks["age"] = AgeJudge(settings.judge_width, stages, attributes)
+        torch.manual_seed(JUDGE_SEED)
+        network = AgeJudge(settings.judge_width, stages, len(test.attribute_names))
+        trained = judge("age", network, train_age_judge)
+    age = trained or OnnxJudge(settings.age_judge, embeds=False)
     if settings.identity_judge is None:
-        count = people if drawn else int(teachers().people.max()) + 1
-        if not drawn and count == len(teachers()):
+        if not drawn and len(teachers().people.unique()) == len(teachers()):
             raise UserError(
                 f"{data} does not say which pictures show the same person, so no identity judge can learn "
                 "from it: give --identity-judge FILE.onnx"
             )
-        networks["identity"] = IdentityJudge(settings.judge_width, stages, count)
-    if networks and all(paths[name].is_file() for name in networks):
-        networks = {name: load_judge(paths[name], net, device) for name, net in networks.items()}
-    elif networks:
         torch.manual_seed(JUDGE_SEED)
-        networks = {name: net.to(device) for name, net in networks.items()}
-        train_judges(networks, teachers(), settings.judge_steps, settings.judge_batch, device, JUDGE_SEED)
-        for name, net in networks.items():
-            save_safetensors(paths[name], net)
-    trained = networks.get("age")
-    age = trained or OnnxJudge(settings.age_judge, embeds=False)
-    identity = networks.get("identity") or OnnxJudge(settings.identity_judge, embeds=True)
+        network = IdentityJudge(3 * settings.judge_width // 2, stages - 1)
+        identity = judge("identity", network, train_identity_judge)
+    else:
+        identity = OnnxJudge(settings.identity_judge, embeds=True)
 
     image = all_faces(test, CALIBRATION_FACES)[0].to(device)
     count = len(image)
     mae = (protocol.in_batches(age, image).cpu() - test.ages[:count]).abs().mean().item()
-    verifier = protocol.calibrate(protocol.in_batches(identity, image), test.people[:count])
+    far = settings.far or (DRAWN_FAR if drawn else protocol.FAR)
+    verifier = protocol.calibrate(protocol.in_batches(identity, image), test.people[:count], far)
     accuracy = {}
     if trained is not None:
         seen = protocol.in_batches(lambda x: trained.both(x)[1], image).cpu() > 0

@@ -6,6 +6,8 @@ that training never sees) and otherwise on the training fold; or any ONNX file o
 on real test faces stand beside every number. Absolute values cannot be compared with Face++'s.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,43 +15,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biphasic_age.data import FaceSet, TrainSet
+from biphasic_age.data import FaceSet, PairSet, TrainSet
 from shared.io import load_safetensors, progress
 from shared.onnxfile import open_onnx
 from shared.runtime import StepBatches, UserError
 
 
 class Trunk(nn.Module):
-    """Residual network with group normalisation and average pooling: image (B, 3, H, W) in [-1, 1] to (B, D).
+    """Residual network with average pooling: image (B, 3, H, W) in [-1, 1] to (B, D).
 
     width: channels before the first of `stages` stages, each half as large as the one before and, up to the
-    third, twice as wide.
+    third, twice as wide. grid: side of the pooled maps. norm: channels -> normalisation.
     """
 
-    def __init__(self, width: int, stages: int):
+    def __init__(self, width: int, stages: int, grid: int, norm: Callable[[int], nn.Module]):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 5, 2, 2)
         blocks, inputs = [], width
         for stage in range(stages):
             outputs = width * 2 ** min(stage + 1, 3)
-            blocks.append(JudgeBlock(inputs, outputs))
+            blocks.append(JudgeBlock(inputs, outputs, norm))
             inputs = outputs
         self.blocks = nn.ModuleList(blocks)
-        self.features = inputs * 9
+        self.grid, self.features = grid, inputs * grid**2
 
     def forward(self, image: Tensor) -> Tensor:
         h = self.stem(image)
         for block in self.blocks:
             h = block(h)
-        return F.adaptive_avg_pool2d(h, 3).flatten(1)
+        return F.adaptive_avg_pool2d(F.silu(h), self.grid).flatten(1)
 
 
 class JudgeBlock(nn.Module):
     """Half the size: 2x2 mean of (two 3x3 convolutions plus a 1x1 skip)."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, norm: Callable[[int], nn.Module]):
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(4, inputs), nn.GroupNorm(4, outputs)
+        self.norm1, self.norm2 = norm(inputs), norm(outputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, 1, 1)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1)
         self.skip = nn.Conv2d(inputs, outputs, 1)
@@ -66,7 +68,7 @@ class AgeJudge(nn.Module):
 
     def __init__(self, width: int, stages: int, attributes: int):
         super().__init__()
-        self.trunk = Trunk(width, stages)
+        self.trunk = Trunk(width, stages, 3, partial(nn.GroupNorm, 4))
         self.out = nn.Linear(self.trunk.features, 1 + attributes)
 
     def both(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,20 +81,28 @@ class AgeJudge(nn.Module):
 
 
 class IdentityJudge(nn.Module):
-    """Unit embeddings (B, D), learned with an additive margin on the cosine (CosFace)."""
+    """Unit embeddings (B, D), in which pictures of one person are nearer to each other than to anybody's.
 
-    def __init__(self, width: int, stages: int, people: int, embedding: int = 96):
+    It pools less than the age judge: where a feature lies says more about who it is than about how old.
+    """
+
+    def __init__(self, width: int, stages: int, embedding: int = 96):
         super().__init__()
-        self.trunk = Trunk(width, stages)
-        self.out = nn.Linear(self.trunk.features, embedding)
-        self.centres = nn.Parameter(torch.randn(people, embedding))
+        self.trunk = Trunk(width, stages, 5, nn.BatchNorm2d)
+        features = self.trunk.features
+        self.out = nn.Sequential(nn.BatchNorm1d(features), nn.Linear(features, embedding))
 
     def forward(self, image: Tensor) -> Tensor:
         return F.normalize(self.out(self.trunk(image)).float(), dim=1)
 
-    def loss(self, image: Tensor, people: Tensor, margin: float = 0.2, scale: float = 20.0) -> Tensor:
-        cosine = self(image) @ F.normalize(self.centres, dim=1).T
-        return F.cross_entropy(scale * (cosine - margin * F.one_hot(people, cosine.shape[1])), people)
+    def loss(self, image: Tensor, people: Tensor, temperature: float = 0.07) -> Tensor:
+        """Supervised contrastive loss of a batch (B,) that has several pictures of each person: the cross
+        entropy of finding them among all others."""
+        embedding = self(image)
+        itself = torch.eye(len(people), dtype=torch.bool, device=image.device)
+        scores = (embedding @ embedding.T / temperature).masked_fill(itself, -1e4)
+        same = (people[:, None] == people[None]) & ~itself
+        return -scores.log_softmax(1)[same].mean()
 
 
 class OnnxJudge(nn.Module):
@@ -126,38 +136,65 @@ class OnnxJudge(nn.Module):
         return out.reshape(-1)
 
 
-def train_judges(
-    networks: dict[str, nn.Module],
+def train_age_judge(
+    judge: AgeJudge,
     source: FaceSet,
     steps: int,
     batch_size: int,
     device: torch.device,
     seed: int,
+    jitter: float = 0.1,
 ) -> None:
-    """Teach `age` (an `AgeJudge`) and `identity` (an `IdentityJudge`), or one of them, on faces of all groups
-    equally often; AdamW with one cycle, slight colour changes and mirroring of the picture."""
-    parameters = [p for network in networks.values() for p in network.train().parameters()]
-    optimiser = torch.optim.AdamW(parameters, 2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
-    batches = StepBatches(len(source), batch_size, seed, steps, draws=True)
-    samples = TrainSet(source, seed, flip=True, jitter=0.1)
-    for batch in progress(torch.utils.data.DataLoader(samples, batch_sampler=batches), "judges"):
-        batch = {k: v.to(device) for k, v in batch.items()}
-        loss = torch.zeros((), device=device)
-        if "age" in networks:
-            years, logits = networks["age"].both(batch["image"])
-            loss = loss + F.smooth_l1_loss(years / 15, batch["age"] / 15, beta=0.2)
-            known = batch["attributes"] >= 0
-            if known.any():
-                loss = loss + F.binary_cross_entropy_with_logits(logits[known], batch["attributes"][known])
-        if "identity" in networks:
-            loss = loss + networks["identity"].loss(batch["image"], batch["identity"])
+    """Teach ages and attributes, on pictures of all age groups equally often, mirrored every other time."""
+    samples = TrainSet(source, seed, flip=True, jitter=jitter)
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        years, logits = judge.both(batch["image"])
+        total = F.smooth_l1_loss(years / 15, batch["age"] / 15, beta=0.2)
+        known = batch["attributes"] >= 0
+        if known.any():
+            answers = F.binary_cross_entropy_with_logits(logits[known], batch["attributes"][known])
+            total = total + answers
+        return total
+
+    _train(judge, samples, loss, steps, batch_size, 2e-3, device, seed)
+
+
+def train_identity_judge(
+    judge: IdentityJudge, source: FaceSet, steps: int, batch_size: int, device: torch.device, seed: int
+) -> None:
+    """Teach who is who, on two pictures of each person, whatever age, pose and light they have."""
+    samples = PairSet(source, seed, jitter=0.1)
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        return judge.loss(batch["image"], batch["identity"])
+
+    _train(judge, samples, loss, steps, batch_size - batch_size % 2, 3e-3, device, seed)
+
+
+def _train(
+    judge: nn.Module,
+    samples: TrainSet,
+    loss: Callable[[dict[str, Tensor]], Tensor],
+    steps: int,
+    batch_size: int,
+    lr: float,
+    device: torch.device,
+    seed: int,
+) -> None:
+    """AdamW with one cycle; leaves the judge frozen."""
+    judge.train()
+    optimiser = torch.optim.AdamW(judge.parameters(), lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps)
+    batches = StepBatches(len(samples), batch_size, seed, steps, draws=True)
+    loader = torch.utils.data.DataLoader(samples, batch_sampler=batches)
+    for batch in progress(loader, type(judge).__name__):
+        value = loss({k: v.to(device) for k, v in batch.items()})
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        value.backward()
         optimiser.step()
         schedule.step()
-    for network in networks.values():
-        network.eval().requires_grad_(False)
+    judge.eval().requires_grad_(False)
 
 
 def load_judge(path: Path, network: nn.Module, device: torch.device) -> nn.Module:

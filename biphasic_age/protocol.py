@@ -20,6 +20,8 @@ Method = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Estimator = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) -> years (B,), or unit embeddings (B, D)."""
 DIRECTIONS = ("older", "younger")
+FAR = 1e-5
+"""False accept rate at which papers of this line read their verification service's threshold."""
 
 
 @torch.inference_mode()
@@ -127,7 +129,7 @@ class Verifier:
     """Numbers of pairs."""
 
 
-def calibrate(embeddings: Tensor, people: Tensor, far: float = 1e-5) -> Verifier:
+def calibrate(embeddings: Tensor, people: Tensor, far: float = FAR) -> Verifier:
     """The laxest threshold whose false accept rate is at most `far`, on all pairs of (N, D) embeddings.
 
     With too few impostor pairs for that rate the strictest supported one is taken: 10 false accepts among all

@@ -7,7 +7,7 @@ from torch import nn
 
 from biphasic_age import protocol
 from biphasic_age.data import JUDGE_SEED, TEST_SEED, scene_faces
-from biphasic_age.judges import AgeJudge, train_judges
+from biphasic_age.judges import AgeJudge, train_age_judge
 from biphasic_age.scene import AGEING_PARTS, GROUPS, PARTS, Scenes, ageing_signs, draw_scenes
 
 KEPT_PARTS = tuple(k for k in range(len(PARTS)) if k not in AGEING_PARTS)
@@ -18,7 +18,7 @@ def scene_judge(size: int, steps: int, device: torch.device) -> AgeJudge:
     """An age judge on scenes that no training used. It sees one picture with two heads, like everybody."""
     torch.manual_seed(JUDGE_SEED)
     judge = AgeJudge(16, 3, 0).to(device)
-    train_judges({"age": judge}, scene_faces(600, JUDGE_SEED, size), steps, 32, device, JUDGE_SEED)
+    train_age_judge(judge, scene_faces(2400, JUDGE_SEED, size), steps, 32, device, JUDGE_SEED, jitter=0.0)
     return judge
 
 
@@ -29,6 +29,14 @@ class SceneTest:
     scenes: Scenes
     judge: nn.Module
     limits: tuple[float, ...]
+
+
+@torch.inference_mode()
+def judge_accuracy(test: SceneTest, device: torch.device) -> float:
+    """Share of true scenes of all ages whose age the judge tells."""
+    years = protocol.in_batches(test.judge, test.scenes.image.to(device) * 2 - 1)
+    right = protocol.age2group(years, test.limits) == torch.arange(GROUPS, device=device)
+    return right.float().mean().item()
 
 
 def open_scene_test(count: int, size: int, steps: int, device: torch.device) -> SceneTest:

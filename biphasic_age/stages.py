@@ -14,7 +14,7 @@ from biphasic_age.baselines import PlainGenerator
 from biphasic_age.frozen import AgeNet, IdentityNet, SmallParser, freeze, load_age, load_identity, load_parser
 from biphasic_age.layouts import CLASSES
 from biphasic_age.losses import Weights
-from biphasic_age.model import SIZES, Discriminator, Generator, Switches, TwoScales
+from biphasic_age.model import SIZES, Discriminator, Generator, Output, SizeName, Switches, TwoScales
 from biphasic_age.objective import Guides
 from biphasic_age.projection import ProjectionNet
 from biphasic_age.scene import PARTS
@@ -50,6 +50,41 @@ GUIDES = "guides"
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How generators learn from one kind of pictures."""
+
+    size: SizeName = "paper"
+    """Widths and depths of the networks."""
+    output: Output = "direct"
+    """What the generator paints: the picture, a change of the input, or a gated mixture."""
+    variants: tuple[str, ...] = ("full",)
+    """Rows of the ablation table to train; see VARIANTS in stages.py."""
+    steps: int = 200_000
+    """Steps, each one of the generator and one of the discriminator."""
+    lr: float = 1e-4
+    """Learning rate of Adam, falling linearly to 0 in the second half."""
+    critic_lr: float = 1.0
+    """Learning rate of the discriminator relative to that."""
+    weights: Weights = Weights()
+    """Weights of the losses."""
+    mismatch: bool = False
+    """The discriminator also learns that a real face under a wrong age is false."""
+    jitter: float = 0.05
+    """Random change of brightness, contrast and colour."""
+    guide_jitter: float = 0.15
+    """The same for the small networks: an age network that goes by exact colours is easily fooled."""
+
+
+SCENE_RECIPE = Recipe(steps=600, weights=Weights(identity=0.0, expectation=0.0), jitter=0.0, guide_jitter=0.0)
+"""For the two-head scene, where nobody appears twice, the ages are four and colour is their sign."""
+
+
+def recipe_of(config: "Config", data: str) -> Recipe:
+    """How generators learn from a set."""
+    return config.scene if data == "scene" else config.recipe
+
+
+@dataclass(frozen=True)
 class Stage:
     """One training: the guides, or a variant of the method on them."""
 
@@ -73,22 +108,21 @@ def plan(config: "Config") -> list[Stage]:
     if "scene" in config.data and len(config.limits) != 3:
         raise UserError("the two-head scene has four ages: give three --limits")
     for data in config.data:
-        names = config.scene_variants if data == "scene" else config.variants
-        unknown = [name for name in names if name not in VARIANTS]
-        if unknown or not names:
+        recipe = recipe_of(config, data)
+        unknown = [name for name in recipe.variants if name not in VARIANTS]
+        if unknown or not recipe.variants:
             raise UserError(f"unknown variant {unknown[:1]}; there are {', '.join(VARIANTS)}")
-        steps = config.scene_steps if data == "scene" else config.steps
         for seed in range(config.seed, config.seed + config.seeds):
             if learned_guides(config, data):
                 stages.append(Stage(data, GUIDES, seed, config.guide_steps))
-            stages += [Stage(data, name, seed, steps) for name in names]
+            stages += [Stage(data, name, seed, recipe.steps) for name in recipe.variants]
     return stages
 
 
 def weights_of(config: "Config", data: str, name: str = "full") -> Weights:
     """Weights of a stage's losses."""
     changes = VARIANTS[name].get("weights", {})
-    return replace(config.scene_weights if data == "scene" else config.weights, **changes)
+    return replace(recipe_of(config, data).weights, **changes)
 
 
 def learned_guides(config: "Config", data: str) -> list[str]:
@@ -143,12 +177,13 @@ def build(config: "Config", data: str, name: str) -> nn.Module:
     """The untrained generator of a variant, or the plain network."""
     changes = VARIANTS[name]
     classes, ages = len(PARTS if data == "scene" else CLASSES), len(config.limits) + 1
-    size = SIZES[config.size]
+    recipe = recipe_of(config, data)
+    size = SIZES[recipe.size]
     if changes.get("plain"):
-        return PlainGenerator(size, ages, "direct" if config.output == "direct" else "residual")
+        return PlainGenerator(size, ages, "direct" if recipe.output == "direct" else "residual")
     parts = ("layout", "projection", "constraint", "attention", "noise")
     switches = Switches(**{part: changes[part] for part in parts if part in changes})
-    net = Generator(size, classes, ages, config.output, switches)
+    net = Generator(size, classes, ages, recipe.output, switches)
     if isinstance(net.projection, ProjectionNet):
         net.projection.recompute = config.recompute
     return net
@@ -156,12 +191,13 @@ def build(config: "Config", data: str, name: str) -> nn.Module:
 
 def build_critic(config: "Config", data: str, name: str) -> nn.Module:
     """The discriminator that goes with a variant."""
-    changes, size = VARIANTS[name], SIZES[config.size]
+    changes, size = VARIANTS[name], SIZES[recipe_of(config, data).size]
     options = {
         "width": size.critic_width,
         "stages": size.critic_stages,
         "classes": len(PARTS if data == "scene" else CLASSES),
         "groups": len(config.limits) + 1,
+        "gain": size.gain,
         "layout": config.d_layout and changes.get("d_layout", True) and changes.get("layout", True),
     }
     return TwoScales(**options) if config.two_scales else Discriminator(**options)

@@ -8,8 +8,10 @@ import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,11 +23,12 @@ from biphasic_age.datasets import LayoutOrder
 from biphasic_age.frozen import age_training_loss
 from biphasic_age.gallery import training_sheet
 from biphasic_age.losses import Weights
-from biphasic_age.model import Output, SizeName
 from biphasic_age.objective import discriminator_backward, generator_backward
 from biphasic_age.stages import (
     GUIDES,
+    SCENE_RECIPE,
     TABLE,
+    Recipe,
     Stage,
     about_file,
     build,
@@ -35,6 +38,7 @@ from biphasic_age.stages import (
     load_guides,
     people_in,
     plan,
+    recipe_of,
     save_about,
     stage_file,
     weights_of,
@@ -78,8 +82,6 @@ class Config(RunConfig):
     """Side of the pictures in pixels, a multiple of 8."""
     flip: bool = True
     """Mirror every other picture with its layout."""
-    jitter: float = 0.05
-    """Random change of brightness, contrast and colour; none on the scene."""
     train_images: int = 2000
     """Drawn pictures for training."""
     pictures: int = 4
@@ -91,17 +93,13 @@ class Config(RunConfig):
     scene_size: int = 32
     """Side of a scene in pixels."""
 
-    size: SizeName = "paper"
-    """Widths and depths of the networks."""
-    output: Output = "direct"
-    """What the generator paints: the picture, a change of the input, or a gated mixture."""
     d_layout: bool = True
     """Show the discriminator the layout."""
     two_scales: bool = False
     """A second discriminator on the picture at half size."""
-    variants: tuple[str, ...] = ("full",)
-    """Rows of the ablation table to train; see VARIANTS in stages.py."""
-    scene_variants: tuple[str, ...] = ("full",)
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = Recipe()
+    """How generators learn from faces."""
+    scene: Recipe = SCENE_RECIPE
     """The same for the two-head scene."""
     seeds: int = 1
     """Everything is trained with so many seeds, beginning with `seed`."""
@@ -124,32 +122,15 @@ class Config(RunConfig):
     """Pictures in each of those steps."""
     guide_lr: float = 1e-4
     """Their learning rate."""
-    guide_jitter: float = 0.15
-    """Random change of colour in them: an age network that goes by exact colours is easily fooled. Not on the
-    scene, where colour is the sign of age."""
 
     batch_size: int = 16
     """Pictures per step, over all processes; as many again are the real ones of the discriminator."""
-    steps: int = 200_000
-    """Steps on faces, each one of the generator and one of the discriminator."""
-    scene_steps: int = 600
-    """Steps on the scene."""
     warmup: int = 2000
     """First steps in which only the self-driven strategy runs."""
-    lr: float = 1e-4
-    """Learning rate of Adam, falling linearly to 0 in the second half."""
-    critic_lr: float = 1.0
-    """Learning rate of the discriminator relative to that; 1 on the scene."""
     betas: tuple[float, float] = (0.5, 0.99)
     """Adam's moments."""
     average: float = 0.999
     """Decay of the average of the generator's weights that is kept for use; 0: none."""
-    weights: Weights = Weights()
-    """Weights of the losses."""
-    scene_weights: Weights = Weights(identity=0.0, expectation=0.0)
-    """The same on the scene, where nobody appears twice and the ages are four."""
-    mismatch: bool = False
-    """The discriminator also learns that a real face under a wrong age is false; not on the scene."""
     reparse: bool = False
     """Parse the translated face anew before it is translated back."""
     recompute: bool = True
@@ -164,20 +145,30 @@ class Config(RunConfig):
 
 
 SMALL = Config(
-    data=("scene", "faces"), limits=DRAWN_LIMITS, image_size=32, flip=False, jitter=0.0, size="tiny",
-    output="residual", scene_variants=("full", "no-layout"), age_width=24, age_stages=3, identity_width=16,
-    guide_steps=250, guide_batch=32, guide_lr=2e-3, batch_size=8, steps=600, scene_steps=400, warmup=0,
-    lr=2e-3, critic_lr=2.0, average=0.0, mismatch=True, recompute=False, log_every=25, checkpoint_every=200,
-    sample_every=200,
-    weights=Weights(adversarial=4.0, age=0.3, expectation=0.0, reconstruction=4.0, cycle=4.0),
+    data=("scene", "faces"), limits=DRAWN_LIMITS, image_size=32, flip=False, age_width=24, age_stages=3,
+    identity_width=16, guide_steps=250, guide_batch=32, guide_lr=2e-3, batch_size=8, warmup=0, average=0.95,
+    recompute=False, log_every=25, checkpoint_every=200, sample_every=200,
+    recipe=Recipe(
+        size="tiny", output="residual", steps=600, lr=2e-3, critic_lr=2.0, mismatch=True, jitter=0.0,
+        weights=Weights(adversarial=4.0, age=0.3, expectation=0.0, reconstruction=4.0, cycle=4.0),
+    ),
+    scene=replace(
+        SCENE_RECIPE, size="keen", output="gated", variants=("full", "no-layout"), steps=400, lr=2e-3
+    ),
 )  # fmt: skip
+STUDY = replace(
+    SMALL,
+    seeds=2,
+    recipe=replace(SMALL.recipe, variants=TABLE),
+    scene=replace(SMALL.scene, variants=TABLE, steps=600),
+)
 PAPER = Config(workers=8)
 
 PRESETS = {
     "demo": SMALL,
-    "study": replace(SMALL, scene_variants=TABLE, variants=TABLE, scene_steps=600, seeds=2),
+    "study": STUDY,
     "paper": PAPER,
-    "ablation": replace(PAPER, variants=TABLE),
+    "ablation": replace(PAPER, recipe=replace(PAPER.recipe, variants=TABLE)),
 }
 
 
@@ -197,7 +188,8 @@ def faces_loader(stage: Stage, config: Config, accelerator: Accelerator, source:
         roles=1 if guides else 2,
     )
     # Guides and variants draw different samples, all variants of a seed the same ones.
-    jitter = 0.0 if stage.data == "scene" else config.guide_jitter if guides else config.jitter
+    recipe = recipe_of(config, stage.data)
+    jitter = recipe.guide_jitter if guides else recipe.jitter
     samples = TrainSet(source, 2 * stage.seed + guides, config.flip, jitter)
     pin = accelerator.device.type == "cuda"
     return DataLoader(samples, batch_sampler=batches, num_workers=config.workers, pin_memory=pin)
@@ -271,12 +263,11 @@ def train_variant(
     critic = build_critic(config, stage.data, stage.name).to(device, memory_format=torch.channels_last)
     net = as_one(net, device)
     guides = load_guides(config, stage, run.folder, source, device)
-    weights = weights_of(config, stage.data, stage.name)
+    recipe, weights = recipe_of(config, stage.data), weights_of(config, stage.data, stage.name)
     average = copy.deepcopy(net).requires_grad_(False) if config.average else None
     models = {"net": net, "critic": critic} | ({"average": average} if average is not None else {})
     learning = {name: list(models[name].parameters()) for name in ("net", "critic")}
-    scene = stage.data == "scene"
-    rates = (config.lr, config.lr * (1.0 if scene else config.critic_lr))
+    rates = (recipe.lr, recipe.lr * recipe.critic_lr)
     adam = partial(torch.optim.Adam, betas=config.betas, fused=device.type == "cuda")
     optimisers = [adam(learning[k], rate) for k, rate in zip(("net", "critic"), rates, strict=True)]
     resume(run.folder, position, models, optimisers)
@@ -314,8 +305,7 @@ def train_variant(
             real, fakes = (real_image, real_layout, real_group), [(made.translated, layout, target)]
             if weights.adversarial_self:
                 fakes.append((made.restored, layout, group))
-            mismatch = config.mismatch and not scene
-            wrong = other_groups(real_group, len(config.limits) + 1, chance) if mismatch else None
+            wrong = other_groups(real_group, len(config.limits) + 1, chance) if recipe.mismatch else None
             terms["critic"] = discriminator_backward(critic, real, fakes, wrong, accelerator.autocast)
             average_gradients(learning["critic"], processes)
             optimisers[1].step()

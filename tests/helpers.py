@@ -26,8 +26,8 @@ TINY = {
         "--sample-every 4 --decode-batch 2",
         "biphasic_age": "--size unit --image-size 16 --train-images 24 --pictures 3 --test-images 12 "
         "--scene-images 24 --scene-size 16 --age-width 4 --age-stages 2 --identity-width 4 --guide-steps 3 "
-        "--guide-batch 4 --batch-size 4 --steps 4 --scene-steps 4 --log-every 2 --checkpoint-every 2 "
-        "--sample-every 100",
+        "--guide-batch 4 --batch-size 4 --steps 4 --scene.steps 4 --log-every 2 --checkpoint-every 2 "
+        "--scene.size unit --sample-every 100",
         "faceswapper": "--size.img-size 32 --size.channel-base 128 --size.max-channels 8 --size.id-dim 8 "
         "--train-people 4 --judge-people 6 --judge-steps 2 --warmup 1 --iterations 3 "
         "--ablation-iterations 2",

@@ -12,6 +12,7 @@ from biphasic_age.data import (
     DRAWN_LIMITS,
     TEST_SEED,
     FileFaces,
+    PairSet,
     TrainSet,
     all_faces,
     drawn_faces,
@@ -237,6 +238,18 @@ def test_training_samples_are_balanced_over_ages_and_pure():
     assert drawn[0]["image"].min() >= -1 and drawn[0]["image"].max() <= 1
 
 
+def test_pairs_are_two_pictures_of_one_person():
+    source = drawn_faces(6, 3, 8, 3)
+    source.people[:2] = torch.tensor([7, 8])  # one person has a single picture left, two have no other
+    pairs, seen = PairSet(source, 0), set()
+    for n in range(60):
+        a, b = pairs.pick(2 * n), pairs.pick(2 * n + 1)
+        assert a != b and source.people[a] == source.people[b]
+        seen |= {a, b}
+    assert seen == set(range(3, 18))
+    assert torch.equal(pairs[(0, 4)]["image"], source.images[pairs.pick(4)] * 2 - 1)
+
+
 def test_a_mirrored_sample_has_a_mirrored_layout():
     source = drawn_faces(8, 3, 24)
     plain, flipped = TrainSet(source, 1), TrainSet(source, 1, flip=True)
@@ -314,4 +327,5 @@ def test_demo_draws_its_own_data_and_the_paper_preset_follows_the_protocol():
     demo, paper = PRESETS["demo"], PRESETS["paper"]
     assert demo.data == ("scene", "faces") and paper.data == ("cacd",)
     assert paper.limits == (30.0, 40.0, 50.0) and paper.image_size == 256
-    assert (paper.steps, paper.batch_size, paper.lr, paper.betas) == (200_000, 16, 1e-4, (0.5, 0.99))
+    learning = paper.recipe.steps, paper.batch_size, paper.recipe.lr, paper.betas
+    assert learning == (200_000, 16, 1e-4, (0.5, 0.99))

@@ -1,5 +1,7 @@
 """Biphasic face ageing: networks against closed forms and slow references, and what reaches what."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -16,7 +18,16 @@ from biphasic_age.layouts import (
     resize_labels,
     to_labels,
 )
-from biphasic_age.model import SIZES, Discriminator, Generator, Injection, InjectionBlock, Switches, TwoScales
+from biphasic_age.model import (
+    GATE_START,
+    SIZES,
+    Discriminator,
+    Generator,
+    Injection,
+    InjectionBlock,
+    Switches,
+    TwoScales,
+)
 from biphasic_age.projection import NoisyLayout, ProjectionNet
 from shared import faces
 from shared.bench import count_macs, count_parameters
@@ -101,6 +112,22 @@ def test_output_modes_are_their_formulas():
 
 
 # --- noisy layouts and ProjectionNet ------------------------------------------------------------------
+
+
+def test_a_strong_start_is_heard_and_the_gate_starts_nearly_shut():
+    layout = blobs(2, 16, 5)
+    told = {}
+    for gain in (None, 1.0):
+        torch.manual_seed(0)
+        net = Generator(replace(SIZES["unit"], gain=gain), 5, 4, "gated").eval()
+        assert (net.decoder.gate.bias == GATE_START).all()
+        with torch.no_grad():
+            young, old = (net.soft_maps(layout, torch.full((2,), t), 0.0)[0] for t in (0, 3))
+        told[gain] = (young - old).std()
+        critic = Discriminator(4, 2, 5, gain=gain)
+        spread = critic.first.weight.std() * critic.first.weight[0].numel() ** 0.5
+        assert (spread > 0.8) == (gain is not None)
+    assert told[1.0] > 30 * told[None]
 
 
 def test_noise_starts_at_half_and_stays_inside_its_region():

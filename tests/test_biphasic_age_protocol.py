@@ -12,7 +12,7 @@ from biphasic_age import protocol
 from biphasic_age.baselines import PlainGenerator, Prototypes, copy
 from biphasic_age.claims import face_claims, scene_claims
 from biphasic_age.data import drawn_faces
-from biphasic_age.judges import AgeJudge, IdentityJudge, OnnxJudge, train_judges
+from biphasic_age.judges import AgeJudge, IdentityJudge, OnnxJudge, train_age_judge, train_identity_judge
 from biphasic_age.model import SIZES
 from biphasic_age.scene import draw_scenes
 from biphasic_age.scene_eval import SceneTest, measure_scene
@@ -124,13 +124,14 @@ def test_translate_all_asks_for_every_age():
 def test_judges_learn_and_ignore_no_part():
     source = drawn_faces(16, 1, 16, 4)
     torch.manual_seed(0)
-    judges = {"age": AgeJudge(8, 2, 3), "identity": IdentityJudge(8, 2, 16)}
+    judges = {"age": AgeJudge(8, 2, 3), "identity": IdentityJudge(8, 2)}
     image = source.images * 2 - 1
     before = {
         "age": (judges["age"](image) - source.ages).abs().mean(),
         "identity": judges["identity"].loss(image, source.people),
     }
-    train_judges(judges, source, 60, 32, torch.device("cpu"), 0)
+    train_age_judge(judges["age"], source, 60, 32, torch.device("cpu"), 0)
+    train_identity_judge(judges["identity"], source, 60, 32, torch.device("cpu"), 0)
     with torch.no_grad():
         assert (judges["age"](image) - source.ages).abs().mean() < 0.8 * before["age"]
         assert judges["identity"].loss(image, source.people) < 0.9 * before["identity"]

@@ -136,7 +136,7 @@ def test_augment_reports_before_and_after_and_writes_the_copies(runs, tmp_path, 
 
 def test_bench_measures_all_forms(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PAPERS_RUNS", str(tmp_path))
-    bench.main(bench.BenchConfig(size="unit", image_size=64, seconds=0.0))
+    bench.main(bench.BenchConfig(size="unit", image_size=64, seconds=0.0, rounds=1))
     rows = json.loads((tmp_path / "biphasic_age" / "bench.json").read_text())["rows"]
     steps = {row["form"]: row for row in rows if row["what"] == "training step"}
     assert set(steps) == {"plain fp32", "fast fp32", "fast bf16"}

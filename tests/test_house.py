@@ -26,7 +26,7 @@ NARROW = {
     "dfl": "--trials dfl --per-client 20 --rounds 2",
     "mdrnets": "--data simple --variants full --no-unet --copy-steps 0",
     "anyface": "--variants full --wide-steps 0",
-    "biphasic_age": "--steps 2 --scene-steps 2",
+    "biphasic_age": "--steps 2 --scene.steps 2",
     "faceswapper": "--variants full --judge-width 4 --per-person 2 --iterations 2 --checkpoint-every 1",
     "most_net": "--steps 2 --batch 2 --save-every 1",
     "meta_reid": "--variants meta --steps 20",
