@@ -42,6 +42,9 @@ class Size:
     """Length of the identity code."""
     skips: tuple[int, ...] = (32, 64, 128)
     """Resolutions at which the target's features are restored outside the face."""
+    rgb_norm: bool = True
+    """Instance norm before RGB, as released. It takes away the level of every channel, which a small network
+    brings back with a few extreme pixels; False leaves it out."""
 
     def __post_init__(self):
         if self.img_size < 32 or self.img_size & (self.img_size - 1):
@@ -171,8 +174,8 @@ class Decoder(nn.Module):
         for r, twice in zip(self.resolutions, self.resolutions[1:], strict=False):
             blocks.append(AdainResBlk(c(r), c(twice), size.id_dim, up=True))
         self.model = nn.ModuleList(blocks)
-        self.to_rgb = _rgb(c(size.img_size))
-        self.rgb_converters = nn.ModuleList(_rgb(c(r)) for r in self.restored)
+        self.to_rgb = _rgb(c(size.img_size), size.rgb_norm)
+        self.rgb_converters = nn.ModuleList(_rgb(c(r), size.rgb_norm) for r in self.restored)
         self.skip_connects = nn.ModuleList(nn.Sequential(nn.Conv2d(c(r), c(r), 1)) for r in self.restored)
 
     def guides(self, landmarks: Tensor, mask: Tensor) -> dict[int, Guide]:
@@ -231,8 +234,9 @@ class Decoder(nn.Module):
         return Decoded(self.to_rgb(x), kept, sides)
 
 
-def _rgb(channels: int) -> nn.Sequential:
-    return nn.Sequential(AffineInstanceNorm(channels), nn.LeakyReLU(SLOPE), nn.Conv2d(channels, 3, 1))
+def _rgb(channels: int, norm: bool) -> nn.Sequential:
+    first = AffineInstanceNorm(channels) if norm else nn.Identity()
+    return nn.Sequential(first, nn.LeakyReLU(SLOPE), nn.Conv2d(channels, 3, 1))
 
 
 def _resize(x: Tensor, r: int) -> Tensor:

@@ -1,6 +1,7 @@
 """FaceSwapper: networks against the official names, the official arithmetic and closed forms."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -230,6 +231,18 @@ def test_identity_reaches_only_the_face_when_the_mask_is_exact():
         for source in (a, b)
     ]
     torch.testing.assert_close(*features)
+
+
+def test_without_the_last_norm_the_level_of_a_channel_reaches_the_picture():
+    with_norm, without = make(), make(replace(TINY, rgb_norm=False))
+    gone = with_norm.state_dict().keys() - without.state_dict().keys()
+    heads = ("to_rgb.0.", *(f"rgb_converters.{n}.0." for n in range(2)))
+    assert gone == {f"org_decoder.{head}{which}" for head in heads for which in ("weight", "bias")}
+    assert without.state_dict().keys() < with_norm.state_dict().keys()
+    x = torch.rand(2, 4, 64, 64)
+    for net, kept in ((with_norm, False), (without, True)):
+        low, high = (net.org_decoder.to_rgb(x + level).mean() for level in (0, 3))
+        assert (high - low).abs().item() > 0.1 if kept else (high - low).abs().item() < 1e-3
 
 
 def test_frozen_identity_is_no_part_of_the_weights():

@@ -190,7 +190,7 @@ def test_the_average_starts_and_follows():
 def test_penalty_every_other_step_counts_twice():
     config, learner, embed, batch = learner_of("full", r1_every=2)
     accelerator = start(config)
-    once = one_step("full")[1]["d_r1"]
+    once = one_step("full", r1_every=1)[1]["d_r1"]
     first = update(config, learner, embed, batch, 0, accelerator)
     assert first["d_r1"].item() == pytest.approx(2 * once.item(), rel=1e-4)
     assert "d_r1" not in update(config, learner, embed, batch, 1, accelerator)
