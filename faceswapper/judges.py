@@ -30,11 +30,21 @@ def looked_at(x: Tensor) -> Tensor:
     return x if x.shape[-1] == SIDE else F.adaptive_avg_pool2d(x, SIDE)
 
 
-class Trunk(nn.Module):
-    """Looks at 32x32 pixels through strided convolutions: (B, 3, S, S) in [-1, 1] -> (B, out)."""
+def blurred(x: Tensor) -> Tensor:
+    """Mean over 3x3 pixels; at the border over those that are there."""
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
-    def __init__(self, width: int, out: int):
+
+class Trunk(nn.Module):
+    """Looks at 32x32 pixels through strided convolutions: (B, 3, S, S) in [-1, 1] -> (B, out).
+
+    soft: it blurs them first. A sharp one in the training loss is pleased most easily by stripes as fine as its
+    strides, which no face has.
+    """
+
+    def __init__(self, width: int, out: int, soft: bool = False):
         super().__init__()
+        self.soft = soft
         layers, cin = [], 3
         for factor in (1, 2, 4):
             layers += [nn.Conv2d(cin, factor * width, 3, 2, 1), nn.BatchNorm2d(factor * width), nn.ReLU()]
@@ -43,15 +53,18 @@ class Trunk(nn.Module):
         self.head = nn.Linear(16 * cin, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(looked_at(x)).flatten(1))
+        x = looked_at(x)
+        if self.soft:
+            x = blurred(blurred(x))
+        return self.head(self.body(x).flatten(1))
 
 
 class Embedder(nn.Module):
     """A recogniser: (B, 3, S, S) in [-1, 1] -> embedding of length 1, (B, len(PERSON))."""
 
-    def __init__(self, width: int = 16):
+    def __init__(self, width: int = 16, soft: bool = False):
         super().__init__()
-        self.trunk, self.dim = Trunk(width, len(PERSON)), len(PERSON)
+        self.trunk, self.dim = Trunk(width, len(PERSON), soft), len(PERSON)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(self.trunk(x))
@@ -126,11 +139,13 @@ def identity_targets(params: Params) -> Tensor:
     return torch.stack(list(columns.values()), 1)
 
 
-def train_embedder(pictures: DrawnFaces, seed: int, width: int, steps: int) -> Embedder:
+def train_embedder(
+    pictures: DrawnFaces, seed: int, width: int, steps: int, soft: bool = False
+) -> Embedder:
     """A recogniser for the world: it learns to read what makes a person; its embedding is what it read."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = Embedder(width)
+        net = Embedder(width, soft)
     _learn(net, pictures, identity_targets(pictures.params), steps, seed, "recogniser", mobile=True)
     return net
 

@@ -124,12 +124,12 @@ DEMO = Config(
     per_person=1,
     size=Size(img_size=64, channel_base=512, max_channels=64, id_dim=64, rgb_norm=False),
     variants=("full", "no-identity-loss", "no-landmarks", "no-attribute-losses", "no-mask"),
-    weights=Weights(adversarial=0.3, identity=8.0, reconstruction=15.0, attribute_background=5.0),
+    weights=Weights(adversarial=0.3, identity=10.0, reconstruction=15.0, attribute_background=5.0),
     r1_every=4,
     batch_size=4,
     iterations=900,
     ablation_iterations=500,
-    warmup=300,
+    warmup=400,
     warmup_lr=2e-3,
     lr=1e-3,
     id_lr=2e-3,
@@ -293,7 +293,7 @@ def train_helpers(config: Config, tools: dict[str, nn.Module], pictures: Picture
     others = DrawnFaces(*people, config.size.img_size, config.landmark_values)
     steps, width = config.judge_steps, config.judge_width
     for name, trained in (
-        ("recogniser", train_embedder(pictures, config.seed, width, steps)),
+        ("recogniser", train_embedder(pictures, config.seed, width, steps, soft=True)),
         ("judge", train_embedder(others, config.seed + 1, width + 4, steps)),
         ("reader", train_reader(others, config.seed + 2, width, steps)),
     ):

@@ -172,7 +172,7 @@ def helpers(config: "Config") -> dict[str, nn.Module]:
     if config.data != "faces":
         return {}
     return {
-        "recogniser": Embedder(config.judge_width),
+        "recogniser": Embedder(config.judge_width, soft=True),
         "judge": Embedder(config.judge_width + 4),
         "reader": Reader(config.judge_width),
     }
