@@ -38,8 +38,8 @@ def blurred(x: Tensor) -> Tensor:
 class Trunk(nn.Module):
     """Looks at 32x32 pixels through strided convolutions: (B, 3, S, S) in [-1, 1] -> (B, out).
 
-    soft: it blurs them first. A sharp one in the training loss is pleased most easily by stripes as fine as its
-    strides, which no face has.
+    soft: it blurs them first, so that in the training loss it cannot be pleased by stripes a pixel or two
+    wide, which no face has.
     """
 
     def __init__(self, width: int, out: int, soft: bool = False):
@@ -139,9 +139,7 @@ def identity_targets(params: Params) -> Tensor:
     return torch.stack(list(columns.values()), 1)
 
 
-def train_embedder(
-    pictures: DrawnFaces, seed: int, width: int, steps: int, soft: bool = False
-) -> Embedder:
+def train_embedder(pictures: DrawnFaces, seed: int, width: int, steps: int, soft: bool = False) -> Embedder:
     """A recogniser for the world: it learns to read what makes a person; its embedding is what it read."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

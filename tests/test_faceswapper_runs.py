@@ -294,8 +294,8 @@ HOLD = {"C1", "C3", "C4", "C5", "C6", "C8"}
 def test_claims_of_the_demo(tmp_path):
     """The demo shows what the README says it shows.
 
-    Every claim must be judged; those that the README lists as holding must hold. The others (see its table) do
-    not hold in the demo's time and are not asked for.
+    Every claim must be judged; those that the README lists as holding must hold. The others (see its table)
+    do not hold in the demo's time and are not asked for.
     """
     folder = Path(last_line(tmp_path, "train.py", "demo"))
     assert Path(last_line(tmp_path, "eval.py")) == folder
