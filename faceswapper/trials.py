@@ -102,7 +102,7 @@ def names_of(trial: Trial, iteration: int | None = None) -> list[str]:
     names = [trial.name] if finished else []
     if trial.snapshot and (finished or iteration >= trial.snapshot):
         names.append(f"{trial.name}-at-{trial.snapshot}")
-    if trial.keeps and (finished or iteration >= trial.keeps):
+    if trial.keeps and (finished or iteration > trial.keeps):  # kept when the next iteration begins
         names.append(trial.warm)
     return names
 

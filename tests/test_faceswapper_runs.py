@@ -57,7 +57,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 # Saves: 6 of the method (warm-up to 2, snapshot at 4), 2 of a trial that goes on from there, 4 of another.
-@pytest.mark.parametrize("saves", [1, 5, 7])
+@pytest.mark.parametrize("saves", [1, 2, 5, 7])
 def test_killed_and_resumed_run_is_the_same(tmp_path, whole, saves):
     program = (
         "from pathlib import Path\n"
