@@ -62,7 +62,11 @@ def convert(latents: Path, names: Path | None, out: Path) -> None:
 
 
 def invert_set(options: CodesOptions) -> None:
-    """Codes of all pictures of a set, train and test. UserError for missing weights or pictures."""
+    """Codes of all pictures of a set, train and test. UserError for missing weights or pictures.
+
+    What `invert` remarks on goes into a text file beside the codes, a line for each remark, and is summed up
+    on stderr.
+    """
     if options.generator_weights is None or options.clip_weights is None:
         raise UserError("inversion needs --generator-weights and --clip-weights")
     device = pick_device(options.device)
@@ -77,6 +81,7 @@ def invert_set(options: CodesOptions) -> None:
     if encoder is not None:
         encoder[0].to(device).eval().requires_grad_(False)
     names, codes, poor = [], [], []
+    remarks: dict[str, list[str]] = {}
     for part in ("train", "test"):
         found = open_set(options.data_root, part, options.layout)
         for name, path in progress(list(zip(found.names, found.pictures, strict=True)), part):
@@ -86,7 +91,19 @@ def invert_set(options: CodesOptions) -> None:
             found_code = invert(model, read_image(path), options.steps, encoder)
             codes.append(found_code.code.cpu())
             poor += [name] if found_code.explained < EXPLAINED else []
+            if found_code.warnings:
+                remarks[name] = found_code.warnings
     write_codes(options.out, names, torch.cat(codes).float())
+    listed = options.out.with_suffix(".warnings.txt")
+    listed.unlink(missing_ok=True)  # of an earlier call
+    if remarks:
+        lines = [f"{name}: {remark}" for name, own in remarks.items() for remark in own]
+        listed.write_text("\n".join(lines) + "\n", "utf-8")
+        print(
+            f"warning: {len(remarks)} of {len(names)} faces came with remarks, listed in {listed}; "
+            f"the first: {lines[0]}",
+            file=sys.stderr,
+        )
     if poor:
         print(
             f"warning: {len(poor)} of {len(names)} faces are reproduced to less than {100 * EXPLAINED:.0f} % "

@@ -14,6 +14,10 @@ from torch.nn import functional as F
 
 Modulation = Literal["scaled", "grouped"]
 
+NARROW = 64
+"""Widest layer that enlarges by `up_phases`: four times the products, but no slow transposed convolution and
+no filter, which cost more than products in narrow layers."""
+
 
 class PixelNorm(nn.Module):
     """Scale (B, C) so that the mean square over C is 1."""
@@ -93,6 +97,19 @@ class Upsample(nn.Module):
         return F.conv_transpose2d(x, weight, stride=2, padding=1, groups=channels)
 
 
+def up_phases(weight: Tensor, fir: Tensor) -> Tensor:
+    """Enlarging convolution and filter as one 3x3 convolution with four times the channels.
+
+    weight (out, in, 3, 3), fir (4, 4) symmetric -> (4 out, in, 3, 3). Transposed convolution with stride 2
+    and filter are together a transposed convolution with the 6x6 kernel `weight * fir`; each of the four
+    pixels that a pixel becomes reads every other of its rows and columns. `F.pixel_shuffle` puts them in place.
+    """
+    out, into = weight.shape[:2]
+    whole = F.conv2d(weight.reshape(-1, 1, 3, 3), fir[None, None], padding=3)  # (out * in, 1, 6, 6)
+    phases = whole.view(out, into, 3, 2, 3, 2).flip(2, 4)
+    return phases.permute(0, 3, 5, 1, 2, 4).reshape(4 * out, into, 3, 3)
+
+
 class ModulatedConv2d(nn.Module):
     """Convolution whose input channels are scaled by a style and whose output channels are normalised again.
 
@@ -120,24 +137,39 @@ class ModulatedConv2d(nn.Module):
         self.padding = kernel_size // 2
 
     def forward(self, x: Tensor, style: Tensor, styled: bool = False) -> Tensor:
-        style = style if styled else self.modulation(style)
-        return self._grouped(x, style) if self.form == "grouped" else self._scaled(x, style)
+        if self.form == "grouped":
+            return self._grouped(x, style if styled else self.modulation(style))
+        out, factor = self.parts(x, style, styled)
+        return out if factor is None else out * factor
 
-    def _scaled(self, x: Tensor, style: Tensor) -> Tensor:
+    def parts(self, x: Tensor, style: Tensor, styled: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The convolution before its demodulation (B, out, H, W), and the factor (B, out, 1, 1) that is still
+        to be multiplied in, None without demodulation. What follows can take the factor along in its own
+        pass over the picture."""
+        style = style if styled else self.modulation(style)
         weight = self.weight[0] * self.scale  # (out, in, k, k)
+        if weight.shape[-1] == 1 and not self.demodulate:
+            # To RGB: three output channels, so the small weights are scaled and not the many activations.
+            scaled = weight[:, :, 0, 0] * style[:, None]  # (B, out, in)
+            out = x.permute(0, 2, 3, 1).flatten(1, 2) @ scaled.transpose(1, 2).to(x.dtype)
+            return out.transpose(1, 2).unflatten(2, x.shape[-2:]), None
         # Channels last: convolutions and above all the filter of single channels run faster in it.
         x = (x * style[:, :, None, None].to(x.dtype)).contiguous(memory_format=torch.channels_last)
-        if self.upsample:
+        if self.upsample and max(weight.shape[:2]) <= NARROW:
+            kernel = up_phases(weight, self.blur.kernel.to(weight.dtype))
+            kernel = kernel.contiguous(memory_format=torch.channels_last)
+            out = F.pixel_shuffle(F.conv2d(x, kernel, padding=1), 2)
+        elif self.upsample:
             kernel = weight.transpose(0, 1).contiguous(memory_format=torch.channels_last)
             out = self.blur(F.conv_transpose2d(x, kernel, stride=2))
         else:
             kernel = weight.contiguous(memory_format=torch.channels_last)
             out = F.conv2d(x, kernel, padding=self.padding)
-        if self.demodulate:
-            # sum over (in, k, k) of (W s)^2, without forming W s for each sample.
-            energy = style.square() @ weight.square().sum((2, 3)).T
-            out = out * torch.rsqrt(energy + 1e-8)[:, :, None, None].to(out.dtype)
-        return out
+        if not self.demodulate:
+            return out, None
+        # sum over (in, k, k) of (W s)^2, without forming W s for each sample.
+        energy = style.square() @ weight.square().sum((2, 3)).T
+        return out, torch.rsqrt(energy + 1e-8)[:, :, None, None].to(out.dtype)
 
     def _grouped(self, x: Tensor, style: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -187,7 +219,14 @@ class StyledConv(nn.Module):
         self.activate = FusedLeakyReLU(out_channel)
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor, styled: bool = False) -> Tensor:
-        return self.activate(self.noise(self.conv(x, style, styled), noise))
+        if self.conv.form == "grouped":
+            return self.activate(self.noise(self.conv(x, style, styled), noise))
+        # Demodulation, noise, bias and sqrt(2) in one pass: leaky ReLU commutes with positive factors.
+        out, factor = self.conv.parts(x, style, styled)
+        shift = self.noise.weight * noise + self.activate.bias.view(1, -1, 1, 1)
+        gain = math.sqrt(2)
+        out = torch.addcmul((gain * shift).to(out.dtype), out, gain * factor)
+        return F.leaky_relu_(out, 0.2)
 
 
 class ToRGB(nn.Module):

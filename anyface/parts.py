@@ -15,12 +15,25 @@ from torch.nn import functional as F
 from anyface.clip import WordTokenizer, build_clip, image_features, text_features
 from anyface.data import mixed
 from anyface.judges import Judge, judge_loss
+from anyface.muon import Muon
 from anyface.stylegan2 import Generator
-from anyface.world import TRAITS, describe, draw_latents, every_wording, make_world, read_traits, render
+from anyface.world import (
+    LATENT,
+    TRAITS,
+    describe,
+    draw_latents,
+    every_wording,
+    make_world,
+    read_traits,
+    render,
+    unit,
+)
 from shared.runtime import step_generator
 
 CONTEXT = 28
 CHANNELS = {4: 64, 8: 64, 16: 64, 32: 32, 64: 16}
+SHAKEN = 0.2
+"""Noise on every layer's code while the generator learns, in standard deviations of the codes."""
 WORLD_STREAMS = {"clip": 31, "generator": 32, "wide": 33, "judge": 34, "mapping": 35, "half": 36}
 """Numbers that keep the random draws of the parts apart."""
 
@@ -112,7 +125,8 @@ def teach_mapping(generator: Generator, steps: int, seed: int) -> None:
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = 1e-2 * warm_cosine(step / steps)
-        z = torch.randn(2, 256, 64, generator=step_generator(seed, step, WORLD_STREAMS["mapping"])).to(device)
+        rng = step_generator(seed, step, WORLD_STREAMS["mapping"])
+        z = unit(torch.randn(2, 256, LATENT, generator=rng)).to(device)
         told = heads(generator.mapping(z.flatten(0, 1))).view(2, 256, -1)
         logits = torch.cat((told[0, :, :coarse], told[1, :, coarse:-3]), 1)
         loss = judge_loss(logits, read_traits(*z)) + (told[0, :, -3:] - z[0, :, :3].tanh()).square().mean()
@@ -125,9 +139,8 @@ def generator_learner(label: str, generator: Generator, steps: int, seed: int, d
     """Supervised style mixing: codes with the coarse layers of one face and the fine ones of another must
     give the drawing of those traits. Every face's code is then known."""
     generator.to(device)
-    optimiser = torch.optim.Adam(generator.parameters(), 2e-2, betas=(0.0, 0.99))
-    terms = _drawing_terms(generator, generator, seed, WORLD_STREAMS[label], 32)
-    return Learner(label, steps, {label: generator}, optimiser, terms, warm_cosine)
+    terms = _drawing_terms(generator, generator, seed, WORLD_STREAMS[label])
+    return Learner(label, steps, {label: generator}, Muon(generator.parameters()), terms, warm_cosine)
 
 
 def wide_learner(wide: Generator, generator: Generator, steps: int, seed: int, device) -> Learner:
@@ -137,21 +150,27 @@ def wide_learner(wide: Generator, generator: Generator, steps: int, seed: int, d
     new = [*wide.convs[-2:].parameters(), *wide.to_rgbs[-1].parameters()]
     for parameter in new:
         parameter.requires_grad_(True)
-    optimiser = torch.optim.Adam(new, 8e-3, betas=(0.0, 0.99))
-    terms = _drawing_terms(wide, generator, seed, WORLD_STREAMS["wide"], 16)
-    return Learner("wide", steps, {"wide": wide}, optimiser, terms, warm_cosine)
+    terms = _drawing_terms(wide, generator, seed, WORLD_STREAMS["wide"])
+    return Learner("wide", steps, {"wide": wide}, Muon(new), terms, warm_cosine)
 
 
-def _drawing_terms(net: Generator, mapper: Generator, seed: int, stream: int, batch: int):
+def _drawing_terms(net: Generator, mapper: Generator, seed: int, stream: int, batch: int = 16):
+    """L1 and L2 to the drawings; eyes, glasses, nose and lips in the middle count four times, because they
+    are few pixels. Codes are shaken, so that codes near a face's own, as captions give, are that face too."""
     device = net.input.input.device
+    weight = torch.ones(net.size, net.size)
+    n = net.size // 8
+    weight[3 * n : 7 * n, 2 * n : 6 * n] = 4.0
+    weight = (weight / weight.mean()).to(device)
 
     def terms(step: int) -> dict[str, Tensor]:
         rng = step_generator(seed, step, stream)
-        coarse, fine = torch.randn(2, batch, 64, generator=rng)
+        coarse, fine = unit(torch.randn(2, batch, LATENT, generator=rng))
         target = render(coarse, fine, net.size).to(device)
         code = mixed(mapper.mapping(coarse.to(device)), mapper.mapping(fine.to(device)), net.n_latent)
-        made = net.synthesis(code)
-        return {"L1": F.l1_loss(made, target), "L2": F.mse_loss(made, target)}
+        code = code + SHAKEN * code.detach().std() * torch.randn(code.shape, generator=rng).to(device)
+        off = net.synthesis(code) - target
+        return {"L1": (weight * off.abs()).mean(), "L2": (weight * off.square()).mean()}
 
     return terms
 

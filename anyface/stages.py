@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "no-dt": {"dt": False},
     "no-cmd": {"cmd": False},
-    "cmd-0.5": {"lambda_cmd": 0.5},
+    "cmd-0.1": {"lambda_cmd": 0.1},
     "no-clip": {"clip_loss": False},
     "one-stream": {"one_stream": True},
     "no-norm": {"norm_weight": 0.0},

@@ -142,8 +142,8 @@ class Config(RunConfig):
 
 PAPER = Config()
 SMALL = Config(
-    data="world", size="tiny", test_faces=300, clip_steps=1000, half_steps=500, generator_steps=600,
-    wide_steps=100, judge_steps=200, variants=("full", "no-dt", "no-cmd"), lambda_cmd=0.1, decode_batch=4,
+    data="world", size="tiny", test_faces=300, clip_steps=1000, half_steps=900, generator_steps=1300,
+    wide_steps=300, judge_steps=200, variants=("full", "no-dt", "no-cmd"), decode_batch=4,
     optimiser="adam", lr=1e-3, lr_transformer=1e-3, schedule="cosine", batch_size=32, steps=400, log_every=50,
     checkpoint_every=100, sample_every=200,
 )  # fmt: skip
@@ -153,9 +153,9 @@ PRESETS = {
     "demo": SMALL,
     "differences": replace(SMALL, variants=(*SMALL.variants, *DIFFERENCES)),
     "study": replace(
-        SMALL, seeds=2, steps=900, clip_steps=2500, half_steps=1500, generator_steps=2500, wide_steps=500,
+        SMALL, seeds=2, steps=900, clip_steps=2500, half_steps=3000, generator_steps=5000, wide_steps=1500,
         judge_steps=750,
-        variants=(*SMALL.variants, "cmd-0.5", "no-clip", "one-stream", "neg-all", "words", *DIFFERENCES),
+        variants=(*SMALL.variants, "cmd-0.1", "no-clip", "one-stream", "neg-all", "words", *DIFFERENCES),
     ),
     "paper": PAPER,
     "official": replace(PAPER, behaviour=BEHAVIOUR["official"]),

@@ -85,12 +85,22 @@ _SKIN = torch.tensor([(0.99, 0.87, 0.78), (0.85, 0.64, 0.44), (0.47, 0.30, 0.20)
 _WALL = torch.tensor([(0.25, 0.45, 0.85), (0.25, 0.65, 0.35), (0.68, 0.68, 0.70)])
 _LIPS = torch.tensor([(0.80, 0.58, 0.52), (0.80, 0.08, 0.14)])
 _HAT = torch.tensor((0.48, 0.20, 0.62))
+_CLOTHES = torch.tensor((0.16, 0.20, 0.32))
+
+ZOOM = 1.2
+"""How large the middle face is, so that eyes and glasses take pixels enough at 32x32."""
+
+
+def unit(z: Tensor) -> Tensor:
+    """Vectors (..., 64) at a mean square of 1, all that StyleGAN2's mapping network sees of them: it scales
+    its input so, and a trait that hung on the length could not be drawn."""
+    return z * z.square().mean(-1, keepdim=True).rsqrt()
 
 
 def draw_latents(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(z_coarse, z_fine) of `count` faces, each (count, 64), standard normal."""
+    """(z_coarse, z_fine) of `count` faces, each (count, 64): standard normal, brought to `unit` length."""
     rng = torch.Generator().manual_seed(seed)
-    z = torch.randn(2, count, LATENT, generator=rng)
+    z = unit(torch.randn(2, count, LATENT, generator=rng))
     return z[0], z[1]
 
 
@@ -113,14 +123,15 @@ def render(z_coarse: Tensor, z_fine: Tensor, size: int = 32) -> Tensor:
         trait.name: column for trait, column in zip(TRAITS, read_traits(z_coarse, z_fine).T, strict=True)
     }
     n, axis = len(z_coarse), (torch.arange(size) + 0.5) / size * 2 - 1
-    shift = 0.06 * torch.tanh(z_coarse[:, :2])
-    scale = (1 + 0.08 * torch.tanh(z_coarse[:, 2])).view(n, 1, 1)
-    x = (axis.view(1, 1, -1) - shift[:, 0].view(n, 1, 1)) / scale  # face coordinates, (B, size, size)
-    y = (axis.view(1, -1, 1) - shift[:, 1].view(n, 1, 1)) / scale
-    soft = size * 0.7  # edges are about a pixel and a half wide at any size
+    place = z_coarse[:, :3].tanh().view(n, 3, 1, 1)
+    scale = ZOOM * (1 + 0.05 * place[:, 2])
+    x = (axis.view(1, 1, -1) - 0.03 * place[:, 0]) / scale  # face coordinates, (B, size, size)
+    y = (axis.view(1, -1, 1) - 0.03 * place[:, 1] - 0.06) / scale
+    soft = size * 1.2  # edges are about a pixel wide at any size
 
-    def ellipse(cx: float, cy: float, rx: float, ry: float) -> Tensor:
-        radius = (((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2).sqrt()
+    def ellipse(cx: float, cy: float, rx: float, ry: float, bend: float = 0.0) -> Tensor:
+        down = y - cy + bend * ((x - cx) / rx) ** 2  # the ends of a bent ellipse are higher than its middle
+        radius = (((x - cx) / rx) ** 2 + (down / ry) ** 2).sqrt()
         return torch.sigmoid((1 - radius) * min(rx, ry) * soft)
 
     def flag(name: str) -> Tensor:
@@ -133,22 +144,26 @@ def render(z_coarse: Tensor, z_fine: Tensor, size: int = 32) -> Tensor:
         picture = torch.lerp(picture, colour.view(-1, 3, 1, 1), where.unsqueeze(1))
 
     hair, skin = _HAIR[value["hair colour"]], _SKIN[value["skin"]]
-    long = ellipse(0, 0.16, 0.66, 0.80) * torch.sigmoid((0.80 - y) * soft)
+    dark, white = torch.tensor((0.06, 0.05, 0.08)), torch.tensor((0.98, 0.98, 0.98))
+    long = ellipse(0, 0.12, 0.66, 0.80) * torch.sigmoid((0.72 - y) * soft)
     cap = ellipse(0, -0.14, 0.58, 0.64) * torch.sigmoid((0.02 - y) * soft)
     paint(torch.maximum(cap, long * flag("hair length")), hair)
-    paint(ellipse(0, 0.72, 0.20, 0.24), skin * 0.9)
-    paint(ellipse(0, 0.08, 0.46, 0.60), skin)
-    fringe = ellipse(0, -0.40, 0.40, 0.20)
-    paint(fringe, hair)
+    paint(ellipse(0, 1.10, 0.72, 0.40), _CLOTHES)
+    paint(ellipse(0, 0.68, 0.19, 0.24), skin * 0.86)
     for side in (-1, 1):
-        paint(ellipse(side * 0.19, -0.02, 0.10, 0.075), torch.tensor((0.97, 0.97, 0.97)))
-        paint(ellipse(side * 0.19, -0.02, 0.05, 0.06), torch.tensor((0.10, 0.10, 0.16)))
-        rim = ellipse(side * 0.20, -0.02, 0.19, 0.17) - ellipse(side * 0.20, -0.02, 0.12, 0.10)
-        paint(rim.clamp(0, 1) * flag("glasses"), torch.tensor((0.05, 0.05, 0.05)))
-    paint(ellipse(0, 0.17, 0.05, 0.09), skin * 0.78)
-    paint(ellipse(0, 0.40, 0.20, 0.075), _LIPS[value["lips"]])
+        paint(ellipse(side * 0.46, 0.06, 0.08, 0.12) * (1 - flag("hair length")), skin * 0.92)
+    paint(ellipse(0, 0.08, 0.46, 0.60), skin)
+    paint(ellipse(0, -0.42, 0.42, 0.20), hair)
+    for side in (-1, 1):
+        paint(ellipse(side * 0.20, -0.155, 0.125, 0.035, bend=-0.03), hair * 0.55)
+        paint(ellipse(side * 0.20, 0.0, 0.115, 0.08), white)
+        paint(ellipse(side * 0.20, 0.0, 0.06, 0.07), dark)
+        rim = ellipse(side * 0.215, 0.0, 0.205, 0.17) - ellipse(side * 0.215, 0.0, 0.14, 0.105)
+        paint(rim.clamp(0, 1) * flag("glasses"), dark)
+    paint(ellipse(0, 0.19, 0.055, 0.09), skin * 0.78)
+    paint(ellipse(0, 0.42, 0.20, 0.06, bend=0.05), _LIPS[value["lips"]])
     crown = ellipse(0, -0.52, 0.50, 0.36) * torch.sigmoid((-0.36 - y) * soft)
-    brim = ellipse(0, -0.36, 0.62, 0.11)
+    brim = ellipse(0, -0.36, 0.66, 0.085)
     paint(torch.maximum(crown, brim) * flag("hat"), _HAT)
     return picture * 2 - 1
 

@@ -356,7 +356,14 @@ def test_codes_are_made_from_pictures_or_named(mm_celeba, tmp_path, capsys):
     main(CodesOptions(data_root=mm_celeba, **weights, steps=1, out=out, device="cpu"))
     found = read_codes(out, ["4", "0"])
     assert found.shape == (2, 8, 64) and found.isfinite().all()
-    assert "5 of 5 faces are reproduced to less than 50 %" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "5 of 5 faces are reproduced to less than 50 %" in said
+    # What the inversion remarks on is not lost: every face's remarks stand in a file that is named.
+    listed = out.with_suffix(".warnings.txt")
+    assert f"5 of 5 faces came with remarks, listed in {listed}" in said
+    lines = listed.read_text("utf-8").splitlines()
+    assert len({line.split(":")[0] for line in lines}) == 5
+    assert any("of this picture's variance" in line or "of one colour" in line for line in lines)
     with pytest.raises(UserError, match="--generator-weights"):
         main(CodesOptions(data_root=mm_celeba, out=out))
 
