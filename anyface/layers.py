@@ -102,7 +102,7 @@ def up_phases(weight: Tensor, fir: Tensor) -> Tensor:
 
     weight (out, in, 3, 3), fir (4, 4) symmetric -> (4 out, in, 3, 3). Transposed convolution with stride 2
     and filter are together a transposed convolution with the 6x6 kernel `weight * fir`; each of the four
-    pixels that a pixel becomes reads every other of its rows and columns. `F.pixel_shuffle` puts them in place.
+    pixels that a pixel becomes reads every other of its rows and columns. `F.pixel_shuffle` places them.
     """
     out, into = weight.shape[:2]
     whole = F.conv2d(weight.reshape(-1, 1, 3, 3), fir[None, None], padding=3)  # (out * in, 1, 6, 6)

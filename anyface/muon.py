@@ -1,5 +1,5 @@
-"""Muon (Jordan et al., 2024): steps of equal size in all directions of a weight matrix, which teach the demo's
-small generator in about half of Adam's steps."""
+"""Muon (Jordan et al., 2024): steps of equal size in all directions of a weight matrix. It teaches the demo's
+small generator faster than Adam."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
