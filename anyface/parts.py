@@ -34,7 +34,8 @@ CONTEXT = 28
 CHANNELS = {4: 64, 8: 64, 16: 64, 32: 32, 64: 16}
 SHAKEN = 0.2
 """Noise on every layer's code while the generator learns, in standard deviations of the codes."""
-WORLD_STREAMS = {"clip": 31, "generator": 32, "wide": 33, "judge": 34, "mapping": 35, "half": 36}
+_DRAWN = ("clip", "generator", "wide", "judge", "mapping", "half", "shaken")
+WORLD_STREAMS = {name: number for number, name in enumerate(_DRAWN, start=31)}
 """Numbers that keep the random draws of the parts apart."""
 
 
@@ -115,8 +116,9 @@ def clip_learner(
 
 
 def teach_mapping(generator: Generator, steps: int, seed: int) -> None:
-    """Teach the mapping network alone: from w, linear heads must tell the traits of its vector, and place and
-    size. It takes seconds, and synthesis then starts from codes in which the traits lie apart."""
+    """Teach the mapping network alone: from a shaken w, linear heads must tell the traits of its vector, and
+    place and size. It takes seconds, and decides how often synthesis, which starts from codes in which the
+    traits lie apart, can draw the right ones. At the end w is scaled to a deviation of 1."""
     coarse = sum(len(trait.shares) for trait in TRAITS if trait.coarse)
     counts = [len(trait.shares) for trait in TRAITS]
     device = generator.input.input.device
@@ -127,12 +129,25 @@ def teach_mapping(generator: Generator, steps: int, seed: int) -> None:
             group["lr"] = 1e-2 * warm_cosine(step / steps)
         rng = step_generator(seed, step, WORLD_STREAMS["mapping"])
         z = unit(torch.randn(2, 256, LATENT, generator=rng)).to(device)
-        told = heads(generator.mapping(z.flatten(0, 1))).view(2, 256, -1)
+        w = generator.mapping(z.flatten(0, 1))
+        told = heads(_shake(w, step_generator(seed, step, WORLD_STREAMS["shaken"]))).view(2, 256, -1)
         logits = torch.cat((told[0, :, :coarse], told[1, :, coarse:-3]), 1)
         loss = judge_loss(logits, read_traits(*z)) + (told[0, :, -3:] - z[0, :, :3].tanh()).square().mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
+    with torch.no_grad():
+        # The last layer's leaky ReLU lets positive factors through.
+        size = w.std(0).square().mean().sqrt()
+        for parameter in generator.style[-1].parameters():
+            parameter /= size
+
+
+def _shake(codes: Tensor, rng: torch.Generator) -> Tensor:
+    """Codes (..., D) with noise of `SHAKEN` deviations, so that what is near a face's own code, as captions'
+    codes are, still is that face."""
+    noise = torch.randn(codes.shape, generator=rng).to(codes.device)
+    return codes + SHAKEN * codes.detach().flatten(0, -2).std(0).mean() * noise
 
 
 def generator_learner(label: str, generator: Generator, steps: int, seed: int, device) -> Learner:
@@ -140,7 +155,9 @@ def generator_learner(label: str, generator: Generator, steps: int, seed: int, d
     give the drawing of those traits. Every face's code is then known."""
     generator.to(device)
     terms = _drawing_terms(generator, generator, seed, WORLD_STREAMS[label])
-    return Learner(label, steps, {label: generator}, Muon(generator.parameters()), terms, warm_cosine)
+    synthesis = [p for name, p in generator.named_parameters() if not name.startswith("style")]
+    optimiser = Muon([{"params": synthesis}, {"params": generator.style.parameters(), "lr": 2e-3}])
+    return Learner(label, steps, {label: generator}, optimiser, terms, warm_cosine)
 
 
 def wide_learner(wide: Generator, generator: Generator, steps: int, seed: int, device) -> Learner:
@@ -156,7 +173,7 @@ def wide_learner(wide: Generator, generator: Generator, steps: int, seed: int, d
 
 def _drawing_terms(net: Generator, mapper: Generator, seed: int, stream: int, batch: int = 16):
     """L1 and L2 to the drawings; eyes, glasses, nose and lips in the middle count four times, because they
-    are few pixels. Codes are shaken, so that codes near a face's own, as captions give, are that face too."""
+    are few pixels. Codes are shaken."""
     device = net.input.input.device
     weight = torch.ones(net.size, net.size)
     n = net.size // 8
@@ -168,8 +185,7 @@ def _drawing_terms(net: Generator, mapper: Generator, seed: int, stream: int, ba
         coarse, fine = unit(torch.randn(2, batch, LATENT, generator=rng))
         target = render(coarse, fine, net.size).to(device)
         code = mixed(mapper.mapping(coarse.to(device)), mapper.mapping(fine.to(device)), net.n_latent)
-        code = code + SHAKEN * code.detach().std() * torch.randn(code.shape, generator=rng).to(device)
-        off = net.synthesis(code) - target
+        off = net.synthesis(_shake(code, rng)) - target
         return {"L1": (weight * off.abs()).mean(), "L2": (weight * off.square()).mean()}
 
     return terms

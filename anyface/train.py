@@ -142,8 +142,8 @@ class Config(RunConfig):
 
 PAPER = Config()
 SMALL = Config(
-    data="world", size="tiny", test_faces=300, clip_steps=1000, half_steps=900, generator_steps=1300,
-    wide_steps=300, judge_steps=200, variants=("full", "no-dt", "no-cmd"), decode_batch=4,
+    data="world", size="tiny", test_faces=300, clip_steps=1000, half_steps=600, generator_steps=800,
+    wide_steps=250, judge_steps=200, variants=("full", "no-dt", "no-cmd"), decode_batch=4,
     optimiser="adam", lr=1e-3, lr_transformer=1e-3, schedule="cosine", batch_size=32, steps=400, log_every=50,
     checkpoint_every=100, sample_every=200,
 )  # fmt: skip
