@@ -20,7 +20,7 @@ from anyface.clip import (
     vit_b32,
 )
 from anyface.encoder import E4E, IRSE50
-from anyface.layers import Blur, EqualLinear, ModulatedConv2d, Upsample, fir_kernel
+from anyface.layers import NARROW, Blur, EqualLinear, ModulatedConv2d, Upsample, fir_kernel
 from anyface.lightcnn import LightCNN9, LightCNN29v2, grey_faces
 from anyface.model import (
     OFFICIAL,
@@ -116,11 +116,14 @@ def upfirdn(x, kernel, up, pad):
 
 @pytest.mark.parametrize(("upsample", "kernel"), [(False, 1), (False, 3), (True, 3)])
 @pytest.mark.parametrize("demodulate", [False, True])
-def test_scaled_convolution_equals_the_grouped_form(upsample, demodulate, kernel):
+@pytest.mark.parametrize("width", [6, NARROW + 6])  # on both sides of where enlarging changes its form
+def test_scaled_convolution_equals_the_grouped_form(upsample, demodulate, kernel, width):
     torch.manual_seed(0)
-    forms = [ModulatedConv2d(6, 5, kernel, 16, demodulate, upsample, form) for form in ("scaled", "grouped")]
+    forms = [
+        ModulatedConv2d(width, 5, kernel, 16, demodulate, upsample, form) for form in ("scaled", "grouped")
+    ]
     forms[1].load_state_dict(forms[0].state_dict())
-    x, style = torch.randn(3, 6, 8, 8, requires_grad=True), torch.randn(3, 16, requires_grad=True)
+    x, style = torch.randn(3, width, 8, 8, requires_grad=True), torch.randn(3, 16, requires_grad=True)
     outs = [form(x, style) for form in forms]
     assert outs[0].shape[-1] == (16 if upsample else 8)
     assert torch.allclose(*outs, atol=1e-4)
@@ -136,9 +139,18 @@ def test_generator_forms_agree():
     torch.manual_seed(0)
     fast = small_generator(32)
     plain = Generator(32, 64, 3, lr_mlp=1.0, channels=fast.sizes["channels"], modulation="grouped")
+    with torch.no_grad():  # a new generator has neither noise nor biases
+        for name, parameter in fast.named_parameters():
+            if name.endswith(("noise.weight", "activate.bias")):
+                parameter.normal_()
     plain.load_state_dict(fast.state_dict())
-    codes = torch.randn(2, 8, 64)
-    assert torch.allclose(fast.synthesis(codes), plain.synthesis(codes), atol=1e-4)
+    codes = torch.randn(2, 8, 64, requires_grad=True)
+    for noise in (None, fast.fresh_noise(2)):
+        pictures = [g.synthesis(codes, noise) for g in (fast, plain)]
+        assert torch.allclose(*pictures, atol=1e-4)
+        # In the scale of the gradient: activations are deeper here than in one convolution.
+        to_codes = [torch.autograd.grad(picture.square().mean(), codes)[0] for picture in pictures]
+        assert torch.allclose(*to_codes, atol=1e-4 * to_codes[1].abs().max().item(), rtol=1e-3)
 
 
 def test_filters_equal_the_original_filter():

@@ -15,7 +15,8 @@ from anyface.clip import image_features
 from anyface.data import Cache
 from anyface.effects import collapse_index, editing, named_accuracy, spread
 from anyface.judges import Judge, accuracy, read, split_heads
-from anyface.parts import small_clip, small_generator, wide_learner, widen
+from anyface.muon import Muon, orthogonalise
+from anyface.parts import small_clip, small_generator, teach_mapping, wide_learner, widen
 from anyface.protocol import (
     Networks,
     clip_score,
@@ -31,7 +32,7 @@ from anyface.protocol import (
 from anyface.stages import Constants, make_streams
 from anyface.train import PRESETS
 from anyface.userstudy import read_study, write_study
-from anyface.world import TRAITS, make_world
+from anyface.world import TRAITS, make_world, read_traits, unit
 from shared.published import load_published
 from shared.runtime import UserError
 
@@ -220,6 +221,50 @@ def test_the_wide_generator_keeps_the_small_one_and_learns_one_block():
     assert with_gradient and all(n.startswith(("convs.6", "convs.7", "to_rgbs.3")) for n in with_gradient)
     codes = torch.randn(2, 8, 64)
     assert torch.equal(widen(codes, 10)[:, 8], codes[:, 7]) and widen(codes, 8).shape == codes.shape
+
+
+def test_the_taught_mapping_keeps_the_traits_apart():
+    torch.manual_seed(0)
+    generator = small_generator(16)
+    z = unit(torch.randn(2, 2000, 64, generator=torch.Generator().manual_seed(1)))
+    values = read_traits(*z)
+
+    def told() -> float:
+        """Worst share of test vectors whose trait a least-squares reader tells from w, over the traits."""
+        shares = []
+        for t, trait in enumerate(TRAITS):
+            w = generator.mapping(z[0 if trait.coarse else 1]).detach()
+            w = torch.cat((w, torch.ones(len(w), 1)), 1)
+            wanted = torch.nn.functional.one_hot(values[:, t]).float()
+            reader = torch.linalg.lstsq(w[:1000], wanted[:1000]).solution
+            shares.append(((w[1000:] @ reader).argmax(1) == values[1000:, t]).float().mean().item())
+        return min(shares)
+
+    before = told()
+    teach_mapping(generator, 200, seed=0)
+    assert told() > before + 0.15
+    assert generator.mapping(z[0]).std(0).square().mean().sqrt().item() == pytest.approx(1, abs=0.15)
+
+
+def test_muon_steps_are_of_one_size_in_all_directions():
+    torch.manual_seed(0)
+    matrix = torch.randn(8, 30)
+    assert (torch.linalg.svdvals(orthogonalise(matrix, steps=8)) - 1).abs().max() < 0.35
+    assert torch.equal(orthogonalise(matrix.T), orthogonalise(matrix).T)
+    kernel, bias = torch.nn.Parameter(torch.randn(1, 4, 6, 3, 3)), torch.nn.Parameter(torch.randn(5))
+    before = kernel.detach().clone()
+    optimiser, adam = Muon([kernel, bias], lr=0.02), torch.nn.Parameter(bias.detach().clone())
+    plain = torch.optim.Adam([adam], 0.02, betas=(0.9, 0.99))
+    for step in range(3):
+        kernel.grad, bias.grad = torch.randn_like(kernel), torch.randn(5)
+        adam.grad = bias.grad.clone()
+        optimiser.step(), plain.step()
+        if step == 0:
+            assert (kernel - before).square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-3)
+        assert torch.allclose(bias, adam, atol=1e-6)
+    again = Muon([kernel, bias], lr=0.02)
+    again.load_state_dict(optimiser.state_dict())
+    assert again.state_dict()["state"][1]["step"] == 3
 
 
 def test_user_study_is_blind_and_its_key_gives_the_methods_back(tmp_path):
