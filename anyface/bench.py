@@ -4,6 +4,8 @@ Grouped: weights for each sample in one grouped convolution, and the filter over
 dimensions, as public code without custom CUDA has it. One run measures both forms with the same weights.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +19,7 @@ from anyface.losses import code_distance, diverse_triplet
 from anyface.model import Memory, Stream
 from anyface.parts import CHANNELS
 from anyface.stylegan2 import Generator
-from shared.bench import count_macs, count_parameters, peak_memory, report, throughput
+from shared.bench import count_macs, count_parameters, peak_memory, report, synchronize, throughput
 from shared.runtime import parse, pick_device, run_main
 
 
@@ -31,7 +33,7 @@ class BenchConfig:
     """Faces per call of the full-size networks; default 1 on the CPU and 8 on a GPU."""
     small_batch: int = 32
     """Faces per call of the demo's generator and of the losses."""
-    seconds: float = 2.0
+    seconds: float = 1.0
     """Shortest time that each speed is measured for; at least three calls are made."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
@@ -64,6 +66,24 @@ def both_forms(**sizes) -> dict[str, Generator]:
     return {"fast": fast.requires_grad_(False), "grouped": grouped.requires_grad_(False)}
 
 
+def in_turn(
+    functions: dict[str, Callable], items: int, device: torch.device, seconds: float
+) -> dict[str, float]:
+    """Items per second of each function, called in turn, so that what else a machine does at the time slows
+    all of them alike: median over at least three rounds after one to warm up, `seconds` for each function."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    begin, rounds = time.perf_counter(), 0
+    while rounds < 4 or time.perf_counter() - begin < seconds * len(functions):
+        for name, function in functions.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+        rounds += 1
+    return {name: items / sorted(spent[1:])[len(spent[1:]) // 2] for name, spent in times.items()}
+
+
 def main(config: BenchConfig) -> None:
     """Measure and print; bench.json keeps the numbers."""
     device = pick_device(config.device)
@@ -72,7 +92,15 @@ def main(config: BenchConfig) -> None:
     torch.manual_seed(0)
     rows: list[dict] = []
 
-    def row(what: str, form: str, items: int, function, module: nn.Module | None = None, one=None) -> None:
+    def row(
+        what: str,
+        form: str,
+        items: int,
+        function: Callable,
+        module: nn.Module | None = None,
+        one: Callable | None = None,
+        speed: float | None = None,
+    ) -> None:
         rows.append(
             {
                 "what": what,
@@ -80,7 +108,7 @@ def main(config: BenchConfig) -> None:
                 "batch": items,
                 "parameters": count_parameters(module) if module is not None else None,
                 "gmacs_per_item": count_macs(one) / 1e9 if one is not None else None,
-                "items_per_second": throughput(function, items, device, config.seconds),
+                "items_per_second": speed or throughput(function, items, device, config.seconds),
                 "peak_mib": peak_memory(function, device) / 2**20,
             }
         )
@@ -121,6 +149,7 @@ def main(config: BenchConfig) -> None:
         "demo's StyleGAN2 64": (small, both_forms(size=64, channels=CHANNELS, **tiny)),
     }
     for name, (items, forms) in cases.items():
+        calls: dict[str, dict[str, Callable]] = {"picture": {}, "picture and gradient": {}}
         for form, generator in forms.items():
             generator.to(device)
             shape = (items, generator.n_latent, generator.style_dim)
@@ -133,10 +162,15 @@ def main(config: BenchConfig) -> None:
             def gradient(g=generator, c=codes) -> tuple[Tensor, ...]:
                 return torch.autograd.grad(g.synthesis(c).square().mean(), c)
 
-            first = codes.detach()[:1]
-            one = (lambda g=generator, c=first: g.synthesis(c)) if form == "fast" else None
-            row(f"{name}, picture", form, items, picture, generator, one)
-            row(f"{name}, picture and gradient", form, items, gradient)
+            calls["picture"][form], calls["picture and gradient"][form] = picture, gradient
+        for what, functions in calls.items():
+            speeds = in_turn(functions, items, device, config.seconds)
+            for form, function in functions.items():
+                g, first = forms[form], codes.detach()[:1]
+                counted = form == "fast" and what == "picture"
+                one = (lambda g=g, c=first: g.synthesis(c)) if counted else None
+                module = g if what == "picture" else None
+                row(f"{name}, {what}", form, items, function, module, one, speeds[form])
 
     # Losses and memory, forward and backward.
     w, w_t, w_other = torch.randn(3, small, 18, 512, device=device)

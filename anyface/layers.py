@@ -14,10 +14,6 @@ from torch.nn import functional as F
 
 Modulation = Literal["scaled", "grouped"]
 
-NARROW = 64
-"""Widest layer that enlarges by `up_phases`: four times the products, but no slow transposed convolution and
-no filter, which cost more than products in narrow layers."""
-
 
 class PixelNorm(nn.Module):
     """Scale (B, C) so that the mean square over C is 1."""
@@ -97,19 +93,6 @@ class Upsample(nn.Module):
         return F.conv_transpose2d(x, weight, stride=2, padding=1, groups=channels)
 
 
-def up_phases(weight: Tensor, fir: Tensor) -> Tensor:
-    """Enlarging convolution and filter as one 3x3 convolution with four times the channels.
-
-    weight (out, in, 3, 3), fir (4, 4) symmetric -> (4 out, in, 3, 3). Transposed convolution with stride 2
-    and filter are together a transposed convolution with the 6x6 kernel `weight * fir`; each of the four
-    pixels that a pixel becomes reads every other of its rows and columns. `F.pixel_shuffle` places them.
-    """
-    out, into = weight.shape[:2]
-    whole = F.conv2d(weight.reshape(-1, 1, 3, 3), fir[None, None], padding=3)  # (out * in, 1, 6, 6)
-    phases = whole.view(out, into, 3, 2, 3, 2).flip(2, 4)
-    return phases.permute(0, 3, 5, 1, 2, 4).reshape(4 * out, into, 3, 3)
-
-
 class ModulatedConv2d(nn.Module):
     """Convolution whose input channels are scaled by a style and whose output channels are normalised again.
 
@@ -155,11 +138,7 @@ class ModulatedConv2d(nn.Module):
             return out.transpose(1, 2).unflatten(2, x.shape[-2:]), None
         # Channels last: convolutions and above all the filter of single channels run faster in it.
         x = (x * style[:, :, None, None].to(x.dtype)).contiguous(memory_format=torch.channels_last)
-        if self.upsample and max(weight.shape[:2]) <= NARROW:
-            kernel = up_phases(weight, self.blur.kernel.to(weight.dtype))
-            kernel = kernel.contiguous(memory_format=torch.channels_last)
-            out = F.pixel_shuffle(F.conv2d(x, kernel, padding=1), 2)
-        elif self.upsample:
+        if self.upsample:
             kernel = weight.transpose(0, 1).contiguous(memory_format=torch.channels_last)
             out = self.blur(F.conv_transpose2d(x, kernel, stride=2))
         else:
