@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -116,29 +117,36 @@ def clip_learner(
 
 
 def teach_mapping(generator: Generator, steps: int, seed: int) -> None:
-    """Teach the mapping network alone: from a shaken w, linear heads must tell the traits of its vector, and
-    place and size. It takes seconds, and decides how often synthesis, which starts from codes in which the
-    traits lie apart, can draw the right ones. At the end w is scaled to a deviation of 1."""
-    coarse = sum(len(trait.shares) for trait in TRAITS if trait.coarse)
+    """Teach the mapping network alone: from a shaken w, a linear layer must give the traits of its vector as
+    ones and zeros, and place and size, in least squares.
+
+    Synthesis sees w through linear layers. Logits, which cross entropy would teach, grow without bound and
+    mix the colours of neighbouring values; ones and zeros do not. At the end w has a deviation of 1.
+    """
     counts = [len(trait.shares) for trait in TRAITS]
     device = generator.input.input.device
-    heads = nn.Linear(generator.style_dim, sum(counts) + 3).to(device)
-    optimiser = torch.optim.Adam([*generator.style.parameters(), *heads.parameters()], 1e-2)
+    head = nn.Linear(generator.style_dim, sum(counts) + 3).to(device)
+    optimiser = torch.optim.Adam([*generator.style.parameters(), *head.parameters()], 1e-2)
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = 1e-2 * warm_cosine(step / steps)
         rng = step_generator(seed, step, WORLD_STREAMS["mapping"])
         z = unit(torch.randn(2, 256, LATENT, generator=rng)).to(device)
-        w = generator.mapping(z.flatten(0, 1))
-        told = heads(_shake(w, step_generator(seed, step, WORLD_STREAMS["shaken"]))).view(2, 256, -1)
-        logits = torch.cat((told[0, :, :coarse], told[1, :, coarse:-3]), 1)
-        loss = judge_loss(logits, read_traits(*z)) + (told[0, :, -3:] - z[0, :, :3].tanh()).square().mean()
+        w = generator.mapping(z.flatten(0, 1)).view(2, 256, -1)
+        coarse, fine = head(_shake(w, step_generator(seed, step, WORLD_STREAMS["shaken"])))
+        told = [
+            (coarse if trait.coarse else fine)[:, start : start + len(trait.shares)]
+            for trait, start in zip(TRAITS, np.cumsum([0, *counts[:-1]]), strict=True)
+        ]
+        loss = (coarse[:, -3:] - z[0, :, :3].tanh()).square().mean()
+        for one, value in zip(told, read_traits(*z).T, strict=True):
+            loss = loss + (one - F.one_hot(value, one.shape[1])).square().sum(1).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
     with torch.no_grad():
         # The last layer's leaky ReLU lets positive factors through.
-        size = w.std(0).square().mean().sqrt()
+        size = w.flatten(0, 1).std(0).square().mean().sqrt()
         for parameter in generator.style[-1].parameters():
             parameter /= size
 
