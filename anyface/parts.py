@@ -169,14 +169,14 @@ def generator_learner(label: str, generator: Generator, steps: int, seed: int, d
 
 
 def wide_learner(wide: Generator, generator: Generator, steps: int, seed: int, device) -> Learner:
-    """The generator of twice the side: the small one's layers as they are, and one more block that learns."""
-    wide.to(device).requires_grad_(False)
+    """The generator of twice the side: it begins as the small one with one more block, and its whole synthesis
+    learns. The mapping stays, so the small one's codes are its codes too."""
+    wide.to(device).requires_grad_(True)
     grow(wide, generator)
-    new = [*wide.convs[-2:].parameters(), *wide.to_rgbs[-1].parameters()]
-    for parameter in new:
-        parameter.requires_grad_(True)
+    wide.style.requires_grad_(False)
+    synthesis = [p for p in wide.parameters() if p.requires_grad]
     terms = _drawing_terms(wide, generator, seed, WORLD_STREAMS["wide"])
-    return Learner("wide", steps, {"wide": wide}, Muon(new), terms, warm_cosine)
+    return Learner("wide", steps, {"wide": wide}, Muon(synthesis, lr=1e-2), terms, warm_cosine)
 
 
 def _drawing_terms(net: Generator, mapper: Generator, seed: int, stream: int, batch: int = 16):

@@ -80,7 +80,7 @@ class Config(RunConfig):
     generator_steps: int = 0
     """tiny: steps of the generator."""
     wide_steps: int = 0
-    """tiny: steps of one more block for pictures of twice the side; 0 leaves it out."""
+    """tiny: steps of a generator of twice the side, which begins as the first one; 0 leaves it out."""
     judge_steps: int = 0
     """tiny: steps of the judge."""
 
@@ -143,7 +143,7 @@ class Config(RunConfig):
 PAPER = Config()
 SMALL = Config(
     data="world", size="tiny", test_faces=300, clip_steps=1000, half_steps=600, generator_steps=800,
-    wide_steps=250, judge_steps=200, variants=("full", "no-dt", "no-cmd"), decode_batch=4,
+    wide_steps=200, judge_steps=200, variants=("full", "no-dt", "no-cmd"), decode_batch=4,
     optimiser="adam", lr=1e-3, lr_transformer=1e-3, schedule="cosine", batch_size=32, steps=400, log_every=50,
     checkpoint_every=100, sample_every=200,
 )  # fmt: skip
