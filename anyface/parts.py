@@ -169,8 +169,8 @@ def generator_learner(label: str, generator: Generator, steps: int, seed: int, d
 
 
 def wide_learner(wide: Generator, generator: Generator, steps: int, seed: int, device) -> Learner:
-    """The generator of twice the side: it begins as the small one with one more block, and its whole synthesis
-    learns. The mapping stays, so the small one's codes are its codes too."""
+    """The generator of twice the side: it begins as the small one with one more block, and its whole
+    synthesis learns. The mapping stays, so the small one's codes are its codes too."""
     wide.to(device).requires_grad_(True)
     grow(wide, generator)
     wide.style.requires_grad_(False)
