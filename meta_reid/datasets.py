@@ -70,7 +70,11 @@ def msmt17(root: Path, validation: bool = True) -> ReID:
         listing, items = base / f"list_{part}.txt", []
         if not listing.is_file():
             raise UserError(f"{name}: no file {listing}; it comes with the set")
-        for number, line in enumerate(listing.read_text().splitlines(), 1):
+        try:
+            lines = listing.read_text().splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}: {listing}: not readable as text ({error})") from None
+        for number, line in enumerate(lines, 1):
             fields = line.split()
             parts = fields[0].split("_") if fields else []
             if len(fields) != 2 or len(parts) < 3 or not (fields[1] + parts[2]).isdigit():
@@ -106,22 +110,27 @@ def cuhk03(root: Path) -> ReID:
         split = split[0] if isinstance(split, list) else split
 
         def read(part: str) -> list[Item]:
-            if part not in split:
-                raise UserError(f"{name}: {listing} has no list '{part}'")
             offset = 0 if part == "train" else 10_000  # both parts number their identities from 0
-            return [
-                Item(images / Path(path).name, int(identity) + 1 + offset, int(camera))
-                for path, identity, camera in split[part]
-            ]
+            try:
+                return [
+                    Item(images / Path(path).name, int(identity) + 1 + offset, int(camera))
+                    for path, identity, camera in split[part]
+                ]
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{name}: {listing} has no list '{part}' of [path, identity, camera] ({error!r})"
+                ) from None
 
     elif config.is_file():
         table = read_mat(config, name)
-        files = [str(cell[0]) for cell in table["filelist"].ravel()]
-        labels, cameras = table["labels"].ravel(), table["camId"].ravel()
 
         def read(part: str) -> list[Item]:
-            rows = table[f"{part}_idx"].ravel().astype(int) - 1
-            return [Item(images / files[i], int(labels[i]), int(cameras[i]) - 1) for i in rows]
+            try:
+                files, labels, cameras = (table[key].ravel() for key in ("filelist", "labels", "camId"))
+                rows = table[f"{part}_idx"].ravel().astype(int) - 1
+                return [Item(images / str(files[i][0]), int(labels[i]), int(cameras[i]) - 1) for i in rows]
+            except (IndexError, KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{name}: {config} holds no new protocol ({error!r})") from None
 
     else:
         raise UserError(f"{name}: neither {listing.name} nor {config.name} in {base}")

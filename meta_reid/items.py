@@ -1,6 +1,7 @@
 """Images of persons, data sets of them, and a CSV manifest for the user's own cameras."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable
@@ -92,31 +93,35 @@ def manifest(path: Path) -> dict[str, list[Item]]:
     """The user's own images: a CSV with the columns path, id, camera, domain -> items of each domain.
 
     Relative paths start at the CSV's folder; ids and cameras are any text, an id counts within its domain.
-    Raises UserError on a missing file, column, value or image, naming the line.
+    UTF-8, with or without a byte order mark. Raises UserError on a missing file, column, value or image,
+    naming the line.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such manifest; expected a CSV with the columns path, id, camera, domain")
     numbers: dict[tuple, dict[str, int]] = {}
     domains: dict[str, list[Item]] = {}
-    with open(path, newline="") as file:
-        rows = csv.DictReader(file)
-        missing = {"path", "id", "camera", "domain"} - set(rows.fieldnames or ())
-        if missing:
-            raise UserError(f"{path}: no column {', '.join(sorted(missing))}; found {rows.fieldnames}")
-        for row in rows:
-            where = f"{path}, line {rows.line_num}"
-            values = {key: (row[key] or "").strip() for key in ("path", "id", "camera", "domain")}
-            empty = [key for key, value in values.items() if not value]
-            if empty:
-                raise UserError(f"{where}: {', '.join(empty)} is empty")
-            image = path.parent / values["path"]
-            if not image.is_file():
-                raise UserError(f"{where}: no image {image}")
-            domain = values["domain"]
-            ids, cameras = numbers.setdefault((domain, "id"), {}), numbers.setdefault((domain, "camera"), {})
-            identity = ids.setdefault(values["id"], len(ids) + 1)
-            camera = cameras.setdefault(values["camera"], len(cameras))
-            domains.setdefault(domain, []).append(Item(image, identity, camera))
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); save it as CSV in UTF-8") from None
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    missing = {"path", "id", "camera", "domain"} - set(rows.fieldnames or ())
+    if missing:
+        raise UserError(f"{path}: no column {', '.join(sorted(missing))}; found {rows.fieldnames}")
+    for row in rows:
+        where = f"{path}, line {rows.line_num}"
+        values = {key: (row[key] or "").strip() for key in ("path", "id", "camera", "domain")}
+        empty = [key for key, value in values.items() if not value]
+        if empty:
+            raise UserError(f"{where}: {', '.join(empty)} is empty")
+        image = path.parent / values["path"]
+        if not image.is_file():
+            raise UserError(f"{where}: no image {image}")
+        domain = values["domain"]
+        ids, cameras = numbers.setdefault((domain, "id"), {}), numbers.setdefault((domain, "camera"), {})
+        identity = ids.setdefault(values["id"], len(ids) + 1)
+        camera = cameras.setdefault(values["camera"], len(cameras))
+        domains.setdefault(domain, []).append(Item(image, identity, camera))
     if not domains:
         raise UserError(f"{path}: no rows")
     return domains

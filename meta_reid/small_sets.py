@@ -57,7 +57,10 @@ def viper(root: Path) -> ReID:
     if (base / "splits.json").is_file():
         # Twenty entries, each split with either camera as the query; those with camera A count.
         listed = read_json(base / "splits.json", name)
-        names = [{Path(entry[0]).name for entry in split["query"]} for split in listed]
+        try:
+            names = [{Path(entry[0]).name for entry in split["query"]} for split in listed]
+        except (IndexError, KeyError, TypeError) as error:
+            raise UserError(f"{name}: {base / 'splits.json'} holds no list of splits ({error!r})") from None
         bases = {item.path.name: item.identity for item in first}
         chosen = [[bases[n] for n in part] for part in names if part <= bases.keys()][:SPLITS]
         if len(chosen) < SPLITS:
@@ -103,10 +106,14 @@ def prid(root: Path) -> ReID:
         None,
     )
     if listing:
-        chosen = [
-            [parse_name(Path(n), pattern, name)[0] for n in split["test"]]
-            for split in read_json(listing, name)
-        ]
+        listed = read_json(listing, name)
+        try:
+            chosen = [[parse_name(Path(n), pattern, name)[0] for n in split["test"]] for split in listed]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{name}: {listing} holds no list of splits ({error!r})") from None
+        there = {item.identity for item in first} & {item.identity for item in second}
+        if len(chosen) < SPLITS or not all(part and there.issuperset(part) for part in chosen):
+            raise UserError(f"{name}: {listing} does not hold ten splits of the persons in {base}")
     else:
         shared = sorted({i.identity for i in first if i.identity <= 200} & {i.identity for i in second})
         chosen = _halves(shared, len(shared) // 2, name)

@@ -235,6 +235,9 @@ def test_msmt17(tmp_path):
     (tmp_path / "MSMT17_V1" / "list_val.txt").write_text("nonsense\n")
     with pytest.raises(UserError, match="line 1"):
         datasets.msmt17(tmp_path)
+    (tmp_path / "MSMT17_V1" / "list_val.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="list_val.txt: not readable"):
+        datasets.msmt17(tmp_path)
 
 
 def test_cuhk03_from_either_list(tmp_path):
@@ -249,8 +252,16 @@ def test_cuhk03_from_either_list(tmp_path):
     listing.write_text(json.dumps([lists]))
     found = datasets.cuhk03(tmp_path)
     assert len({i.identity for i in found.everything()}) == 2  # train and test count from 0 each
+    for broken in ([lists | {"query": [["only a path"]]}], [{"train": []}], 3):
+        listing.write_text(json.dumps(broken))
+        with pytest.raises(UserError, match="splits_new_labeled.json has no list"):
+            datasets.cuhk03(tmp_path)
     listing.write_text("{")
     with pytest.raises(UserError, match="not readable"):
+        datasets.cuhk03(tmp_path)
+    listing.unlink()
+    savemat(tmp_path / "cuhk03" / "cuhk03_new_protocol_config_labeled.mat", {"labels": np.array([1])})
+    with pytest.raises(UserError, match="config_labeled.mat holds no new protocol"):
         datasets.cuhk03(tmp_path)
 
 
@@ -283,6 +294,10 @@ def test_viper(tmp_path):
     listed += [{"query": [[f"cam_b/00{n % 6}_90.bmp", 0, 0]]} for n in range(10)]
     (tmp_path / "VIPeR" / "splits.json").write_text(json.dumps(listed))
     assert [split.query[0].identity for split in small_sets.viper(tmp_path).splits][:3] == [1, 2, 3]
+    for broken in ([{"gallery": []}] * 10, {"query": 1}, listed[:9]):
+        (tmp_path / "VIPeR" / "splits.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match="splits.json"):
+            small_sets.viper(tmp_path)
     prepared = tmp_path / "prepared"
     for number in range(1, 11):
         for part, camera in (("query", 1), ("gallery", 2)):
@@ -301,6 +316,10 @@ def test_prid_grid_and_ilids(tmp_path):
     listed = [{"train": [], "test": ["person_0003"]}] * 10
     (single / "splits_single_shot.json").write_text(json.dumps(listed))
     assert [i.identity for i in small_sets.prid(tmp_path).splits[9].query] == [3]
+    for broken in (listed[:9], [{"train": []}] * 10, {"test": 1}, [{"test": ["person_0099"]}] * 10):
+        (single / "splits_single_shot.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match="splits_single_shot.json"):
+            small_sets.prid(tmp_path)
 
     for person in range(1, 5):
         image(tmp_path / "grid" / "probe" / f"{person:04d}_1_25023_119_47_70_262.jpeg")
@@ -384,6 +403,12 @@ def test_manifest(tmp_path):
         write(broken)
         with pytest.raises(UserError, match=message):
             manifest(path)
+    write(rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as spreadsheets save it
+    assert manifest(path) == found
+    path.write_bytes(path.read_bytes() + b"\xff\xfe")
+    with pytest.raises(UserError, match="mine.csv: not UTF-8"):
+        manifest(path)
     with pytest.raises(UserError, match="no such manifest"):
         manifest(tmp_path / "none.csv")
 
