@@ -43,6 +43,10 @@ class Options:
     """Give mixture and global feature length 1 before they are joined."""
     batch: int = 64
     """Images per forward pass."""
+    workers: int = 0
+    """Data-loading processes."""
+    bf16: bool = False
+    """bf16 autocast of the networks; relevance stays in float32."""
     device: str = "auto"
     """auto, cpu or cuda."""
     data_root: Path | None = None
@@ -68,6 +72,11 @@ def measure(row: Row, target: Target, options: Options, device: torch.device) ->
     model: META = prepare(row.model, device)
     model.temperature = options.temperature
     modes = [m for m in options.aggregation if m in model.scorings or m not in ("shared", "learned")]
+    if not modes:
+        asked = " ".join(f"'{mode}'" for mode in options.aggregation)
+        raise UserError(
+            f"--aggregation {asked}: {row.name} was trained with the '{row.config.scoring}' scoring"
+        )
 
     def everything(images: Tensor) -> tuple[Tensor, ...]:
         described = model.describe(images)
@@ -75,7 +84,9 @@ def measure(row: Row, target: Target, options: Options, device: torch.device) ->
         weights = [model.expert_weights(described, "shared")] if "shared" in model.scorings else []
         return (halves[0][1], described.relevance.sum(-1), *(mixture for mixture, _ in halves), *weights)
 
-    universal, distance, *rest = embed(everything, target.images, device, options.batch)
+    universal, distance, *rest = embed(
+        everything, target.images, device, options.batch, options.workers, options.bf16
+    )
     features = {"global": universal}
     for mode, mixture in zip(modes, rest, strict=False):
         halves = (mixture, universal)
@@ -89,7 +100,7 @@ def measure(row: Row, target: Target, options: Options, device: torch.device) ->
 def measure_plain(row: Row, target: Target, options: Options, device: torch.device) -> Result:
     """A plain network: the better of the feature before and after the BNNeck."""
     model = prepare(row.model, device)
-    both = embed(model.parts, target.images, device, options.batch)
+    both = embed(model.parts, target.images, device, options.batch, options.workers, options.bf16)
     return max((evaluate(feature, target) for feature in both), key=lambda result: result.mean["mAP"])
 
 
@@ -190,6 +201,8 @@ def claims_from(
             continue
         on = everywhere[f"meta-{seed}"]
         for mode in ("official", "shared", "learned"):
+            if f"full:{mode}" not in on.features:
+                continue  # needs a scoring network that the run does not have
             gap = (on.features[f"full:{mode}"] - off.features[f"full:{mode}"]).abs().max()
             (same if mode == "official" else changed)[f"{mode}, seed {seed}"] = float(gap)
     if same:
@@ -234,6 +247,16 @@ def target_sets(config: Config) -> list[Target]:
     ]
 
 
+def as_published(row: Row, options: Options) -> bool:
+    """Whether a row is META itself on a published protocol, so that its embedding with the aggregation
+    `official` may stand beside the published numbers; ablations and options of ours may not."""
+    config = row.config
+    changed = config.episodic_grad or config.uniformity or not config.instance_norm
+    evaluated = options.temperature == 1 and not options.normalize_parts
+    own = row.name.rsplit("-", 1)[0] == "meta" and config.architecture == "r50" and not changed
+    return own and evaluated and config.protocol != "manifest"
+
+
 def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, folder: Path) -> list[Metric]:
     """The metrics of a protocol on real data, each aggregation mode apart; Protocol 1 adds the average."""
     device, metrics = pick_device(options.device), []
@@ -257,7 +280,7 @@ def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, fol
                 write_image(folder / "samples" / f"ranking-{target.name}-{row.name}.png", sheet)
             for part, result in found.items():
                 by_part.setdefault(part, []).append(result)
-                released = row.config.protocol != "manifest" and part.endswith("full:official")
+                released = as_published(row, options) and part.endswith("full:official")
                 for name, value in result.mean.items():
                     method = "META" if released else part
                     metrics.append(
@@ -275,7 +298,7 @@ def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, fol
             weight_bars(weights, names, folder / "samples" / f"weights-{row.name}.png")
         if len(targets) > 1:
             for part, results in by_part.items():
-                released = part.endswith("full:official")
+                released = as_published(row, options) and part.endswith("full:official")
                 for name, value in average(results).items():
                     method = "META" if released else part
                     metrics.append(

@@ -29,7 +29,8 @@ class Index:
         return cls(normalize(embeddings.float()), paths, model)
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, through a temporary name."""
+        """Write one safetensors file, through a temporary name; its folder is made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.part")
         metadata = {"model": self.model, "paths": "\n".join(self.paths)}
         save_file({"features": self.features.contiguous()}, temporary, metadata)
@@ -44,12 +45,12 @@ class Index:
             with safe_open(path, "pt") as file:
                 facts = file.metadata() or {}
                 features = file.get_tensor("features")
-            paths = facts["paths"].split("\n")
+            paths, model = facts["paths"].split("\n"), facts["model"]
         except (SafetensorError, OSError, KeyError) as error:
             raise UserError(f"{path}: damaged or not a gallery index ({error})") from None
         if len(paths) != len(features):
             raise UserError(f"{path}: damaged, {len(paths)} paths for {len(features)} embeddings")
-        return cls(features, paths, facts["model"])
+        return cls(features, paths, model)
 
     def search(self, queries: Tensor, top: int = 10, faiss: bool = False) -> tuple[Tensor, Tensor]:
         """Nearest gallery items by cosine, queries (Q, D) -> similarity and index, (Q, min(top, N)) each.

@@ -65,10 +65,14 @@ def load_model(options: Options) -> tuple[META, list[str], tuple[int, int], str]
     config: Config = load_config(folder, Config)
     labels = {seed: load_sources(config, seed)[1] for seed in run_seeds(config)}
     rows = plan(config, {seed: label.classes for seed, label in labels.items()})
-    load_weights(folder, {row.name: row.model for row in rows})
+    position = load_weights(folder, {row.name: row.model for row in rows})
     chosen = [row for row in rows if row.config.method == "meta" and options.row in (None, row.name)]
     if not chosen:
         raise UserError(f"--row {options.row}: the run has {', '.join(row.name for row in rows)}")
+    if rows.index(chosen[0]) >= position["row"]:
+        raise UserError(
+            f"{folder}: {chosen[0].name} is not trained yet; repeat the train command to continue the run"
+        )
     names = labels[chosen[0].config.seed].names
     return chosen[0].model, names, (config.height, config.width), f"{folder} {chosen[0].name}"
 
@@ -116,6 +120,8 @@ def main() -> None:
     if options.query is None:
         return
     index, queries = Index.load(options.index), images_in(options.query)
+    if index.model != weights_from:
+        print(f"note: {options.index} was built with {index.model}; the queries' weights are {weights_from}")
     embeddings, weights, distances = describe_files(model, queries, size, options)
     similarity, order = index.search(embeddings, options.top, options.faiss)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -299,7 +299,7 @@ def train_row(
     shares = config.shares
     batch = config.people * config.images * accelerator.num_processes * shares
     per_epoch = max(len(images) // batch, 1)
-    steps = config.steps or config.epochs * per_epoch
+    steps = config.epochs * per_epoch if config.steps is None else config.steps
     sampler = DomainBatches(
         labels.union.tolist(),
         [0] * len(images) if mixed else labels.domain.tolist(),
@@ -376,8 +376,14 @@ def train(config: Config) -> Path:
     """Train all rows of `config`; returns the run folder. Continues a run that was interrupted."""
     if config.save_every % 20:
         raise UserError(f"--save-every {config.save_every}: must be a multiple of 20, the logging interval")
-    if config.shares < 1:
-        raise UserError(f"--shares {config.shares}: must be 1 or more")
+    # A batch of one identity has no hardest negative.
+    for name, least in (("people", 2), ("images", 1), ("shares", 1), ("seeds", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"--{name} {getattr(config, name)}: must be {least} or more")
+    if not config.variants:
+        raise UserError(f"--variants: name at least one of {', '.join(VARIANTS)}")
+    if (config.epochs if config.steps is None else config.steps) < 1:
+        raise UserError("no steps to train: --epochs or --steps must be 1 or more")
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = start(config, kwargs_handlers=[parallel])
     data = {seed: load_sources(config, seed) for seed in run_seeds(config)}

@@ -9,14 +9,18 @@ import helpers
 import pytest
 import torch
 from curves import assert_same_curves, furthest_weights, run_one, run_two
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from meta_reid.eval import Options, protocol_metrics, rows_of
+from meta_reid import eval as evaluation
+from meta_reid import predict
+from meta_reid.data import Target, Tensors, walker_target
+from meta_reid.eval import Measured, Options, claims_from, measure, protocol_metrics, rows_of
 from meta_reid.export import export
 from meta_reid.gallery import Index
 from meta_reid.model import META
 from meta_reid.predict import images_in
-from meta_reid.train import PRESETS, VARIANTS, learning_rate, optimiser, plan, train
+from meta_reid.protocols import Result
+from meta_reid.train import PRESETS, VARIANTS, Row, learning_rate, optimiser, plan, train
 from meta_reid.walkers import draw
 from shared.io import write_image
 from shared.runtime import UserError
@@ -173,6 +177,10 @@ def test_index(tmp_path):
             Index.load(tmp_path / f"{name}.safetensors")
     with pytest.raises(UserError, match="no images"):
         images_in(tmp_path)
+    index.save(tmp_path / "new" / "folder" / "i.safetensors")
+    save_file({"features": features}, tmp_path / "foreign.safetensors", {"paths": "a\nb\nc\nd\ne"})
+    with pytest.raises(UserError, match="foreign.safetensors: damaged or not a gallery index"):
+        Index.load(tmp_path / "foreign.safetensors")
 
 
 @pytest.mark.parametrize("ending", ["pt", "onnx"])
@@ -196,3 +204,81 @@ def test_two_processes_give_the_curves_of_two_shares(tmp_path):
     two = run_two("meta_reid", tmp_path, *arguments)
     assert_same_curves(one, two, lines=4)
     assert furthest_weights(one / "checkpoint", two / "checkpoint") < 1e-3
+
+
+def measured(*parts: str) -> Measured:
+    """A META row on a target of four images, with made-up embeddings of these parts."""
+    rng = torch.Generator().manual_seed(0)
+    values = {"mAP": 1.0, "Rank-1": 2.0}
+    features = {part: torch.rand(4, 6, generator=rng) for part in parts}
+    results = {part: Result(values, dict.fromkeys(values, 0.0), 0) for part in parts}
+    return Measured(results, features, None, torch.zeros(4, 3))
+
+
+def test_only_the_method_itself_stands_beside_the_published_numbers(tmp_path, monkeypatch):
+    ids, cameras = torch.tensor([1, 2, 1, 2]), torch.arange(4)
+    split = (torch.tensor([0, 1]), torch.tensor([2, 3]))
+    target = Target("Market1501", Tensors(torch.zeros(4, 3, 8, 4)), ids, cameras, [split])
+    monkeypatch.setattr(evaluation, "target_sets", lambda config: [target])
+    monkeypatch.setattr(evaluation, "measure", lambda *_: measured("full:official", "full:shared"))
+    config = replace(PRESETS["paper"], preset="paper", target="M")
+    rows = {name: Row(name, replace(config, **VARIANTS[name[:-2]]), None) for name in ("meta-0", "no-in-0")}
+
+    def beside(**options) -> set[str]:
+        found = protocol_metrics(config, rows, Options(device="cpu", **options), tmp_path)
+        assert {metric.method for metric in found if metric.comparable} <= {"META"}
+        return {metric.method for metric in found}
+
+    own = {"meta-0 full:shared", "no-in-0 full:shared", "no-in-0 full:official"}
+    assert beside() == own | {"META"}
+    assert beside(normalize_parts=True) == own | {"meta-0 full:official"}
+
+
+def test_modes_that_a_run_has_no_scores_for(tmp_path):
+    row = plan(small(variants=("meta",), scoring="shared"), {0: [3, 3, 3]})[0]
+    with pytest.raises(UserError, match="'learned'.*was trained with the 'shared' scoring"):
+        measure(row, None, Options(aggregation=("learned",)), torch.device("cpu"))
+    # Claim (f) compares the modes that are there.
+    rows = {"meta-0": measured("full:official", "full:shared"), "no-consistency-0": measured("full:official")}
+    rows["no-consistency-0"].features["full:shared"] = torch.zeros(4, 6)
+    (claim,) = claims_from({}, rows, {}, [0])
+    assert claim.id == "f" and claim.holds and list(claim.measured) == ["official, seed 0", "shared, seed 0"]
+
+
+def test_embeddings_in_bf16_and_by_loading_processes():
+    row = plan(small(variants=("meta",)), {0: [3, 3, 3]})[0]
+    target = walker_target("T", 0)
+    few = replace(
+        target, images=Tensors(target.images.images[:12]), splits=[(torch.arange(2), torch.arange(2, 12))]
+    )
+    cpu = torch.device("cpu")
+    exact = measure(row, few, Options(aggregation=("uniform",)), cpu).features["full:uniform"]
+    options = Options(aggregation=("uniform",), bf16=True, workers=1, batch=4)
+    rough = measure(row, few, options, cpu).features["full:uniform"]
+    assert torch.cosine_similarity(exact, rough).min() > 0.99 and not torch.equal(exact, rough)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"people": 1}, "--people 1: must be 2 or more"),
+        ({"images": 0}, "--images 0"),
+        ({"steps": None, "epochs": 0}, "no steps"),
+        ({"seeds": 0}, "--seeds 0"),
+        ({"variants": ()}, "--variants"),
+        ({"save_every": 30}, "multiple of 20"),
+    ],
+)
+def test_settings_that_cannot_train_are_refused(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(replace(small(variants=("meta",), out=tmp_path / "run"), **changes))
+
+
+def test_a_row_that_is_not_trained_yet_is_not_searched_with(monkeypatch):
+    config = small(variants=("meta", "no-in"))
+    monkeypatch.setattr(predict, "find_run", lambda *_: Path("run"))
+    monkeypatch.setattr(predict, "load_config", lambda *_: config)
+    monkeypatch.setattr(predict, "load_weights", lambda *_: {"row": 1, "step": 20})
+    assert predict.load_model(predict.Options())[3] == "run meta-0"
+    with pytest.raises(UserError, match="no-in-0 is not trained yet"):
+        predict.load_model(predict.Options(row="no-in-0"))
