@@ -92,7 +92,7 @@ class Config(RunConfig):
     """Weight of a uniformity loss on the global branch's feature (not in META)."""
 
     people: int = 16
-    """Identities P in a batch of one share."""
+    """Identities P in a batch of one share; with a single one no anchor has a negative."""
     images: int = 4
     """Images of each identity in a batch."""
     shares: int = 1
@@ -222,8 +222,8 @@ class Row:
 def plan(config: Config, classes_of: dict[int, list[int]]) -> list[Row]:
     """All rows of a run in their order, untrained. Raises UserError for an unknown one."""
     unknown = [name for name in config.variants if name not in VARIANTS]
-    if unknown:
-        raise UserError(f"unknown variant '{unknown[0]}'; there are {', '.join(VARIANTS)}")
+    if unknown or not config.variants:
+        raise UserError(f"--variants: unknown variant {unknown[:1]}; there are {', '.join(VARIANTS)}")
     rows = []
     for seed in range(config.seed, config.seed + config.seeds):
         for name in config.variants:
@@ -376,14 +376,10 @@ def train(config: Config) -> Path:
     """Train all rows of `config`; returns the run folder. Continues a run that was interrupted."""
     if config.save_every % 20:
         raise UserError(f"--save-every {config.save_every}: must be a multiple of 20, the logging interval")
-    # A batch of one identity has no hardest negative.
-    for name, least in (("people", 2), ("images", 1), ("shares", 1), ("seeds", 1)):
-        if getattr(config, name) < least:
-            raise UserError(f"--{name} {getattr(config, name)}: must be {least} or more")
-    if not config.variants:
-        raise UserError(f"--variants: name at least one of {', '.join(VARIANTS)}")
-    if (config.epochs if config.steps is None else config.steps) < 1:
-        raise UserError("no steps to train: --epochs or --steps must be 1 or more")
+    for name, least in {"people": 2, "images": 1, "shares": 1, "seeds": 1, "epochs": 1, "steps": 1}.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: must be {least} or more")
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = start(config, kwargs_handlers=[parallel])
     data = {seed: load_sources(config, seed) for seed in run_seeds(config)}
