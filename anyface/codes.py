@@ -80,34 +80,37 @@ def invert_set(options: CodesOptions) -> None:
     encoder = None if options.e4e_weights is None else load_e4e(options.e4e_weights)
     if encoder is not None:
         encoder[0].to(device).eval().requires_grad_(False)
-    names, codes, poor = [], [], []
-    remarks: dict[str, list[str]] = {}
+    pictures: dict[str, Path] = {}  # a face that both parts list is inverted once
     for part in ("train", "test"):
         found = open_set(options.data_root, part, options.layout)
-        for name, path in progress(list(zip(found.names, found.pictures, strict=True)), part):
+        for name, path in zip(found.names, found.pictures, strict=True):
             if path is None:
                 raise UserError(f"{found.title}: no picture of face {name}; put it into images/")
-            names.append(name)
-            found_code = invert(model, read_image(path), options.steps, encoder)
-            codes.append(found_code.code.cpu())
-            poor += [name] if found_code.explained < EXPLAINED else []
-            if found_code.warnings:
-                remarks[name] = found_code.warnings
-    write_codes(options.out, names, torch.cat(codes).float())
+            pictures[name] = path
+    codes, poor = [], []
+    remarks: dict[str, list[str]] = {}
+    for name, path in progress(pictures.items(), "faces"):
+        inverted = invert(model, read_image(path), options.steps, encoder)
+        codes.append(inverted.code.cpu())
+        poor += [name] if inverted.explained < EXPLAINED else []
+        if inverted.warnings:
+            remarks[name] = inverted.warnings
+    write_codes(options.out, list(pictures), torch.cat(codes).float())
     listed = options.out.with_suffix(".warnings.txt")
     listed.unlink(missing_ok=True)  # of an earlier call
     if remarks:
         lines = [f"{name}: {remark}" for name, own in remarks.items() for remark in own]
         listed.write_text("\n".join(lines) + "\n", "utf-8")
         print(
-            f"warning: {len(remarks)} of {len(names)} faces came with remarks, listed in {listed}; "
+            f"warning: {len(remarks)} of {len(pictures)} faces came with remarks, listed in {listed}; "
             f"the first: {lines[0]}",
             file=sys.stderr,
         )
     if poor:
         print(
-            f"warning: {len(poor)} of {len(names)} faces are reproduced to less than {100 * EXPLAINED:.0f} % "
-            f"of their variance, e.g. {', '.join(poor[:5])}: are the pictures aligned as in FFHQ?",
+            f"warning: {len(poor)} of {len(pictures)} faces are reproduced to less than "
+            f"{100 * EXPLAINED:.0f} % of their variance, e.g. {', '.join(poor[:5])}: "
+            "are the pictures aligned as in FFHQ?",
             file=sys.stderr,
         )
 

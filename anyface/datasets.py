@@ -153,12 +153,20 @@ def _mm_celeba_hq(root: Path, part: Part) -> FaceTexts:
     return _collect("Multi-Modal CelebA-HQ", names, root / "image", texts)
 
 
+def _read_list(path: Path, layout: str) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such list; expected\n{LAYOUTS[layout]}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
 def _celebatext_hq(root: Path, part: Part) -> FaceTexts:
-    path = root / "data_flist" / f"{part}.flist"
-    if not path.is_file():
-        raise UserError(f"{path}: no such list; expected\n{LAYOUTS['celebatext-hq']}")
     # SEA-T2F takes the fourth component of each path, the file name; the last one is the same there.
-    names = [Path(line.strip()).stem for line in path.read_text().splitlines() if line.strip()]
+    lines = _read_list(root / "data_flist" / f"{part}.flist", "celebatext-hq")
+    names = [Path(line).stem for line in lines]
     if (root / "captions").is_dir():
         return _collect("CelebAText-HQ", names, root / "CelebAimg", root / "captions")
     # Without the manual captions, captions are made from CelebA's attributes, and the title says so.
@@ -188,9 +196,7 @@ def _anyface(root: Path, part: Part) -> FaceTexts:
 
 
 def _face_list(root: Path, part: Part) -> FaceTexts:
-    lines = [
-        line.strip() for line in (root / "data_all" / "face.txt").read_text().splitlines() if line.strip()
-    ]
+    lines = _read_list(root / "data_all" / "face.txt", "face-list")
     # The list has no split of its own: every tenth face tests.
     lines = [line for i, line in enumerate(lines) if (i % 10 == 9) == (part == "test")]
     names = [str(Path(line).with_suffix("")) for line in lines]

@@ -258,6 +258,9 @@ def test_unknown_roots_are_told_every_layout(tmp_path):
         assert all(
             word in str(error.value) for word in ("filenames.pickle", "data_flist", "train_caps", "face.txt")
         )
+    for layout, missing in (("face-list", "face.txt"), ("celebatext-hq", "train.flist")):
+        with pytest.raises(UserError, match=f"{missing}: no such list; expected"):
+            open_set(tmp_path, "train", layout)
     text(tmp_path / "0.txt", "x")
     (tmp_path / "1.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
@@ -366,6 +369,10 @@ def test_codes_are_made_from_pictures_or_named(mm_celeba, tmp_path, capsys):
     assert any("of this picture's variance" in line or "of one colour" in line for line in lines)
     with pytest.raises(UserError, match="--generator-weights"):
         main(CodesOptions(data_root=mm_celeba, out=out))
+    # A face that both parts list is inverted once.
+    (mm_celeba / "test" / "filenames.pickle").write_bytes(pickle.dumps(["2", "4", "1"]))
+    main(CodesOptions(data_root=mm_celeba, **weights, steps=1, out=out, device="cpu"))
+    assert read_codes(out, ["0", "1", "2", "3", "4"]).shape == (5, 8, 64)
 
     torch.save(torch.randn(2, 18, 512), tmp_path / "latents.pt")
     text(tmp_path / "names.txt", "a/17.jpg", "b/4.jpg")
