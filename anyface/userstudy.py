@@ -1,15 +1,35 @@
-"""A page for a user study: the methods' faces of a caption side by side, in random order, without names."""
+"""A user study: a page with the methods' faces of a caption side by side, in random order and without names,
+and the mean ranks from people's answers.
+
+    python -m anyface.userstudy answers-1.json answers-2.json --key RUN/study/key.csv
+
+`eval.py --study 50` writes the page. key.csv says which face is whose: give the folder away without it.
+"""
 
 import csv
 import html
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import tyro
 from torch import Tensor
 
 from shared.io import write_image
-from shared.runtime import step_generator
+from shared.published import format_table
+from shared.runtime import UserError, parse, run_main, step_generator
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Answers of a study and its key."""
+
+    answers: tyro.conf.Positional[tuple[Path, ...]]
+    """answers.json of every person who took part."""
+    key: Path = Path("key.csv")
+    """key.csv that was written with the page."""
+
 
 _PAGE = """<!doctype html><meta charset="utf-8"><title>Which face fits the text?</title>
 <style>body{{font:16px sans-serif;max-width:1100px;margin:2em auto}}figure{{display:inline-block;margin:.4em;
@@ -54,14 +74,39 @@ def write_study(folder: Path, captions: list[str], methods: dict[str, Tensor], s
 
 
 def read_study(key: Path, answers: list[Path]) -> dict[str, dict[str, float]]:
-    """key.csv and answers.json files -> method -> {"fit", "real"}: mean rank over people and questions."""
-    with open(key, newline="") as file:
-        methods = {(row["question"], row["position"]): row["method"] for row in csv.DictReader(file)}
+    """key.csv and answers.json files -> method -> {"fit", "real"}: mean rank over people and questions.
+
+    UserError on a file that is missing or of another form or study.
+    """
+    try:
+        with open(key, newline="") as file:
+            methods = {(row["question"], row["position"]): row["method"] for row in csv.DictReader(file)}
+    except (OSError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: no key of a study, which `eval.py --study` writes ({error})") from None
     ranks: dict[str, dict[str, list[float]]] = {}
     for path in answers:
-        for field, value in json.loads(path.read_text()).items():
-            if value:
-                question, position, kind = field.removeprefix("q").split("_")
-                method = methods[question, position]
-                ranks.setdefault(method, {}).setdefault(kind, []).append(float(value))
+        try:
+            for field, value in json.loads(path.read_text()).items():
+                if value:
+                    question, position, kind = field.removeprefix("q").split("_")
+                    method = methods[question, position]
+                    ranks.setdefault(method, {}).setdefault(kind, []).append(float(value))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}: no answers to this study, as its page saves them ({error!r})") from None
     return {m: {kind: sum(v) / len(v) for kind, v in kinds.items()} for m, kinds in ranks.items()}
+
+
+def print_study(options: StudyOptions) -> None:
+    """The methods' mean ranks, 1 for the best, as a table."""
+    if not options.answers:
+        raise UserError("give the answers.json of at least one person")
+    ranks = read_study(options.key, list(options.answers))
+    rows = [
+        [method, *(f"{kinds[kind]:.2f}" if kind in kinds else None for kind in ("fit", "real"))]
+        for method, kinds in sorted(ranks.items())
+    ]
+    print(format_table(["mean rank, 1 is best", "fits the text", "looks real"], rows))
+
+
+if __name__ == "__main__":
+    run_main(lambda: print_study(parse(StudyOptions, __doc__)))

@@ -31,7 +31,7 @@ from anyface.protocol import (
 )
 from anyface.stages import Constants, make_streams
 from anyface.train import PRESETS
-from anyface.userstudy import read_study, write_study
+from anyface.userstudy import StudyOptions, print_study, read_study, write_study
 from anyface.world import TRAITS, make_world, read_traits, unit
 from shared.published import load_published
 from shared.runtime import UserError
@@ -272,7 +272,7 @@ def test_muon_steps_are_of_one_size_in_all_directions():
     assert again.state_dict()["state"][1]["step"] == 3
 
 
-def test_user_study_is_blind_and_its_key_gives_the_methods_back(tmp_path):
+def test_user_study_is_blind_and_its_key_gives_the_methods_back(tmp_path, capsys):
     methods = {name: torch.full((3, 3, 8, 8), level) for name, level in (("AnyFace", 0.5), ("MSE", -0.5))}
     page = write_study(tmp_path / "study", ["a <b>", "two", "three"], methods, seed=0)
     text = page.read_text()
@@ -289,6 +289,19 @@ def test_user_study_is_blind_and_its_key_gives_the_methods_back(tmp_path):
     (tmp_path / "answers.json").write_text(json.dumps(answers))
     ranks = read_study(tmp_path / "study" / "key.csv", [tmp_path / "answers.json"])
     assert ranks == {"AnyFace": {"fit": 2.0}, "MSE": {"fit": 1.0}}
+    study = StudyOptions((tmp_path / "answers.json",), key=tmp_path / "study" / "key.csv")
+    print_study(study)
+    printed = capsys.readouterr().out
+    assert [line.split() for line in printed.splitlines()[-2:]] == [
+        ["AnyFace", "2.00", "-"],
+        ["MSE", "1.00", "-"],
+    ]
+    for content in ('{"q0_7_fit": "1"}', '{"name": "1"}', "no json", "[1]"):
+        (tmp_path / "answers.json").write_text(content)
+        with pytest.raises(UserError, match="answers.json: no answers to this study"):
+            print_study(study)
+    with pytest.raises(UserError, match="nothing.csv: no key"):
+        print_study(StudyOptions((tmp_path / "answers.json",), key=tmp_path / "nothing.csv"))
 
 
 def test_no_anyface_number_is_published():
