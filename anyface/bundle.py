@@ -81,9 +81,12 @@ class Model:
 
     @torch.no_grad()
     def codes_of(self, features: Tensor) -> Tensor:
-        """CLIP features (N, E) -> codes (N, L, D). AnyFace++ completes them from its memory first."""
+        """CLIP features (N, E) -> codes (N, L, D). AnyFace++ completes them from its memory first; a stream
+        that attends across its batch gets one at a time, as in the released inference."""
         if self.memory is not None:
             return self.text(self.memory(features))
+        if self.text.batch_as_sequence:
+            return torch.cat([self.text(one)[0] for one in features.split(1)])
         return self.text(features)[0]
 
     def paint(self, codes: Tensor) -> Tensor:

@@ -172,7 +172,11 @@ def find_source(config: PredictConfig, model: Model) -> tuple[Tensor, dict, list
 
 
 def manipulate(config: PredictConfig, model: Model, captions: list[str]) -> dict:
-    """Edit one face towards the captions together; writes strip, face and page, returns the record."""
+    """Edit one face towards the captions together; writes strip, face and page, returns the record.
+    UserError when that would overwrite the codes it begins with."""
+    codes = config.out / "codes.safetensors"
+    if config.code is not None and config.code.resolve() == codes.resolve():
+        raise UserError(f"--code {config.code} would be overwritten by the edit's codes: give another --out")
     source, record, warnings = find_source(config, model)
     wanted = use.combined_code(model, captions)
     layers = model.generator.n_latent
@@ -190,7 +194,7 @@ def manipulate(config: PredictConfig, model: Model, captions: list[str]) -> dict
         ("all degrees: the larger, the more of the source stays", [], pictures, labels),
     ]
     write_page(config.out / "index.html", "An edited face", model.name, sections)
-    save_file({"codes": torch.cat((source, code)).cpu().contiguous()}, config.out / "codes.safetensors")
+    save_file({"codes": torch.cat((source, code)).cpu().contiguous()}, codes)
     scores = use.clip_scores(model, made, [title, title])
     record |= {"degree": degree, "alpha": config.alpha, "warnings": warnings}
     return record | {"clip_score_source": scores[0], "clip_score_edited": scores[1]}

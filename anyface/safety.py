@@ -109,9 +109,10 @@ def report(model: Model, config: SafetyConfig) -> tuple[list[dict], Tensor]:
     """Rows (caption, attribute, shares, balance) and pictures (captions, 8, 3, S, S) for the sheet."""
     groups = read_groups(model, config.groups)
     codes = use.caption_codes(model, list(config.captions))
-    pictures, _ = use.draw(model, codes, config.count, config.seed)
-    rows = []
-    for caption, faces in zip(config.captions, pictures, strict=True):
+    rows, shown = [], []
+    for caption, code in zip(config.captions, codes.split(1), strict=True):
+        faces = use.draw(model, code, config.count, config.seed)[0][0]
+        shown.append(faces[:8])
         parts = faces.split(use.BATCH)
         seen = torch.cat([model.see(part.to(model.device) * 2 - 1) for part in parts])
         for name, values in groups.items():
@@ -119,7 +120,7 @@ def report(model: Model, config: SafetyConfig) -> tuple[list[dict], Tensor]:
             shares = counts / counts.sum()
             named = dict(zip(values, shares.tolist(), strict=True))
             rows.append({"caption": caption, "attribute": name, "shares": named, "balance": balance(shares)})
-    return rows, pictures[:, :8]
+    return rows, torch.stack(shown)
 
 
 def main(config: SafetyConfig) -> Path:

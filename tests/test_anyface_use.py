@@ -112,6 +112,16 @@ def test_any_number_of_captions_gives_one_code(model):
             work(model, [])
 
 
+def test_a_stream_across_the_batch_reads_one_caption_at_a_time():
+    """As in the released inference: the other captions of a call change nothing."""
+    model = make_model()
+    released = Stream(**model.text.sizes | {"batch_as_sequence": True}).eval()
+    released.load_state_dict(model.text.state_dict())
+    model.text = released
+    alone = torch.cat([model.codes([caption]) for caption in ("red hair", "a hat")])
+    assert torch.allclose(use.caption_codes(model, ["red hair", "a hat"]), alone, atol=1e-5)
+
+
 def test_notices(model):
     assert use.notices(model, "red hair") == []
     assert "empty caption" in use.notices(model, "  ")[0]
@@ -287,6 +297,10 @@ def test_predict_edits_a_picture_and_then_its_code(folder, tmp_path, capsys):
     again = np.asarray(Image.open(tmp_path / "again" / "source.png"))
     assert np.array_equal(before, again)
     assert not np.array_equal(again, np.asarray(Image.open(tmp_path / "again" / "edited.png")))
+    before = code.read_bytes()
+    with pytest.raises(UserError, match="codes.safetensors would be overwritten.*another --out"):
+        predict("red hair", "--code", code, "--row", 1, "--run", folder, "--out", tmp_path / "out")
+    assert code.read_bytes() == before
 
 
 def test_predict_says_what_is_wrong(folder, tmp_path):
@@ -365,7 +379,7 @@ def test_export_keeps_no_file_that_differs(tmp_path, model, monkeypatch):
     assert not (tmp_path / "clip_text.onnx").exists()
 
 
-def test_bias_report(tmp_path, model, folder, capsys):
+def test_bias_report(tmp_path, model, folder, capsys, monkeypatch):
     assert safety.balance(torch.tensor([0.5, 0.5])) == pytest.approx(1)
     assert safety.balance(torch.tensor([1.0, 0.0])) == 0
     # Features that are those of the phrases themselves are read as what they say.
@@ -380,6 +394,11 @@ def test_bias_report(tmp_path, model, folder, capsys):
     assert "hair" in printed and "nothing about people" in printed
     (row,) = json.loads((tmp_path / "safety.json").read_text())["rows"]
     assert sum(row["shares"].values()) == pytest.approx(1) and 0 <= row["balance"] <= 1
+    # Captions are drawn one after the other: their pictures need not all fit into memory together.
+    monkeypatch.setattr(use, "MOST_BYTES", 8 * 12 * 64 * 64)
+    safety.main(safety.SafetyConfig(folder, ("someone", "a face"), groups, 8, out=tmp_path))
+    again = json.loads((tmp_path / "safety.json").read_text())["rows"]
+    assert len(again) == 2 and again[0] == row
     groups.write_text("[1, 2]")
     with pytest.raises(UserError, match="is expected"):
         safety.read_groups(model, groups)
