@@ -128,6 +128,21 @@ def encode_captions(
 
 
 @torch.no_grad()
+def reconstruction_features(
+    faces: Faces,
+    clip: nn.Module,
+    generator: Generator,
+    clip_input: ClipInput,
+    device: torch.device,
+    batch: int = 64,
+) -> Tensor:
+    """CLIP features f_i (N, F) of all reconstructions G(w)."""
+    starts = progress(range(0, len(faces), batch), "reconstructions")
+    made = (generator.synthesis(faces.codes[i : i + batch].to(device)) for i in starts)
+    return torch.cat([image_features(clip, pictures, clip_input) for pictures in made])
+
+
+@torch.no_grad()
 def build_cache(
     faces: Faces,
     clip: nn.Module,
@@ -154,9 +169,7 @@ def build_cache(
         tokens[own] = encoded
     image = text.new_empty(0, text.shape[2])
     if images:
-        starts = progress(range(0, len(faces), batch), "reconstructions")
-        made = (generator.synthesis(faces.codes[i : i + batch].to(device)) for i in starts)
-        image = torch.cat([image_features(clip, pictures, clip_input) for pictures in made])
+        image = reconstruction_features(faces, clip, generator, clip_input, device, batch)
     codes = faces.codes.to(device)
     return Cache(codes, image, text, counts, codes.mean(0, keepdim=True), tokens)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from anyface import sheets
 from anyface.baselines import nearest_caption, optimise_codes
 from anyface.claims import code_claims, mean, picture_claims
-from anyface.clip import image_features
-from anyface.data import Cache, Faces, build_cache, encode_captions, open_faces
+from anyface.clip import BPETokenizer, image_features
+from anyface.data import Cache, Faces, build_cache, encode_captions, open_faces, reconstruction_features
 from anyface.effects import caption_counts, caption_effects, code_effects, editing, named_accuracy, read_texts
 from anyface.judges import read
 from anyface.lightcnn import grey_faces
@@ -45,11 +45,12 @@ from shared.published import (
     print_metrics,
     write_results,
 )
-from shared.runtime import parse, pick_device, run_main, step_generator
+from shared.runtime import UserError, parse, pick_device, run_main, step_generator
 
 METRIC_SIZE = 256
 """Side at which pictures are compared when the generator's is larger."""
-UNITS = {"R-precision@1": "%", "R-precision@10": "%"}
+SECOND = "R-precision@1, second CLIP"
+UNITS = {"R-precision@1": "%", "R-precision@10": "%", SECOND: "%", "named traits": "%"}
 
 
 @dataclass(frozen=True)
@@ -163,10 +164,8 @@ def compare(
         rows[name] = measure(made, truth.to(device), cache.text[:n, 0], networks)
         if networks.second_clip is not None:
             from_second = image_features(networks.second_clip, made)
-            tokens = constants.tokenizer(captions).to(device)
-            rows[name]["R-precision@1, second CLIP"] = 100 * r_precision(
-                from_second, networks.second_clip.encode_text(tokens)
-            )
+            tokens = BPETokenizer(networks.second_clip.context_length)(captions).to(device)
+            rows[name][SECOND] = 100 * r_precision(from_second, networks.second_clip.encode_text(tokens))
         if constants.judge is not None:
             rows[name]["named traits"] = 100 * named_accuracy(read(constants.judge, made).cpu(), captions)
     if networks.face is not None:
@@ -188,13 +187,18 @@ def all_effects(
     train_mean: Tensor,
 ) -> tuple[dict[str, dict[int, dict[str, float]]], list[Claim]]:
     """Effects on codes for every pair of streams, and in the world the claims."""
-    effects = {
-        name: {
-            seed: code_effects(pair, cache, train_mean, constants.clip, variant_config(config, name).words)
+    effects: dict[str, dict[int, dict[str, float]]] = {}
+    for name, by_seed in streams.items():
+        own, its_cache = variant_config(config, name), cache
+        if own.behaviour.clip_input != config.behaviour.clip_input:
+            image = reconstruction_features(
+                faces, constants.clip, constants.generator, own.behaviour.clip_input, cache.codes.device
+            )
+            its_cache = replace(cache, image=image)
+        effects[name] = {
+            seed: code_effects(pair, its_cache, train_mean, constants.clip, own.words)
             for seed, pair in by_seed.items()
         }
-        for name, by_seed in streams.items()
-    }
     if constants.judge is None or "full" not in streams or config.words:
         return effects, []
     seen, precision, edits, counts = [], [], [], []
@@ -230,8 +234,8 @@ def draw_sheets(
     pictures: dict[str, Tensor],
 ) -> None:
     """Pictures for a person to judge, into samples/. w_t (N, L, D): codes of the test captions."""
-    captions = [own[0] for own in faces.captions[:8]]
-    size = next(iter(pictures.values())).shape[-1]
+    compared, _, _, size = next(iter(pictures.values())).shape
+    captions = [own[0] for own in faces.captions[: min(8, compared)]]
     first = torch.arange(len(captions))
     beside = {"true face": faces.picture(first, size)}
     titles = {"nearest training caption": "nearest", "no-dt": "MSE", "latent optimisation": "optimised"}
@@ -239,11 +243,12 @@ def draw_sheets(
     layers, seed = config.noise_layers, config.seed
     others = [own[0] for own in faces.captions[1:6]]
     made = {
-        "captions": sheets.caption_sheet(w_t[:8], captions, constants, layers, seed, beside),
+        "captions": sheets.caption_sheet(w_t[: len(captions)], captions, constants, layers, seed, beside),
         "editing": sheets.editing_sheet(cache.codes[: len(others)], w_t[1:6], others, constants),
     }
     if faces.unseen is not None and not config.words:
-        unseen, truth = [own[0] for own in faces.unseen[:8]], {"true face": beside["true face"]}
+        unseen = [own[0] for own in faces.unseen[: len(captions)]]
+        truth = {"true face": beside["true face"]}
         with torch.inference_mode():
             codes = text(encode_captions(constants.clip, constants.tokenizer, unseen, w_t.device))[0]
         made["unseen"] = sheets.caption_sheet(codes, unseen, constants, layers, seed, truth)
@@ -251,7 +256,7 @@ def draw_sheets(
     if constants.wide is not None:
         truth = {"true face": faces.picture(first, constants.wide.size)}
         made["captions-64"] = sheets.caption_sheet(
-            w_t[:8], captions, constants, layers, seed, truth, wide=True
+            w_t[: len(captions)], captions, constants, layers, seed, truth, wide=True
         )
     for name, picture in made.items():
         write_image(folder / "samples" / f"test-{name}.png", picture, synthetic="AnyFace")
@@ -303,6 +308,8 @@ def timing(
 def main(settings: EvalConfig) -> Path:
     """Evaluate a run: effects, claims, comparison, pictures; returns the run folder."""
     began = time.perf_counter()
+    if settings.compared < 2:
+        raise UserError(f"--compared {settings.compared}: sets of pictures are compared, give 2 or more")
     folder = find_run("anyface", settings.run)
     config = load_config(folder, Config)
     device = pick_device(settings.device)

@@ -128,6 +128,11 @@ def part_learner(stage: Stage, config: "Config", folder: Path, device: torch.dev
 
 def load_constants(config: "Config", folder: Path, device: torch.device) -> Constants:
     """The frozen networks of a run: its own small ones, or the user's files. UserError for a missing one."""
+    identity = None
+    if config.lambda_id:
+        if config.identity_weights is None:
+            raise UserError("--lambda-id needs --identity-weights model_ir_se50.pth (of InsightFace_Pytorch)")
+        identity = load_official("ir_se50_112", config.identity_weights)
     if config.size == "tiny":
         clip, tokenizer = parts.small_clip()
         networks = {"clip": clip, "generator": parts.small_generator()}
@@ -137,20 +142,13 @@ def load_constants(config: "Config", folder: Path, device: torch.device) -> Cons
             # Without steps of their own, networks stay as they were initialised.
             if getattr(config, f"{name}_steps"):
                 load_safetensors(stage_file(folder, name), network)
-        found = Constants(tokenizer=tokenizer, **networks)
+        found = Constants(tokenizer=tokenizer, identity=identity, **networks)
     else:
         if config.clip_weights is None or config.generator_weights is None:
             raise UserError(
                 "the streams need --clip-weights (OpenAI's ViT-B-32.pt, or a state dict in its names) and "
                 "--generator-weights (rosinality's stylegan2-ffhq-config-f.pt, or NVIDIA's ffhq.pkl)"
             )
-        identity = None
-        if config.lambda_id:
-            if config.identity_weights is None:
-                raise UserError(
-                    "--lambda-id needs --identity-weights model_ir_se50.pth (of InsightFace_Pytorch)"
-                )
-            identity = load_official("ir_se50_112", config.identity_weights)
         clip = load_clip(config.clip_weights)
         generator = load_generator(config.generator_weights)[0]
         found = Constants(clip, BPETokenizer(clip.context_length), generator, identity=identity)

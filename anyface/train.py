@@ -19,7 +19,17 @@ from torch import Tensor, nn
 from anyface import losses
 from anyface.bundle import save_model
 from anyface.clip import image_features
-from anyface.data import Cache, DataName, Faces, build_cache, cut, draw_pairs, open_faces, read_text
+from anyface.data import (
+    Cache,
+    DataName,
+    Faces,
+    build_cache,
+    cut,
+    draw_pairs,
+    open_faces,
+    read_text,
+    reconstruction_features,
+)
 from anyface.losses import BEHAVIOUR, Behaviour
 from anyface.model import assemble
 from anyface.parts import Learner, constant, warm_cosine
@@ -339,6 +349,7 @@ def train(config: Config) -> Path:
     run.load({}, {"position": position})
     device = accelerator.device
     constants = faces = cache = None
+    images: dict[str, Tensor] = {}  # of the reconstructions, by the normalisation that a variant gives CLIP
     before = 0
     for number, stage in enumerate(stages):
         if number >= position.stage:
@@ -351,8 +362,14 @@ def train(config: Config) -> Path:
                     faces = open_faces(config, "train", constants.generator)
                     cache = build_cache(
                         faces, constants.clip, constants.tokenizer, constants.generator,
-                        config.behaviour.clip_input, device, words=reads_words(config),
+                        config.behaviour.clip_input, device, words=reads_words(config), images=False,
                     )  # fmt: skip
+                how = variant_config(config, stage.name).behaviour.clip_input
+                if how not in images:
+                    images[how] = reconstruction_features(
+                        faces, constants.clip, constants.generator, how, device
+                    )
+                cache = replace(cache, image=images[how])
                 learner = stream_learner(stage, config, accelerator, cache, constants, position.step)
                 show = lambda: sheet(learner, faces, cache, constants, config)  # noqa: B023, E731
             learn(learner, config, accelerator, run, position, before, show)

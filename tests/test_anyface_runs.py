@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from anyface import eval as evaluation
+from anyface import train as training
 from anyface.bundle import load_model
 from anyface.clip import build_clip
-from anyface.data import Cache, draw_pairs
+from anyface.data import Cache, build_cache, draw_pairs, open_faces
 from anyface.judges import Judge
 from anyface.losses import BEHAVIOUR, Behaviour
 from anyface.parts import small_clip, small_generator
 from anyface.ranger import Ranger
-from anyface.stages import VARIANTS, Constants, make_streams, plan, variant_config
+from anyface.stages import VARIANTS, Constants, load_constants, make_streams, plan, variant_config
 from anyface.train import PRESETS, stream_learner, stream_terms, train
 from shared.io import write_image
 from shared.runtime import UserError, parse_presets, start
@@ -156,6 +157,46 @@ def test_variants_change_what_they_name():
         plan(replace(PRESETS["demo"], variants=("fll",)))
 
 
+def test_a_variant_of_the_pictures_normalisation_changes_the_image_features_too(tmp_path, monkeypatch):
+    seen = {}
+
+    def learner(stage, config, accelerator, cache, *rest):
+        seen[stage.name] = cache.image
+        return stream_learner(stage, config, accelerator, cache, *rest)
+
+    monkeypatch.setattr(training, "stream_learner", learner)
+    config = tiny(out=tmp_path / "run", variants=("full", "clip-official", "no-cmd"), steps=1)
+    folder = train(config)
+    assert torch.equal(seen["full"], seen["no-cmd"])
+    assert not torch.allclose(seen["full"], seen["clip-official"], atol=1e-3)
+    evaluation.main(evaluation.EvalConfig(run=folder, compared=4, optimise_steps=0, device="cpu"))
+    effects = json.loads((folder / "results.json").read_text())["effects"]
+    assert set(effects) == {"full", "clip-official", "no-cmd"}
+
+
+def test_a_second_clip_reads_captions_in_its_own_tokens(tmp_path, constants, cache):
+    torch.manual_seed(0)
+    second = build_clip(64, 32, 1, 64, 16, 77, 49408, 64, 1, 1)
+    torch.save(second.state_dict(), tmp_path / "second.pt")
+    settings = evaluation.EvalConfig(second_clip=tmp_path / "second.pt")
+    config = tiny()
+    networks = evaluation.make_networks(settings, config, constants, torch.device("cpu"))
+    faces = open_faces(replace(config, test_faces=6), "test", constants.generator)
+    known = (constants.clip, constants.tokenizer, constants.generator, "correct", torch.device("cpu"))
+    test = (faces, build_cache(faces, *known))
+    pictures = {"a": faces.picture(torch.arange(6), 32), "b": torch.zeros(6, 3, 32, 32)}
+    rows = evaluation.compare(pictures, test, networks, constants, config)
+    (metric,) = [
+        m for m in evaluation.to_metrics(rows, "", "") if m.metric.endswith("second CLIP") and m.method == "a"
+    ]
+    assert metric.unit == "%" and 0 <= metric.value <= 100
+
+
+def test_an_identity_loss_needs_its_network():
+    with pytest.raises(UserError, match="--identity-weights"):
+        load_constants(tiny(lambda_id=0.1, generator_steps=0, clip_steps=0, judge_steps=0), Path(), "cpu")
+
+
 # --- runs ----------------------------------------------------------------------------------------------
 
 
@@ -288,6 +329,8 @@ def test_user_mistakes_are_messages(tmp_path):
         train(replace(PRESETS["paper"], data_root=tmp_path, out=tmp_path / "paper", device="cpu"))
     with pytest.raises(UserError, match="not a run folder"):
         evaluation.main(evaluation.EvalConfig(run=tmp_path / "none"))
+    with pytest.raises(UserError, match="--compared 1"):
+        evaluation.main(evaluation.EvalConfig(run=tmp_path / "none", compared=1))
     done = script("train.py", "demo", *TINY, "--variants", "fll", "--out", str(tmp_path / "demo"))
     assert done.returncode == 2 and done.stderr.startswith("error: unknown variant"), done.stderr
 
