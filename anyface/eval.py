@@ -5,6 +5,7 @@ No number of AnyFace's own tables is known; none stands beside what is measured 
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from anyface.protocol import (
     Networks,
     diversity,
     face_similarity,
+    features_of,
     frechet_networks,
     lpips_network,
     measure,
@@ -163,9 +165,10 @@ def compare(
         made = made.to(device)
         rows[name] = measure(made, truth.to(device), cache.text[:n, 0], networks)
         if networks.second_clip is not None:
-            from_second = image_features(networks.second_clip, made)
-            tokens = BPETokenizer(networks.second_clip.context_length)(captions).to(device)
-            rows[name][SECOND] = 100 * r_precision(from_second, networks.second_clip.encode_text(tokens))
+            second = networks.second_clip
+            seen = features_of(made, partial(image_features, second))
+            said = encode_captions(second, BPETokenizer(second.context_length), captions, device)
+            rows[name][SECOND] = 100 * r_precision(seen, said)
         if constants.judge is not None:
             rows[name]["named traits"] = 100 * named_accuracy(read(constants.judge, made).cpu(), captions)
     if networks.face is not None:

@@ -85,7 +85,9 @@ def open_model(config: PredictConfig) -> Model:
         needed = {"--memory": config.memory, "--clip": config.clip, "--generator": config.generator}
         missing = [name for name, path in needed.items() if path is None]
         if missing:
-            raise UserError(f"AnyFace++ needs --checkpoint with {', '.join(missing)} too; README, 'Weights'")
+            raise UserError(
+                f"AnyFace++ needs --checkpoint with {', '.join(missing)} too; README, 'Weights of others'"
+            )
         return load_plus_plus(config.checkpoint, config.memory, config.clip, config.generator, device)
     model = load_model(config.run, device)
     if config.generator is not None:

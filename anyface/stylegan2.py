@@ -143,8 +143,10 @@ class Generator(nn.Module):
         """One or two z (B, style_dim), or with input_is_latent w or W+, -> picture and the W+ codes used.
 
         Two entries are mixed: the first steers layers below `inject_index`. truncation: towards
-        `truncation_latent`, by this factor.
+        `truncation_latent`, by this factor. Raises ValueError for truncation without that.
         """
+        if truncation < 1 and truncation_latent is None:
+            raise ValueError("truncation needs the latent that it goes towards")
         styles = styles if input_is_latent else [self.mapping(z) for z in styles]
         if truncation < 1:
             styles = [truncation_latent + truncation * (w - truncation_latent) for w in styles]

@@ -41,8 +41,9 @@ def ranking_lists(
     for row, query in enumerate(queries.tolist()):
         tiles.append(framed(target.images[query][0] / 255, BLUE))
         for column in order[row].tolist():
-            colour = GREEN if same[row, column] else RED
-            tiles.append(framed(target.images[int(gallery[column])][0] / 255, colour))
+            shown = framed(target.images[int(gallery[column])][0] / 255, GREEN if same[row, column] else RED)
+            # A short gallery leaves the last places of a row empty.
+            tiles.append(torch.ones_like(shown) if own[row, column] else shown)
     return image_grid(tiles, columns=order.shape[1] + 1, scale=scale)
 
 

@@ -184,6 +184,8 @@ def test_generator_inputs():
     assert torch.allclose(g([z], truncation=0.0, truncation_latent=mean)[1], mean[:, None].expand(2, 8, -1))
     with pytest.raises(ValueError, match=r"takes codes \(B, 8, 64\)"):
         g.synthesis(torch.randn(1, 18, 64))
+    with pytest.raises(ValueError, match="truncation needs the latent"):
+        g([z], truncation=0.5)
     with pytest.raises(ValueError, match="style space has 11 layers"):
         g.from_stylespace(g.stylespace(codes)[:-1])
 

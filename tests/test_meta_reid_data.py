@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from meta_reid import datasets, small_sets
 from meta_reid.data import Files, Target, Tensors, batches, file_target, label
+from meta_reid.figures import ranking_lists
 from meta_reid.items import Item, Split, manifest
 from meta_reid.metrics import ordered_keys, rank
 from meta_reid.protocols import average, evaluate, manifest_sources, source_items, sources_of
@@ -437,6 +438,17 @@ def test_images_that_several_splits_use_are_embedded_once(tmp_path):
     target = file_target("T", [Split([a], [b, c]), Split([b], [c])], (8, 4))
     assert len(target.images) == 3 and target.identities.tolist() == [0, 1, 2]
     assert target.splits[1][0].tolist() == [1] and target.splits[1][1].tolist() == [2]
+
+
+def test_ranking_lists_leave_out_the_querys_own_camera():
+    images = torch.arange(4).mul(60).view(4, 1, 1, 1).expand(4, 3, 8, 64).byte()
+    ids, cameras = torch.tensor([1, 1, 1, 2]), torch.tensor([0, 0, 1, 1])
+    target = Target("T", Tensors(images), ids, cameras, [])
+    features = torch.tensor([[1.0, 0], [1, 0], [1, 0.1], [0, 1]])
+    sheet = ranking_lists(features, target, torch.tensor([0]), torch.tensor([1, 2, 3]))
+    tiles = [sheet[:, 6, 70 * column + 30] for column in range(4)]  # a tile of 68 px and a gap of 2
+    levels = [round(float(tile[0]) * 255) for tile in tiles]
+    assert levels == [0, 120, 180, 255]  # the view of the same camera is a white place at the end
 
 
 def test_walkers_keep_their_clothes_and_sites_their_look():
