@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anyface.clip import (
@@ -30,6 +30,7 @@ from anyface.weights import load_clip, load_generator, load_memory, load_release
 from shared.io import find_run, load_safetensors, save_safetensors
 from shared.records import write_json
 from shared.runtime import UserError
+from shared.weights import load_torch
 
 
 @dataclass
@@ -162,7 +163,7 @@ def load_model(run: Path | None = None, device: torch.device | str = "cpu") -> M
         text=part("text", Stream),
         image=part("image", Stream),
         wide=part("wide", build_generator, from_file),
-        mean=load_file(folder / "mean.safetensors")["mean"].to(device),
+        mean=load_torch(folder / "mean.safetensors")["mean"].to(device),
         **{name: record[name] for name in ("m", "psi", "clip_input", "words", "name")},
     )
     return _ready(model, device)

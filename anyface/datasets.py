@@ -165,12 +165,16 @@ def _read_list(path: Path, layout: str) -> list[str]:
 
 def _celebatext_hq(root: Path, part: Part) -> FaceTexts:
     # SEA-T2F takes the fourth component of each path, the file name; the last one is the same there.
-    lines = _read_list(root / "data_flist" / f"{part}.flist", "celebatext-hq")
+    path = root / "data_flist" / f"{part}.flist"
+    lines = _read_list(path, "celebatext-hq")
     names = [Path(line).stem for line in lines]
     if (root / "captions").is_dir():
         return _collect("CelebAText-HQ", names, root / "CelebAimg", root / "captions")
     # Without the manual captions, captions are made from CelebA's attributes, and the title says so.
     attributes = read_attributes(root / "CelebAMask-HQ-attribute-anno.txt")
+    odd = next((name for name in names if not name.isdecimal()), None)
+    if odd is not None:
+        raise UserError(f"{path}: {odd} is no number of CelebA-HQ")
     missing = next((name for name in names if name not in attributes), None)
     if missing is not None:
         raise UserError(f"{root / 'CelebAMask-HQ-attribute-anno.txt'}: no line for {missing}.jpg")

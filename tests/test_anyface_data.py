@@ -205,8 +205,12 @@ def test_captions_from_attributes_when_there_are_none(tmp_path):
     attributes = read_attributes(root / "CelebAMask-HQ-attribute-anno.txt")
     assert attributes["30"] == {"Bangs", "Young"}
     path = root / "CelebAMask-HQ-attribute-anno.txt"
+    text(root / "data_flist" / "test.flist", "/data/celeba/images/face.jpg")
+    path.write_text(path.read_text() + path.read_text().splitlines()[-1].replace("30.jpg", "face.jpg") + "\n")
+    with pytest.raises(UserError, match="test.flist: face is no number of CelebA-HQ"):
+        open_set(root, "test")
     path.write_text(path.read_text() + "99.jpg 1 -1\n")
-    with pytest.raises(UserError, match="line 6"):
+    with pytest.raises(UserError, match="line 7"):
         read_attributes(path)
 
 

@@ -440,6 +440,11 @@ def test_model_folder_round_trip(tmp_path):
         assert not any(p.requires_grad for p in getattr(loaded, name).parameters())
     assert torch.equal(loaded.codes(["red hair"]), made.codes(["red hair"]))
     assert loaded.paint(loaded.codes(["red hair"])).shape == (1, 3, 64, 64)
+    whole = (tmp_path / "model" / "mean.safetensors").read_bytes()
+    (tmp_path / "model" / "mean.safetensors").write_bytes(whole[:20])
+    with pytest.raises(UserError, match="mean.safetensors: truncated"):
+        load_model(tmp_path / "model")
+    (tmp_path / "model" / "mean.safetensors").write_bytes(whole)
     (tmp_path / "model" / "text.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match="text.safetensors"):
         load_model(tmp_path / "model")
