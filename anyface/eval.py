@@ -22,6 +22,7 @@ from anyface.judges import read
 from anyface.lightcnn import grey_faces
 from anyface.model import Stream, assemble, load_official
 from anyface.protocol import (
+    COLUMNS,
     Networks,
     diversity,
     face_similarity,
@@ -30,6 +31,7 @@ from anyface.protocol import (
     lpips_network,
     measure,
     r_precision,
+    read_rows,
     rfrr,
 )
 from anyface.stages import Constants, load_constants, load_streams, plan, reads_words, variant_config
@@ -76,6 +78,9 @@ class EvalConfig:
     world measured with the judge's features and named so."""
     second_clip: Path | None = None
     """Another CLIP, which was no training signal, for a second R-precision."""
+    rows: Path | None = None
+    """CSV with published rows that you hold (method, dataset, metric, value, protocol), shown below the
+    measured ones."""
     study: int = 0
     """Captions of a user study: writes a page for blind ranking of the methods; 0 writes none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -313,6 +318,7 @@ def main(settings: EvalConfig) -> Path:
     began = time.perf_counter()
     if settings.compared < 2:
         raise UserError(f"--compared {settings.compared}: sets of pictures are compared, give 2 or more")
+    held = [] if settings.rows is None else read_rows(settings.rows)
     folder = find_run("anyface", settings.run)
     config = load_config(folder, Config)
     device = pick_device(settings.device)
@@ -356,11 +362,14 @@ def main(settings: EvalConfig) -> Path:
     print()
     headline = [m for m in metrics if m.method == stages[0].name]
     print_metrics(headline, load_published("anyface"))
+    if held:
+        print(f"\nrows of {settings.rows}, each under its own protocol; nothing here was measured so:")
+        print(format_table(list(COLUMNS), [list(row.values()) for row in held]))
     if claims:
         print()
         claims = [replace(claim, id=f"C{i}") for i, claim in enumerate(claims, start=1)]
         print_claims(claims)
-    extra = {"effects": effects, "diversity": drawn, "milliseconds": speed}
+    extra = {"effects": effects, "diversity": drawn, "milliseconds": speed, "rows given": held}
     write_results(
         folder, claims, metrics, environment(config, time.perf_counter() - began, settings.device), extra
     )

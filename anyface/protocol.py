@@ -3,6 +3,8 @@
 A metric that needs a network which is not given is left out, or computed with another one and named after it.
 """
 
+import csv
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 
 from anyface.clip import ClipInput, image_features
 from shared.metrics import InceptionFeatures, fid, lpips, perceptual_network
-from shared.runtime import step_generator
+from shared.runtime import UserError, step_generator
 
 RIVALS = 99
 """Captions of other faces that R-precision ranks the own one among."""
@@ -165,6 +167,40 @@ def measure(pictures: Tensor, truth: Tensor, texts: Tensor, networks: Networks) 
     row["R-precision@10"] = 100 * r_precision(seen, texts, top=10)
     row["CLIP score"] = clip_score(seen, texts)
     return row
+
+
+COLUMNS = ("method", "dataset", "metric", "value", "protocol")
+"""Of a user's rows."""
+
+
+def read_rows(path: Path) -> list[dict[str, str | float]]:
+    """Published rows that the user holds, a CSV with `COLUMNS`. UserError names what does not fit.
+
+    They are shown with their protocol, below what is measured and never beside it.
+    """
+    try:
+        lines = csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline=""))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a CSV with the columns {', '.join(COLUMNS)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+    missing = sorted(set(COLUMNS) - set(lines.fieldnames or ()))
+    if missing:
+        raise UserError(f"{path}: no column {', '.join(missing)}")
+    rows = []
+    for line in lines:
+        row: dict[str, str | float] = {name: (line[name] or "").strip() for name in COLUMNS}
+        empty = [name for name in COLUMNS if not row[name]]
+        if empty:
+            raise UserError(f"{path}, line {lines.line_num}: {', '.join(empty)} is empty")
+        try:
+            row["value"] = float(row["value"])
+        except ValueError:
+            raise UserError(f"{path}, line {lines.line_num}: {row['value']!r} is no number") from None
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: no rows")
+    return rows
 
 
 @torch.inference_mode()

@@ -27,6 +27,7 @@ from anyface.protocol import (
     measure,
     own_ranks,
     r_precision,
+    read_rows,
     rfrr,
 )
 from anyface.stages import Constants, make_streams
@@ -302,6 +303,31 @@ def test_user_study_is_blind_and_its_key_gives_the_methods_back(tmp_path, capsys
             print_study(study)
     with pytest.raises(UserError, match="nothing.csv: no key"):
         print_study(StudyOptions((tmp_path / "answers.json",), key=tmp_path / "nothing.csv"))
+
+
+def test_rows_that_the_user_holds_keep_their_protocol(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('method,dataset,metric,value,protocol\nX,CelebA,FID,50.5,"6,000 pictures, 256 px"\n')
+    assert read_rows(path) == [
+        {
+            "method": "X",
+            "dataset": "CelebA",
+            "metric": "FID",
+            "value": 50.5,
+            "protocol": "6,000 pictures, 256 px",
+        }
+    ]
+    for content, message in (
+        ("method,metric\nX,FID\n", "no column dataset, protocol, value"),
+        ("method,dataset,metric,value,protocol\nX,C,FID,low,P\n", "line 2: 'low' is no number"),
+        ("method,dataset,metric,value,protocol\nX,C,FID,1,\n", "line 2: protocol is empty"),
+        ("method,dataset,metric,value,protocol\n", "no rows"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_rows(path)
+    with pytest.raises(UserError, match="none.csv: no such file"):
+        read_rows(tmp_path / "none.csv")
 
 
 def test_no_anyface_number_is_published():

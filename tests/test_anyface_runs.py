@@ -226,10 +226,14 @@ def test_training_leaves_the_run_folder_described(run_folder):
 
 
 def test_evaluation_prints_claims_and_writes_results(run_folder):
+    held = run_folder.parent / "rows.csv"
+    held.write_text("method,dataset,metric,value,protocol\nX,CelebA-HQ,FID,50.5,a table I hold\n")
     done = script(
-        "eval.py", "--run", str(run_folder), "--device", "cpu", "--optimise-steps", "2", "--study", "2"
-    )
+        "eval.py", "--run", str(run_folder), "--device", "cpu", "--optimise-steps", "2", "--study", "2",
+        "--rows", str(held),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "50.5   a table I hold" in done.stdout
     assert done.stdout.strip().splitlines()[-1] == str(run_folder)
     assert "claims:" in done.stdout and "no row here is a result of AnyFace" in done.stdout
     results = json.loads((run_folder / "results.json").read_text())
