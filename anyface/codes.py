@@ -29,7 +29,7 @@ class CodesOptions:
     data_root: Path | None = None
     """A set in one of the public layouts; its train and test faces are inverted."""
     layout: Layout = "auto"
-    """Layout of the set."""
+    """Layout of the set; with --latents, face-list names codes by paths instead of stems."""
     latents: Path | None = None
     """Instead of inverting: a tensor of codes (N, L, D), e.g. StyleCLIP's; needs --names."""
     names: Path | None = None
@@ -48,17 +48,19 @@ class CodesOptions:
     """Where to compute. auto: CUDA when there is one."""
 
 
-def convert(latents: Path, names: Path | None, out: Path) -> None:
-    """Name the rows of a tensor of codes. UserError when the counts differ or a name comes twice."""
+def convert(latents: Path, names: Path | None, out: Path, paths: bool = False) -> None:
+    """Name the rows of a tensor of codes by the files' stems, or by their paths without the ending (paths),
+    as `face-list` calls its faces. UserError when the counts differ or a name comes twice."""
     codes = load_torch(latents)
     if not isinstance(codes, torch.Tensor) or codes.ndim != 3:
         raise UserError(f"{latents}: expected one tensor of codes (N, L, D)")
     if names is None or not names.is_file():
         raise UserError(f"--names {names}: a text file with the file name of each row of {latents} is needed")
-    stems = [Path(line.strip()).stem for line in names.read_text().splitlines() if line.strip()]
-    if len(stems) != len(codes) or len(set(stems)) != len(stems):
-        raise UserError(f"{names}: {len(stems)} names, {len(set(stems))} different, for {len(codes)} codes")
-    write_codes(out, stems, codes.float())
+    files = [Path(line.strip()) for line in names.read_text().splitlines() if line.strip()]
+    faces = [str(file.with_suffix("")) if paths else file.stem for file in files]
+    if len(faces) != len(codes) or len(set(faces)) != len(faces):
+        raise UserError(f"{names}: {len(faces)} names, {len(set(faces))} different, for {len(codes)} codes")
+    write_codes(out, faces, codes.float())
 
 
 def invert_set(options: CodesOptions) -> None:
@@ -118,7 +120,7 @@ def invert_set(options: CodesOptions) -> None:
 def main(options: CodesOptions) -> Path:
     """Write the codes; returns the file."""
     if options.latents is not None:
-        convert(options.latents, options.names, options.out)
+        convert(options.latents, options.names, options.out, options.layout == "face-list")
     else:
         invert_set(options)
     return options.out

@@ -382,6 +382,13 @@ def test_codes_are_made_from_pictures_or_named(mm_celeba, tmp_path, capsys):
     text(tmp_path / "names.txt", "a/17.jpg", "b/4.jpg")
     main(CodesOptions(latents=tmp_path / "latents.pt", names=tmp_path / "names.txt", out=out))
     assert read_codes(out, ["4", "17"]).shape == (2, 18, 512)
+    # The successor's faces are called by their paths.
+    main(
+        CodesOptions(
+            latents=tmp_path / "latents.pt", names=tmp_path / "names.txt", out=out, layout="face-list"
+        )
+    )
+    assert read_codes(out, ["b/4", "a/17"]).shape == (2, 18, 512)
     text(tmp_path / "names.txt", "17.jpg")
     with pytest.raises(UserError, match="1 names, 1 different, for 2 codes"):
         main(CodesOptions(latents=tmp_path / "latents.pt", names=tmp_path / "names.txt", out=out))
