@@ -89,7 +89,7 @@ class Source(NamedTuple):
     code: Tensor
     """(1, id_dim)."""
     forehead: Tensor
-    """(1, 1, S, S), see `fusion.forehead`."""
+    """(1, 1, S, S), see `fusion.forehead`; of the first photo when there are several."""
 
 
 class Swapped(NamedTuple):
@@ -149,10 +149,10 @@ class Swapper:
 
     # --- faces and crops
 
-    def choose(self, faces: Sequence[Face], choice: Choice) -> Face | None:
+    def choose(self, faces: Sequence[Face], choice: Choice, option: str = "--face") -> Face | None:
         """The largest or surest face, or number `choice` from the left, from 0; None when there is none.
 
-        UserError when a number is asked for that does not exist.
+        UserError, which names the option, when a number is asked for that does not exist.
         """
         if not faces:
             return None
@@ -162,7 +162,7 @@ class Swapper:
             return max(faces, key=lambda face: face.score)
         ordered = sorted(faces, key=lambda face: face.box[0])
         if not 0 <= choice < len(ordered):
-            raise UserError(f"--face {choice}: there are {len(ordered)} faces, numbered from 0 from the left")
+            raise UserError(f"{option} {choice}: {counted(len(ordered))}")
         return ordered[choice]
 
     def describe(self, crops: Tensor) -> Crops:
@@ -191,7 +191,7 @@ class Swapper:
         found = self.detector([photo.seen for photo in photos], [photo.name for photo in photos])
         crops = []
         for photo, faces in zip(photos, found, strict=True):
-            face = self.choose(faces, choice)
+            face = self.choose(faces, choice, f"{photo.name}: --source-face")
             reason = self._unusable(face)
             if reason:
                 raise UserError(f"{photo.name}: the source {reason}")
@@ -319,6 +319,11 @@ class Swapper:
         if isinstance(choice, int) and choice >= len(faces):
             return None
         return self.choose(faces, choice)
+
+
+def counted(faces: int) -> str:
+    """How many faces a picture shows and how they are numbered, for messages."""
+    return f"there {'is 1 face' if faces == 1 else f'are {faces} faces'}, numbered from 0 from the left"
 
 
 def nearest(faces: Sequence[Face], last: Face) -> Face | None:

@@ -7,6 +7,8 @@ The result is a manipulated face, for research on forgery detection, anonymisati
 with the consent of everyone shown. Every file that is written says in its metadata that it is synthetic.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,7 +23,7 @@ from faceswapper.align import DEMO_FRAMING, Framing, to_tensor
 from faceswapper.detect import open_detector, open_landmarker, open_parser
 from faceswapper.drawing import LandmarkValues
 from faceswapper.model import Generator, load_official
-from faceswapper.pipeline import Blending, Photo, Source, Swapped, Swapper, read_photo
+from faceswapper.pipeline import Blending, Photo, Source, Swapped, Swapper, counted, read_photo
 from faceswapper.train import Config as TrainConfig
 from faceswapper.trials import load_generators, main_name
 from faceswapper.video import VIDEO_ENDINGS, VideoReader, VideoWriter
@@ -149,6 +151,13 @@ def write_strip(
     )
 
 
+def result_names(paths: Sequence[Path]) -> dict[str, str]:
+    """File name of a target -> how its results call it: without the ending, with it where two files differ
+    in nothing else."""
+    stems = Counter(path.stem for path in paths)
+    return {path.name: path.stem if stems[path.stem] == 1 else path.name for path in paths}
+
+
 def swap_photos(config: PredictConfig, swapper: Swapper, source: Source, made: str) -> dict:
     """All photos of a folder, or one; returns a record for each. In a folder, photos without a usable face
     are copied as they are and said so."""
@@ -158,7 +167,7 @@ def swap_photos(config: PredictConfig, swapper: Swapper, source: Source, made: s
         paths = sorted(p for p in config.target.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
         if not paths:
             raise UserError(f"{config.target}: holds no picture ({', '.join(IMAGE_ENDINGS)}) and is no video")
-    records = {}
+    records, names = {}, result_names(paths)
     for start in progress(range(0, len(paths), config.batch_size), "photos"):
         photos = [read_photo(path) for path in paths[start : start + config.batch_size]]
         found = swapper.detector([photo.seen for photo in photos], [photo.name for photo in photos])
@@ -171,7 +180,10 @@ def swap_photos(config: PredictConfig, swapper: Swapper, source: Source, made: s
         ):
             if result.face is None and not folder:
                 raise UserError(f"{photo.name}: the target {result.remark}")
-            stem = config.out / f"{config.source[0].stem}_FS_{Path(photo.name).stem}"
+            if isinstance(config.face, int) and 0 < len(faces_in) <= config.face:
+                said = f"shows no face number {config.face}: {counted(len(faces_in))}"
+                result = result._replace(remark=said)
+            stem = config.out / f"{config.source[0].stem}_FS_{names[photo.name]}"
             write_photo(stem.with_name(f"{stem.name}.png"), photo, result, made)
             if result.face is not None and config.strip > 1:
                 write_strip(swapper, photo, result, source, config.strip, stem, made)

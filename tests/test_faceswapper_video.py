@@ -22,7 +22,7 @@ from faceswapper.detect import (
 )
 from faceswapper.export import export
 from faceswapper.pipeline import Photo, Swapper
-from faceswapper.predict import Networks, PredictConfig, predict, swap_video
+from faceswapper.predict import Networks, PredictConfig, predict, swap_photos, swap_video
 from faceswapper.prepare import COLUMNS, PrepareConfig, prepare
 from faceswapper.video import VideoReader, VideoWriter, describe, in_batches
 from shared.io import SYNTHETIC_SOURCE
@@ -191,6 +191,31 @@ def test_sound_that_mp4_cannot_hold_is_converted_and_errors_leave_nothing(tmp_pa
 
 
 # --- commands ---------------------------------------------------------------------------------------
+
+
+def test_photos_of_one_name_in_a_folder_have_results_of_their_own(tmp_path, swapper):
+    targets = tmp_path / "targets"
+    targets.mkdir()
+    Image.fromarray(scene()).save(targets / "t.png")
+    Image.fromarray(scene((2,))).save(targets / "t.jpg", quality=95)
+    Image.fromarray(scene((3,))).save(targets / "u.png")
+    config = PredictConfig((tmp_path / "s.png",), targets, tmp_path / "out", strip=0)
+    swap_photos(config, swapper, swapper.source([Photo("s.png", scene((1,)))]), "by a test")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["s_FS_t.jpg.png", "s_FS_t.png.png", "s_FS_u.png"]
+
+
+def test_a_face_by_its_number_is_said_to_be_missing_by_its_option(tmp_path, swapper):
+    source = swapper.source([Photo("s.png", scene((1,)))])
+    with pytest.raises(UserError, match="s.png: --source-face 1: there is 1 face"):
+        swapper.source([Photo("s.png", scene((1,)))], 1)
+    Image.fromarray(scene()).save(tmp_path / "t.png")
+    Image.fromarray(scene((0, 1), ((2, 30), (102, 40)))).save(tmp_path / "u.png")
+    config = PredictConfig((tmp_path / "s.png",), tmp_path, tmp_path / "out", face=1, strip=0)
+    records = swap_photos(config, swapper, source, "by a test")
+    assert records["u.png"]["remark"] is None
+    said = "shows no face number 1: there is 1 face, numbered from 0 from the left"
+    assert records["t.png"]["remark"] == said
 
 
 def test_prepare_writes_what_the_loader_reads(tmp_path):
