@@ -5,6 +5,7 @@ The released data put, beside a folder of pictures, folders of the same name wit
 set: `prepare.py` writes the sisters. Files correspond by their path below the folder without the ending.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,13 +75,20 @@ def resized(image: Tensor, size: int, nearest: bool = False) -> Tensor:
 
 
 def by_stem(folder: Path, what: str) -> dict[str, Path]:
-    """Path below the folder without ending -> file."""
-    return {f.relative_to(folder).with_suffix("").as_posix(): f for f in list_pictures(folder, what)}
+    """Path below the folder without ending -> file. UserError when two files differ in nothing else."""
+    found: dict[str, Path] = {}
+    for file in list_pictures(folder, what):
+        other = found.setdefault(file.relative_to(folder).with_suffix("").as_posix(), file)
+        if other != file:
+            raise UserError(
+                f"{what}: {other} and {file.name} have the same name without the ending; remove one"
+            )
+    return found
 
 
 def sister(folder: Path, suffix: str) -> Path:
-    """The sister folder of a folder of pictures."""
-    folder = folder.resolve()
+    """The sister folder of a folder of pictures; of a link, beside the link."""
+    folder = Path(os.path.abspath(folder))
     return folder.with_name(folder.name + suffix)
 
 

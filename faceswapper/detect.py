@@ -6,6 +6,7 @@ BiSeNet's labels. Anything that can be called like these takes their place.
 """
 
 import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,8 +129,8 @@ class MtcnnDetector:
 class TableDetector:
     """Faces given in a CSV file, by its header: `file,left,top,right,bottom` (boxes) or
     `file,left_x,left_y,right_x,right_y` (eyes), in pixels, a line per face. In a video all frames use the
-    line of the video's file name. UserError on a missing file, another header or a value that is no
-    number."""
+    line of the video's file name. UserError on a missing file, another header, a value that is no number, an
+    empty box or eyes at one place."""
 
     BOX = ["file", "left", "top", "right", "bottom"]
     EYES = ["file", "left_x", "left_y", "right_x", "right_y"]
@@ -148,10 +149,16 @@ class TableDetector:
                 name, (a, b, c, d) = row[0], map(float, row[1:])
             except ValueError:
                 raise UserError(f"{path}, line {line}: expected a file name and four numbers") from None
-            face = Face((a, b, c, d), None)
+            finite = all(map(math.isfinite, (a, b, c, d)))
             if rows[0] == self.EYES:
+                if not finite or math.dist((a, b), (c, d)) < 1:
+                    raise UserError(f"{path}, line {line}: {name} has no two eyes at {a:g},{b:g},{c:g},{d:g}")
                 eyes = tuple(sorted([(a, b), (c, d)]))
                 face = Face(box_of_eyes(*eyes), eyes)
+            else:
+                if not finite or c <= a or d <= b:
+                    raise UserError(f"{path}, line {line}: {name} has no box at {a:g},{b:g},{c:g},{d:g}")
+                face = Face((a, b, c, d), None)
             self.faces.setdefault(name, []).append(face)
 
     def __call__(self, photos: list[np.ndarray], names: list[str]) -> list[list[Face]]:

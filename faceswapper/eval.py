@@ -33,7 +33,7 @@ from shared.published import (
     print_metrics,
     write_results,
 )
-from shared.runtime import parse, pick_device, run_main
+from shared.runtime import UserError, parse, pick_device, run_main
 
 TEST_SEED = 900_001
 """Of the test people; no training seed should be it."""
@@ -165,7 +165,10 @@ def evaluate_drawn(config: Config, folder: Path) -> tuple[list[Claim], list[Metr
 
 
 def evaluate_faceforensics(config: Config, folder: Path | None) -> tuple[list[Metric], dict, TrainConfig]:
-    """The FaceForensics++ protocol for the main generator of a run, or for the released one."""
+    """The FaceForensics++ protocol for the main generator of a run, or for the released one. UserError
+    without the frames."""
+    if config.faceforensics is None:
+        raise UserError("--official measures the released generator on the frames of --faceforensics DIR")
     device = pick_device(config.device)
     if folder is None:
         generator, settings = load_official("generator", config.official), TrainConfig()

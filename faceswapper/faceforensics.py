@@ -1,8 +1,9 @@
 """The FaceForensics++ protocol on prepared crops: 10 frames of 1,000 videos, every pair of the swap list
 once.
 
-Swaps are written as the official test code names them, `swapped_result_single/<source>_FS_<target>.png`,
-measured batch by batch, beside the baselines that need no training.
+Swaps are written as the official test code names them, `swapped_result_single/<source>_FS_<target>.png`
+(post-processed in `swapped_result_afterps`, beside source and target in `swapped_result_all`), and measured
+batch by batch, beside the baselines that need no training.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ TABLE = "unknown (paper body not readable)"
 """Name that published.json gives the paper's table."""
 PROTOCOL_PAIRS = 10_000
 """Swaps of the published protocol; with fewer a number is not comparable."""
-SINGLE, AFTER = "swapped_result_single", "swapped_result_afterps"
+SINGLE, AFTER, ALL = "swapped_result_single", "swapped_result_afterps", "swapped_result_all"
 MEAN_OF = 500
 """Originals that the mean face is made of."""
 
@@ -142,22 +143,24 @@ def measure_swaps(
         if config.baselines:
             points = (fan.find(batch["s_image"]), fan.find(target)) if fan else (None, None)
             methods |= untrained(batch["s_image"], target, mask, mean_face, *points)
+        made = [x for name, x in methods.items() if name.startswith("FaceSwapper")]
+        methods = {name: as_file(pictures) for name, pictures in methods.items()}
         for method, pictures in methods.items():
             tally = tallies.setdefault(method, Tally())
-            tally.add(differences(pictures, target, mask, networks, fan), len(pictures))
+            tally.add(differences(pictures, as_file(target), mask, networks, fan), len(pictures))
             if "recogniser" in networks:
                 tally.embeddings.append(networks["recogniser"](pictures))
-        for folder, method in ((SINGLE, "FaceSwapper"), (AFTER, "FaceSwapper, post-processed")):
-            if method in methods:
-                write_swaps(out / folder, swaps.pairs, start * config.batch_size, methods[method])
+        sheet = torch.cat((batch["s_image"], target, *made), 3)
+        for folder, pictures in zip((SINGLE, ALL, AFTER), (made[0], sheet, *made[1:]), strict=False):
+            write_swaps(out / folder, swaps.pairs, start * config.batch_size, pictures)
     rows = {method: tally.means() for method, tally in tallies.items()}
     if "recogniser" in networks:
         add_retrieval(rows, tallies, swaps, networks["recogniser"], config.batch_size)
     if config.fid_weights is not None:
         network = InceptionFeatures(config.fid_weights)
         real = (p / 2 + 0.5 for p in picture_batches(originals, config.batch_size))
-        made = sorted((out / SINGLE).glob("*.png"))
-        rows["FaceSwapper"]["FID"] = fid(real, (read_image(f)[None] for f in made), network)
+        files = [out / SINGLE / swap_name(pair) for pair in dict.fromkeys(swaps.pairs)]
+        rows["FaceSwapper"]["FID"] = fid(real, (read_image(f)[None] for f in files), network)
     return as_metrics(rows, len(swaps), originals.name), {"methods": rows, "pairs": len(swaps)}
 
 
@@ -167,11 +170,20 @@ def post_processed(batch: dict[str, Tensor], result: Tensor, fan: FAN) -> Tensor
     return fuse(result, batch["t_image"], keep_map(batch["t_parsing"], *foreheads))
 
 
+def as_file(pictures: Tensor) -> Tensor:
+    """Pictures in [-1, 1] as their 8-bit files hold them."""
+    return 2 * protocol.measured(pictures) - 1
+
+
+def swap_name(pair: tuple[str, str]) -> str:
+    """Official file name of a swap, from the stems of source and target."""
+    return "_FS_".join(pair).replace("/", "-") + ".png"
+
+
 def write_swaps(folder: Path, pairs: list[tuple[str, str]], first: int, pictures: Tensor) -> None:
     """Swaps number `first` and on, under their official names."""
-    for (source, target), picture in zip(pairs[first:], pictures, strict=False):
-        name = f"{source}_FS_{target}".replace("/", "-")
-        write_image(folder / f"{name}.png", picture / 2 + 0.5, synthetic="face swap by FaceSwapper")
+    for pair, picture in zip(pairs[first:], pictures, strict=False):
+        write_image(folder / swap_name(pair), picture / 2 + 0.5, synthetic="face swap by FaceSwapper")
 
 
 def picture_batches(pictures, size: int):

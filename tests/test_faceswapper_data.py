@@ -243,6 +243,20 @@ def test_swap_list_of_faceforensics(tmp_path):
     assert datasets.video_of("raw_003_1") == "003" and datasets.video_of("someone") == "someone"
 
 
+def test_two_pictures_of_one_name_are_said(tmp_path):
+    make_set(tmp_path, "CelebA", ["1", "2"])
+    write_image(tmp_path / "CelebA/2.png", torch.zeros(3, 20, 20))
+    with pytest.raises(UserError, match=r"2\.jpg and 2\.png have the same name without the ending"):
+        datasets.open_set("celeba", tmp_path, 20)
+
+
+def test_sisters_lie_beside_a_linked_folder(tmp_path):
+    make_set(tmp_path / "data", "CelebA", ["1", "2"])
+    (tmp_path / "data/CelebA").rename(tmp_path / "elsewhere")
+    (tmp_path / "data/CelebA").symlink_to(tmp_path / "elsewhere")
+    assert len(datasets.open_set("celeba", tmp_path / "data", 20)) == 2
+
+
 def test_messages_name_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="(?s)CelebA/.*prepare.py"):
         datasets.open_set("celeba", tmp_path, 20)

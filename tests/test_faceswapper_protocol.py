@@ -2,15 +2,18 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from faceswapper import baselines, protocol
+from faceswapper import baselines, faceforensics, protocol
 from faceswapper.claims import judge
 from faceswapper.data import DrawnFaces, world
 from faceswapper.drawing import to_file
+from faceswapper.eval import Config as EvalConfig
+from faceswapper.eval import main as evaluate
 from faceswapper.eval import variant_name
 from faceswapper.faceforensics import FaceForensicsConfig, as_metrics, measure_swaps
 from faceswapper.model import Generator, Size
@@ -275,6 +278,8 @@ def test_the_protocol_on_a_miniature(tmp_path, pictures, recogniser):
     assert retrieval and not any(m.comparable for m in retrieval), "three swaps are not the protocol"
     # the file holds what the generator makes
     swap = read_image(tmp_path / "out/swapped_result_single/raw_000_0_FS_raw_001_0.png")
+    beside = read_image(tmp_path / "out/swapped_result_all/raw_000_0_FS_raw_001_0.png")
+    assert beside.shape == (3, SIZE, 3 * SIZE) and torch.equal(beside[..., 2 * SIZE :], swap)
     source, target = (DrawnFilesItem(tmp_path / "data", name) for name in ("raw_000_0", "raw_001_0"))
     with torch.inference_mode():
         again = generator.swap(source.image, target.image, target.landmarks, target.mask)[0]
@@ -301,6 +306,43 @@ def test_a_number_of_the_whole_protocol_stands_beside_the_published_one():
     assert [r["value"] for r in beside] == [0.9448]
     assert not as_metrics(rows, 9_999, "FaceForensics++")[0].comparable
     assert not as_metrics(rows, 10_000, "mine")[0].comparable
+
+
+def test_the_released_generator_needs_the_frames():
+    with pytest.raises(UserError, match="--official .* --faceforensics"):
+        evaluate(EvalConfig(official=Path("faceswapper.ckpt")))
+
+
+def test_fid_looks_at_the_swaps_of_the_list_alone(tmp_path, pictures, monkeypatch):
+    """Swaps of another list may lie in the folder."""
+    make_faceforensics(tmp_path / "data", pictures)
+    write_image(tmp_path / "out/swapped_result_single/old_FS_older.png", torch.zeros(3, SIZE, SIZE))
+    seen = []
+    monkeypatch.setattr(faceforensics, "InceptionFeatures", lambda path: None)
+    monkeypatch.setattr(faceforensics, "fid", lambda real, made, network: seen.append(len(list(made))) or 1.0)
+    config = FaceForensicsConfig(tmp_path / "data", fid_weights=tmp_path, baselines=False)
+    generator = Generator(Size(SIZE, 128, 8, 8), "direct").eval()
+    rows = measure_swaps(config, generator, tmp_path / "out")[1]["methods"]
+    assert seen == [3] and rows["FaceSwapper"]["FID"] == 1.0
+
+
+def test_networks_see_the_pictures_of_the_files(tmp_path, pictures, monkeypatch):
+    make_faceforensics(tmp_path / "data", pictures)
+    seen = []
+
+    class Watching:
+        def __init__(self, path):
+            pass
+
+        def __call__(self, x):
+            seen.append(x)
+            return x.flatten(1)
+
+    monkeypatch.setattr(faceforensics, "OnnxNetwork", Watching)
+    config = FaceForensicsConfig(tmp_path / "data", pose=tmp_path, batch_size=3, baselines=False)
+    measure_swaps(config, Generator(Size(SIZE, 128, 8, 8), "direct").eval(), tmp_path / "out")
+    file = read_image(tmp_path / "out/swapped_result_single/raw_000_0_FS_raw_001_0.png")
+    torch.testing.assert_close(seen[0][0] / 2 + 0.5, file, atol=1e-6, rtol=0)
 
 
 def test_published_rows_say_where_they_come_from():

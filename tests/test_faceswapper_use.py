@@ -168,6 +168,16 @@ def test_given_faces(tmp_path):
         bad.write_text(text)
         with pytest.raises(UserError, match=message):
             open_detector(str(bad))
+    for header, numbers in (
+        ("file,left,top,right,bottom", "5,5,5,5"),
+        ("file,left,top,right,bottom", "9,2,3,40"),
+        ("file,left,top,right,bottom", "1,2,nan,4"),
+        ("file,left_x,left_y,right_x,right_y", "5,5,5.5,5"),
+        ("file,left_x,left_y,right_x,right_y", "5,5,inf,5"),
+    ):
+        bad.write_text(f"{header}\na.png,{numbers}\n")
+        with pytest.raises(UserError, match="bad.csv, line 2: .* (no box|no two eyes)"):
+            open_detector(str(bad))
     for choice, message in (
         ("eyes", "give finder"),
         ("none.onnx", "model zoo"),
