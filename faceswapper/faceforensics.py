@@ -167,7 +167,7 @@ def measure_swaps(
 def post_processed(batch: dict[str, Tensor], result: Tensor, fan: FAN) -> Tensor:
     """The official post-processing of a batch: hair, and the forehead where the source's is covered."""
     foreheads = [forehead(fan.find(batch[f"{which}_image"]), batch[f"{which}_mask"]) for which in ("s", "t")]
-    return fuse(result, batch["t_image"], keep_map(batch["t_parsing"], *foreheads))
+    return fuse(result, batch["t_image"], keep_map(batch["t_parsing"][:, 0], *foreheads))
 
 
 def as_file(pictures: Tensor) -> Tensor:

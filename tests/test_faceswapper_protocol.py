@@ -16,6 +16,7 @@ from faceswapper.eval import Config as EvalConfig
 from faceswapper.eval import main as evaluate
 from faceswapper.eval import variant_name
 from faceswapper.faceforensics import FaceForensicsConfig, as_metrics, measure_swaps
+from faceswapper.landmarks import FAN
 from faceswapper.model import Generator, Size
 from faceswapper.trials import Trial
 from shared.io import read_image, write_image
@@ -324,6 +325,26 @@ def test_fid_looks_at_the_swaps_of_the_list_alone(tmp_path, pictures, monkeypatc
     generator = Generator(Size(SIZE, 128, 8, 8), "direct").eval()
     rows = measure_swaps(config, generator, tmp_path / "out")[1]["methods"]
     assert seen == [3] and rows["FaceSwapper"]["FID"] == 1.0
+
+
+def test_the_official_post_processing_of_the_protocol(tmp_path, pictures):
+    names = make_faceforensics(tmp_path / "data", pictures)
+    for i, name in enumerate(names):
+        write_image(tmp_path / f"data/ff++_parsing_images/{name}.png", pictures.labels[i][None].float() / 255)
+    torch.manual_seed(0)
+    torch.save({"state_dict": FAN().state_dict()}, tmp_path / "wing.ckpt")
+    options = {"fan_weights": tmp_path / "wing.ckpt", "post": True, "batch_size": 2}
+    config = FaceForensicsConfig(tmp_path / "data", baselines=False, **options)
+    rows = measure_swaps(config, Generator(Size(SIZE, 128, 8, 8), "direct").eval(), tmp_path / "out")[1]
+    assert "pose proxy (Procrustes angle)" in rows["methods"]["FaceSwapper, post-processed"]
+    name = "raw_000_0_FS_raw_001_0.png"
+    folders = [tmp_path / f"out/swapped_result_{folder}" for folder in ("single", "afterps", "all")]
+    swap, after, beside = (read_image(folder / name) for folder in folders)
+    target = read_image(tmp_path / "data/ff++/raw_001_0.png")
+    assert torch.equal(beside[..., -SIZE:], after) and beside.shape[-1] == 4 * SIZE
+    hair = pictures.labels[2] == 17
+    assert hair.any() and (after - target)[:, hair].abs().mean() < 0.5 * (swap - target)[:, hair].abs().mean()
+    assert not torch.allclose(after, target, atol=0.05), "the swap is used where there is no hair"
 
 
 def test_networks_see_the_pictures_of_the_files(tmp_path, pictures, monkeypatch):
