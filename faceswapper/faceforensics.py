@@ -105,6 +105,9 @@ def differences(
 ) -> dict[str, float]:
     """Everything of a batch that is measured against the target."""
     row = protocol.picture_metrics(swaps, target, mask)
+    singles = zip(swaps.split(1), target.split(1), mask.split(1), strict=True)
+    # of each picture, so that the number does not depend on the batch
+    row["background PSNR"] = sum(protocol.region_psnr(*one) for one in singles) / len(swaps)
     for name in ("pose", "expression"):
         if name in networks:
             row[f"{name} error"] = protocol.vector_error(networks[name](swaps), networks[name](target))

@@ -1,5 +1,6 @@
 """Video files: frames out in batches, results in with the sound of the original."""
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -93,8 +94,8 @@ class VideoWriter:
     """H.264 in a .mp4 file, written through ffmpeg; a context manager.
 
     The sound of `sound_of`, if it has any, is copied (or turned into AAC where mp4 cannot hold it), and the
-    metadata say that the video is synthetic. On an error nothing is left at `path`. Odd sides lose their last
-    row or column, which the format cannot hold.
+    metadata say that the video is synthetic. On an error nothing is left at `path`; raises OSError when the
+    disk is full. Odd sides lose their last row or column, which the format cannot hold.
     """
 
     def __init__(self, path: Path, size: tuple[int, int], rate: float, synthetic: str, sound_of: Path | None):
@@ -119,10 +120,10 @@ class VideoWriter:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         said = self.process.communicate()[1].decode(errors="replace")
         try:
-            if kind is not None:
+            if kind is not None and not issubclass(kind, BrokenPipeError):
                 return
             if self.process.returncode:
-                raise RuntimeError(f"ffmpeg could not write {self.path}: {said}")
+                raise self._failed("write", said)
             self._finish()
         finally:
             self.silent.unlink(missing_ok=True)
@@ -152,7 +153,12 @@ class VideoWriter:
                 return
             said = ran.stderr
         done.unlink(missing_ok=True)
-        raise RuntimeError(f"ffmpeg could not finish {self.path}: {said}")
+        raise self._failed("finish", said)
+
+    def _failed(self, what: str, said: str) -> Exception:
+        if "No space left on device" in said:
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        return RuntimeError(f"ffmpeg could not {what} {self.path}: {said}")
 
 
 def _ffmpeg() -> list[str]:

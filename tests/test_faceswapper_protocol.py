@@ -347,6 +347,17 @@ def test_the_official_post_processing_of_the_protocol(tmp_path, pictures):
     assert not torch.allclose(after, target, atol=0.05), "the swap is used where there is no hair"
 
 
+def test_numbers_do_not_depend_on_the_batch(tmp_path, pictures):
+    make_faceforensics(tmp_path / "data", pictures)
+    generator = Generator(Size(SIZE, 128, 8, 8), "direct").eval()
+    single, whole = (
+        measure_swaps(FaceForensicsConfig(tmp_path / "data", batch_size=n), generator, tmp_path)[1]["methods"]
+        for n in (1, 3)
+    )
+    assert whole["paste"] == pytest.approx(single["paste"], rel=1e-4)
+    assert whole["FaceSwapper"] == pytest.approx(single["FaceSwapper"], rel=1e-4)
+
+
 def test_networks_see_the_pictures_of_the_files(tmp_path, pictures, monkeypatch):
     make_faceforensics(tmp_path / "data", pictures)
     seen = []

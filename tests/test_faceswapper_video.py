@@ -1,6 +1,7 @@
 """FaceSwapper in use: videos, and the commands that read and write files."""
 
 import csv
+import errno
 import json
 import subprocess
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 from test_faceswapper_scenes import eyes_of, scene, small_swapper
 
-from faceswapper import datasets
+from faceswapper import datasets, video
 from faceswapper.align import (
     DEMO_FRAMING,
     cut,
@@ -188,6 +189,18 @@ def test_sound_that_mp4_cannot_hold_is_converted_and_errors_leave_nothing(tmp_pa
     assert {p.name for p in tmp_path.iterdir()} == {"v.avi", "o.mp4"}
     with pytest.raises(UserError, match="written as .mp4"):
         VideoWriter(tmp_path / "p.gif", (64, 48), 5.0, "x", None)
+
+
+def test_a_full_disk_is_a_full_disk(tmp_path, monkeypatch):
+    """ffmpeg ends, and the pipe to it breaks."""
+    full = ["sh", "-c", "echo 'av_interleaved_write_frame(): No space left on device' >&2; exit 1", "sh"]
+    monkeypatch.setattr(video, "_ffmpeg", lambda: full)
+    frame = np.zeros((480, 640, 3), np.uint8)
+    with pytest.raises(OSError) as raised, VideoWriter(tmp_path / "o.mp4", (640, 480), 5.0, "x", None) as out:
+        for _ in range(20):
+            out.write(frame)
+    assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(tmp_path / "o.mp4")
+    assert not list(tmp_path.iterdir())
 
 
 # --- commands ---------------------------------------------------------------------------------------
