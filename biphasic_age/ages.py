@@ -72,7 +72,7 @@ class AgeScale:
     def weights(self, ages: Tensor) -> Tensor:
         """(B,) years -> (B, K) weights of the groups, rows summing to 1: linear between the groups' means,
         the outermost group alone beyond them. UserError for an age outside the trained range."""
-        outside = ages[(ages < self.low) | (ages > self.high)]
+        outside = ages[~((ages >= self.low) & (ages <= self.high))]  # nan too
         if len(outside):
             raise UserError(
                 f"age {outside[0].item():g} lies outside the ages {self.low:g} to {self.high:g} that this "

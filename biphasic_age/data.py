@@ -183,10 +183,10 @@ def open_faces(config: "Config", data: DataName, part: datasets.Part, seed: int 
     if part == "train" and os.environ.get("RANK", "0") == "0":
         groups = age2group(torch.tensor([record.age for record in records]), config.limits)
         print(datasets.summary(data, records, groups, group_names(config.limits)))
-    records = datasets.split(records, config.fold, part)
     if config.layouts:
         base = config.layout_root or (root.parent if data == "csv" else root)
         records = datasets.with_layouts(records, base)
+    records = datasets.split(records, config.fold, part)
     return FileFaces(records, config.image_size, config.layout_order, name=data, limits=config.limits)
 
 

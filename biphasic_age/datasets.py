@@ -13,11 +13,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 from biphasic_age.layouts import CLASSES, from_celebamask, resize_labels
-from shared.io import read_image
 from shared.runtime import UserError
 
 Part = Literal["train", "test"]
@@ -171,7 +171,8 @@ def _pictures(root: Path, name: str, hint: str) -> list[Path]:
     """Picture files below a folder, without those in `parsing`, sorted. UserError when there are none."""
     if not root.is_dir():
         raise UserError(f"{name}: no folder {root}; expected {hint}")
-    files = [p for p in root.rglob("*") if p.suffix.lower() in ENDINGS and "parsing" not in p.parts]
+    files = [p for p in root.rglob("*") if p.suffix.lower() in ENDINGS]
+    files = [p for p in files if "parsing" not in p.relative_to(root).parts]
     if not files:
         raise UserError(f"{name}: no pictures in {root}; expected {hint}")
     return sorted(files)
@@ -200,20 +201,34 @@ def layout_file(record: Record, root: Path) -> Path:
     return record.layout or root / "parsing" / f"{record.path.stem}.png"
 
 
+def read_labels(path: Path) -> Tensor:
+    """An 8-bit label map -> (H, W) uint8; of a picture with a palette its numbers, not its colours.
+
+    Raises UserError on a damaged file, another kind of picture, or something else than labels of 19 classes.
+    """
+    try:
+        with Image.open(path) as opened:
+            mode, labels = opened.mode, torch.from_numpy(np.array(opened))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable label map ({error}); remove or replace it") from None
+    if mode not in ("L", "P"):
+        raise UserError(f"{path}: a layout is an 8-bit label map, this is a {mode} picture")
+    if int(labels.max()) >= len(CLASSES):
+        raise UserError(f"{path}: holds the value {int(labels.max())}; labels are 0 to {len(CLASSES) - 1}")
+    return labels
+
+
 def read_layout(path: Path, size: int, order: LayoutOrder = "bisenet") -> Tensor:
     """An 8-bit label map -> (size, size) uint8 in BiSeNet's order, resized by nearest neighbour.
 
-    Raises UserError when it is missing or holds something else than labels of 19 classes.
+    Raises UserError when it is missing or no such map (`read_labels`).
     """
     if not path.is_file():
         raise UserError(
             f"no layout {path}; layouts are 8-bit label maps of 19 classes with the geometry of the aligned "
             "picture: `python parse.py FOLDER --parser-weights 79999_iter.pth` writes them"
         )
-    labels = read_image(path, "L").mul(255).round().byte()
-    if int(labels.max()) >= len(CLASSES):
-        raise UserError(f"{path}: holds the value {int(labels.max())}; labels are 0 to {len(CLASSES) - 1}")
-    labels = resize_labels(labels, (size, size))[0]
+    labels = resize_labels(read_labels(path)[None], (size, size))[0]
     return from_celebamask(labels) if order == "celebamask" else labels
 
 
@@ -226,11 +241,19 @@ READERS: dict[str, Callable[[Path], list[Record]]] = {
 
 
 def with_layouts(records: Sequence[Record], root: Path) -> list[Record]:
-    """The records with the places of their layouts filled in. UserError for the first that is missing."""
-    placed = [replace(record, layout=layout_file(record, root)) for record in records]
-    for record in placed:
-        if not record.layout.is_file():
-            read_layout(record.layout, 1)  # raises the message
+    """The records with the places of their layouts filled in. UserError for the first that is missing, and
+    for two pictures of one name whose layouts no list tells apart."""
+    placed, owners = [], {}
+    for record in records:
+        layout = layout_file(record, root)
+        if record.layout is None and owners.setdefault(layout, record.path) != record.path:
+            raise UserError(
+                f"{owners[layout]} and {record.path} would share the layout {layout.name}; rename one, or name "
+                "their layouts in a CSV file (path,age,identity,layout)"
+            )
+        if not layout.is_file():
+            read_layout(layout, 1)  # raises the message
+        placed.append(replace(record, layout=layout))
     return placed
 
 

@@ -8,6 +8,7 @@ with the change of every part of the face. Pictures are marked as synthetic in t
 person at another age is a guess, not evidence: do not pass it off as a photograph.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -123,13 +124,15 @@ def main(config: PredictConfig) -> Path:
     ages = ages or [round(mean, 1) for mean in ager.trained.scale.means]
     ager.trained.scale.weights(torch.tensor(ages))  # an age out of range is said before any picture is read
     pictures, several = find_pictures(config.picture), config.picture.is_dir()
+    stems = Counter(path.stem for path in pictures)
     faults = []
     for path in progress(pictures, "pictures"):
+        name = path.stem if stems[path.stem] == 1 else path.name  # two files may differ in the ending alone
         try:
             photo, remarks = read_picture(path)
             layout = config.layout
             if layout is not None and layout.is_dir():
-                layout = layout / f"{path.stem}.png"
+                layout = layout / f"{name}.png"
             if layout is not None:
                 if not layout.is_file():
                     raise UserError(f"{layout}: no layout for {path}")
@@ -145,7 +148,7 @@ def main(config: PredictConfig) -> Path:
         aged.warnings[:0] = remarks
         for warning in aged.warnings:
             print(f"warning: {warning}")
-        write_outputs(config.out / path.stem if several else config.out, ager, photo, ages, aged)
+        write_outputs(config.out / name if several else config.out, ager, photo, ages, aged)
     if faults:
         raise UserError(f"{len(faults)} of {len(pictures)} pictures were not translated: {'; '.join(faults)}")
     return config.out

@@ -103,8 +103,12 @@ class Stage:
 
 
 def plan(config: "Config") -> list[Stage]:
-    """The stages of a run in their order. Raises UserError for an unknown variant."""
+    """The stages of a run in their order. Raises UserError for an unknown variant, or a size that cannot be
+    halved often enough."""
     stages = []
+    for option, side in (("--image-size", config.image_size), ("--scene-size", config.scene_size)):
+        if side < 8 or side % 8:
+            raise UserError(f"{option} {side}: use a multiple of 8")
     if "scene" in config.data and len(config.limits) != 3:
         raise UserError("the two-head scene has four ages: give three --limits")
     for data in config.data:

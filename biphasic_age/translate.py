@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from biphasic_age.align import Similarity, find_eyes, paste, similarity, to_pixels, warp
+from biphasic_age.datasets import read_labels
 from biphasic_age.frozen import BiSeNetParser, SmallParser, load_parser, require_face
 from biphasic_age.layouts import CLASSES, resize_labels
 from biphasic_age.stages import Trained, load_generator
@@ -83,8 +84,8 @@ def load_ager(
 
 
 def read_picture(path: Path) -> tuple[Tensor, list[str]]:
-    """Any picture file -> (3, H, W) in [0, 1] and remarks: grey is repeated, transparency is laid on
-    white."""
+    """Any picture file -> (3, H, W) in [0, 1], turned as its EXIF data say, and remarks: grey is repeated,
+    transparency is laid on white."""
     image, remarks = read_image(path), []
     with Image.open(path) as opened:
         if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
@@ -93,21 +94,25 @@ def read_picture(path: Path) -> tuple[Tensor, list[str]]:
             remarks.append(f"{path.name}: transparent parts are shown on white")
         elif opened.mode in ("1", "L", "I", "F") or opened.mode.startswith("I;"):
             remarks.append(f"{path.name}: a grey picture; the network was trained on colour")
-    return image, remarks
+        orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
+    return upright(image, orientation), remarks
+
+
+def upright(image: Tensor, orientation: int) -> Tensor:
+    """A picture (3, H, W) as EXIF's orientation, 1 to 8, wants it shown."""
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 2)
+    flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}
+    return image.flip(flips.get(orientation, ()))
 
 
 def read_layout(path: Path, size: tuple[int, int]) -> Tensor:
     """A label map file for a picture of (height, width) = size -> (H, W) int64. UserError for another shape
-    or labels that there are not."""
-    with Image.open(path) as opened:
-        if opened.mode not in ("L", "P"):
-            raise UserError(f"{path}: a layout is an 8-bit label map, this is a {opened.mode} picture")
-        labels = torch.from_numpy(np.array(opened)).long()
+    or no label map."""
+    labels = read_labels(path).long()
     height, width = labels.shape
     if abs(width / height * size[0] / size[1] - 1) > 0.02:
         raise UserError(f"{path}: the layout is {width}x{height} and the picture {size[1]}x{size[0]}")
-    if labels.max() >= len(CLASSES):
-        raise UserError(f"{path}: label {labels.max().item()}; the {len(CLASSES)} classes are 0 to 18")
     return resize_labels(labels[None], size)[0]
 
 

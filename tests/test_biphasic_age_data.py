@@ -1,5 +1,6 @@
 """Biphasic ageing: age groups, public layouts in miniature, folds, sampling, drawn worlds, bad input."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ from biphasic_age.data import (
 )
 from biphasic_age.layouts import CELEBAMASK_CLASSES, CLASSES, SIDES
 from biphasic_age.scene import AGEING_PARTS, PARTS, ageing_signs, draw_scenes
+from biphasic_age.stages import plan
 from biphasic_age.train import PRESETS, Config
+from biphasic_age.translate import read_layout
 from shared.runtime import UserError
 
 
@@ -51,6 +54,8 @@ def test_continuous_ages_are_mixtures_of_neighbours():
     assert torch.allclose(scale.weights(inner) @ torch.tensor(scale.means), inner)
     with pytest.raises(UserError, match="age 78 lies outside the ages 16 to 77"):
         scale.weights(torch.tensor([50.0, 78.0]))
+    with pytest.raises(UserError, match="age nan lies outside"):
+        scale.weights(torch.tensor([float("nan")]))
 
 
 def test_scale_needs_faces_of_every_group():
@@ -102,6 +107,14 @@ def test_missing_and_empty_folders(tmp_path):
         datasets.read_source("morph", tmp_path / "nowhere")
     with pytest.raises(UserError, match="no pictures"):
         datasets.read_source("morph", tmp_path)
+
+
+def test_a_set_below_a_folder_called_parsing_is_found(tmp_path):
+    root = tmp_path / "parsing" / "morph"
+    picture(root / "009055_1M54.JPG")
+    picture(root / "parsing" / "009055_1M54.png")
+    (record,) = datasets.read_source("morph", root)
+    assert record.path == root / "009055_1M54.JPG"
 
 
 def ffhq(root: Path, rows: list[str]) -> Path:
@@ -187,6 +200,27 @@ def test_layout_files(tmp_path):
         datasets.read_layout(tmp_path / "grey.png", 8)
     with pytest.raises(UserError, match=r"no layout .*none\.png.*parse\.py"):
         datasets.read_layout(tmp_path / "none.png", 8)
+
+
+def test_two_pictures_of_one_name_cannot_share_a_layout(tmp_path):
+    layout = tmp_path / "parsing" / "1.png"
+    layout.parent.mkdir()
+    Image.new("L", (8, 8), 1).save(layout)
+    pair = [datasets.Record(tmp_path / place / "1.png", 30.0, place) for place in "ab"]
+    with pytest.raises(UserError, match=r"a.1\.png and .*b.1\.png would share the layout 1\.png"):
+        datasets.with_layouts(pair, tmp_path)
+    own = [replace(record, layout=layout) for record in pair]  # said in a list, so it is meant
+    assert [record.layout for record in datasets.with_layouts(own, tmp_path)] == [layout] * 2
+    twice = [pair[0], replace(pair[0], age=31.0)]  # one picture listed twice
+    assert len(datasets.with_layouts(twice, tmp_path)) == 2
+
+
+def test_a_layout_with_a_palette_holds_its_numbers_not_its_colours(tmp_path):
+    numbered = Image.fromarray(torch.arange(19).repeat(19, 1).byte().numpy(), "P")
+    numbered.putpalette([value for k in range(19) for value in (200, 10 * k, 90)])
+    numbered.save(tmp_path / "map.png")
+    assert datasets.read_layout(tmp_path / "map.png", 19)[0].tolist() == list(range(19))
+    assert read_layout(tmp_path / "map.png", (19, 19))[0].tolist() == list(range(19))
 
 
 def morph(root: Path, layouts: bool = True) -> Path:
@@ -321,6 +355,12 @@ def test_scene_as_training_faces():
     assert torch.bincount(source.groups).tolist() == [10, 10, 10, 10] and source.classes == 6
     k = int(source.groups[5])
     assert torch.equal(source.images[5], draw_scenes(40, 0).image[5, k])
+
+
+def test_a_size_that_the_networks_cannot_halve_is_said():
+    for changes in ({"image_size": 36}, {"scene_size": 30, "data": ("scene",), "limits": (1, 2, 3)}):
+        with pytest.raises(UserError, match="a multiple of 8"):
+            plan(replace(PRESETS["demo"], **changes))
 
 
 def test_demo_draws_its_own_data_and_the_paper_preset_follows_the_protocol():

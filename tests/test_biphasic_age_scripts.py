@@ -72,6 +72,15 @@ def test_predict_goes_through_a_folder_and_names_what_failed(runs, tmp_path, mon
     assert not (out / "grass").exists()
 
 
+def test_pictures_of_one_name_in_a_folder_have_results_of_their_own(runs, tmp_path, monkeypatch):
+    folder = tmp_path / "photos"
+    for name, seed in (("p.png", 13), ("p.jpg", 14), ("q.png", 15)):
+        write_image(folder / name, portrait(48, seed))
+    monkeypatch.setenv("PAPERS_RUNS", str(runs))
+    predict.main(predict.PredictConfig(folder, ages=("30",), aligned=True, out=tmp_path / "out"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["p.jpg", "p.png", "q"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

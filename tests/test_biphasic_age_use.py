@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from biphasic_age import augment, continuous
@@ -248,11 +248,26 @@ def test_layout_files_are_checked(tmp_path):
     with pytest.raises(UserError, match="8x8 and the picture 20x16"):
         read_layout(path, (16, 20))
     Image.fromarray(np.full((8, 8), 40, np.uint8)).save(path)
-    with pytest.raises(UserError, match="label 40"):
+    with pytest.raises(UserError, match="holds the value 40"):
         read_layout(path, (8, 8))
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
     with pytest.raises(UserError, match="8-bit label map"):
         read_layout(path, (8, 8))
+    path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="layout.png: not a readable"):
+        read_layout(path, (8, 8))
+
+
+def test_pictures_are_turned_as_their_camera_says(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 12, 3), np.uint8)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels).save(tmp_path / "phone.png", exif=exif)
+        with Image.open(tmp_path / "phone.png") as opened:
+            wanted = np.asarray(ImageOps.exif_transpose(opened))
+        image, remarks = read_picture(tmp_path / "phone.png")
+        assert (image.mul(255).round().byte().permute(1, 2, 0).numpy() == wanted).all() and not remarks
 
 
 # --- augmentation and continuous ages -----------------------------------------------------------------------
