@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from biphasic_age import protocol
 from biphasic_age.ages import AgeScale
 from biphasic_age.eval import EvalConfig
-from biphasic_age.faces_eval import open_judges, open_test
+from biphasic_age.faces_eval import as_kept, open_judges, open_test
 from biphasic_age.stages import load_generator
 from shared.io import image_grid, progress, write_image
 from shared.published import format_table
@@ -81,7 +81,7 @@ def main(config: ContinuousConfig) -> Path:
         raise UserError(
             "the two-head scene has four ages and no years between; name a set of faces with --data"
         )
-    settings = EvalConfig(age_judge=config.age_judge)
+    settings = as_kept(EvalConfig(age_judge=config.age_judge), trained.folder, trained.data)
     judge = open_judges(settings, trained.config, trained.data, trained.folder, device).age
     test = open_test(trained.config, trained.data, trained.scale.means, device)
     image, layout = test.image[: config.faces], test.layout[: config.faces]

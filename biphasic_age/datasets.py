@@ -248,8 +248,8 @@ def with_layouts(records: Sequence[Record], root: Path) -> list[Record]:
         layout = layout_file(record, root)
         if record.layout is None and owners.setdefault(layout, record.path) != record.path:
             raise UserError(
-                f"{owners[layout]} and {record.path} would share the layout {layout.name}; rename one, or name "
-                "their layouts in a CSV file (path,age,identity,layout)"
+                f"{owners[layout]} and {record.path} would share the layout {layout.name}; rename one, or "
+                "name their layouts in a CSV file (path,age,identity,layout)"
             )
         if not layout.is_file():
             read_layout(layout, 1)  # raises the message

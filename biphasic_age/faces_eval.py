@@ -1,7 +1,8 @@
 """Measure generators on faces: ages, identity, attributes, truth where faces were drawn, change by part."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,6 +33,7 @@ from biphasic_age.judges import (
 from biphasic_age.layouts import CLASSES
 from shared import metrics as shared_metrics
 from shared.io import save_safetensors
+from shared.records import write_json
 from shared.runtime import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ CALIBRATION_PEOPLE, CALIBRATION_PICTURES, CALIBRATION_FACES = 200, 4, 2000
 JUDGE_PICTURES = 4
 DRAWN_FAR = 0.01
 PROTOTYPE_FACES = 800
+TEACHING = ("judge_width", "judge_people", "judge_steps", "judge_batch")
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,35 @@ def open_test(config: "Config", data: str, means: tuple[float, ...], device: tor
     return TestFaces(image, layout, group, source, truth)
 
 
+def teaching(settings: "EvalConfig") -> dict[str, int]:
+    """The options that make a judge what it is."""
+    return {name: getattr(settings, name) for name in TEACHING}
+
+
+def judge_record(folder: Path, data: str, name: str) -> Path:
+    """Where a run keeps how a judge was taught; its weights lie beside it."""
+    return folder / "judges" / f"{data}-{name}.json"
+
+
+def read_record(path: Path) -> dict[str, int] | None:
+    """How a kept judge was taught; None where there is no such judge."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def as_kept(settings: "EvalConfig", folder: Path, data: str) -> "EvalConfig":
+    """Settings that take the age judge that an evaluation of the run taught, whatever its options were."""
+    kept = read_record(judge_record(folder, data, "age")) or {}
+    return replace(settings, **{name: value for name, value in kept.items() if name in TEACHING})
+
+
 def open_judges(
     settings: "EvalConfig", config: "Config", data: str, folder: Path, device: torch.device
 ) -> Judges:
-    """Judges from the user's files, from an earlier evaluation of the run, or trained now: on drawn people
-    that no training saw, or on the training fold."""
+    """Judges from the user's files, from an earlier evaluation of the run with the same options, or trained
+    now: on drawn people that no training saw, or on the training fold."""
     drawn = data == "faces"
     test = (
         drawn_faces(CALIBRATION_PEOPLE, TEST_SEED + 1, config.image_size, CALIBRATION_PICTURES, config.limits)
@@ -108,13 +135,16 @@ def open_judges(
         return drawn_faces(settings.judge_people, JUDGE_SEED, size, JUDGE_PICTURES, limits)
 
     def judge(name: str, network: nn.Module, teach: Callable[..., None]) -> nn.Module:
-        """The judge of an earlier evaluation of the run, or taught now and kept."""
-        path = folder / "judges" / f"{data}-{name}.safetensors"
-        if path.is_file():
+        """The judge that an earlier evaluation of the run taught in the same way, or taught now and kept."""
+        record = judge_record(folder, data, name)
+        path = record.with_suffix(".safetensors")
+        if path.is_file() and read_record(record) == teaching(settings):
             return load_judge(path, network, device)
+        record.unlink(missing_ok=True)
         network = network.to(device)
         teach(network, teachers(), settings.judge_steps, settings.judge_batch, device, JUDGE_SEED)
         save_safetensors(path, network)
+        write_json(record, teaching(settings))
         return network
 
     trained = None

@@ -1,6 +1,7 @@
 """Biphasic ageing: metrics against closed forms, judges, baselines, claims."""
 
 import math
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -8,14 +9,17 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from biphasic_age import protocol
+from biphasic_age import faces_eval, protocol
 from biphasic_age.baselines import PlainGenerator, Prototypes, copy
 from biphasic_age.claims import face_claims, scene_claims
 from biphasic_age.data import drawn_faces
+from biphasic_age.eval import EvalConfig
+from biphasic_age.faces_eval import as_kept, open_judges
 from biphasic_age.judges import AgeJudge, IdentityJudge, OnnxJudge, train_age_judge, train_identity_judge
 from biphasic_age.model import SIZES
 from biphasic_age.scene import draw_scenes
 from biphasic_age.scene_eval import SceneTest, measure_scene
+from biphasic_age.train import PRESETS
 from shared.published import load_published
 from shared.runtime import UserError
 
@@ -138,6 +142,25 @@ def test_judges_learn_and_ignore_no_part():
         embedded = judges["identity"](image)
     assert torch.allclose(embedded.norm(dim=1), torch.ones(64), atol=1e-5)
     assert not any(p.requires_grad for judge in judges.values() for p in judge.parameters())
+
+
+def test_judges_are_kept_until_they_are_asked_for_differently(tmp_path, monkeypatch):
+    """What an option says holds, whatever judges an earlier evaluation left; `continuous.py` takes those."""
+    taught = []
+    for kind in ("age", "identity"):
+        monkeypatch.setattr(
+            faces_eval, f"train_{kind}_judge", lambda *given, kind=kind: taught.append((kind, given[2]))
+        )
+    settings = EvalConfig(judge_width=4, judge_people=4, judge_steps=3, device="cpu")
+    config, device = replace(PRESETS["demo"], image_size=16), torch.device("cpu")
+    monkeypatch.setattr(faces_eval, "CALIBRATION_PEOPLE", 4)
+    for asked, steps in ((settings, 3), (settings, None), (replace(settings, judge_steps=5), 5)):
+        taught.clear()
+        open_judges(asked, config, "faces", tmp_path, device)
+        assert taught == ([] if steps is None else [("age", steps), ("identity", steps)])
+    kept = as_kept(EvalConfig(judge_width=8), tmp_path, "faces")
+    assert (kept.judge_width, kept.judge_steps) == (4, 5)
+    assert as_kept(EvalConfig(), tmp_path, "morph") == EvalConfig()
 
 
 def onnx_file(path, output: str, size: int | str = "S") -> None:

@@ -112,8 +112,7 @@ def test_judges_are_kept_and_give_the_same_again(run_folder, evaluated):
     again = json.loads((run_folder / "results.json").read_text())["faces"]
     assert again["by seed"] == first["by seed"] and again["judges"] == first["judges"]
     assert {path.name for path in (run_folder / "judges").iterdir()} == {
-        "faces-age.safetensors",
-        "faces-identity.safetensors",
+        f"faces-{name}.{ending}" for name in ("age", "identity") for ending in ("safetensors", "json")
     }
 
 
