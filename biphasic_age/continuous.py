@@ -8,6 +8,7 @@ run folder.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from biphasic_age import protocol
 from biphasic_age.ages import AgeScale
 from biphasic_age.eval import EvalConfig
-from biphasic_age.faces_eval import as_kept, open_judges, open_test
+from biphasic_age.faces_eval import as_kept, open_judge, open_test, teachers
 from biphasic_age.stages import load_generator
 from shared.io import image_grid, progress, write_image
 from shared.published import format_table
@@ -82,8 +83,12 @@ def main(config: ContinuousConfig) -> Path:
             "the two-head scene has four ages and no years between; name a set of faces with --data"
         )
     settings = as_kept(EvalConfig(age_judge=config.age_judge), trained.folder, trained.data)
-    judge = open_judges(settings, trained.config, trained.data, trained.folder, device).age
     test = open_test(trained.config, trained.data, trained.scale.means, device)
+    where = trained.config, trained.data
+    source = partial(teachers, settings, *where)
+    judge = open_judge(
+        "age", settings, *where, trained.folder, device, len(test.source.attribute_names), source
+    )
     image, layout = test.image[: config.faces], test.layout[: config.faces]
     ages = torch.linspace(trained.scale.means[0], trained.scale.means[-1], config.ages)
     made = sweep(trained.net.to(device), trained.scale, image, layout, ages)

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -114,57 +114,73 @@ def as_kept(settings: "EvalConfig", folder: Path, data: str) -> "EvalConfig":
     return replace(settings, **{name: value for name, value in kept.items() if name in TEACHING})
 
 
+def teachers(settings: "EvalConfig", config: "Config", data: str) -> FaceSet:
+    """Whom judges learn from: drawn people that no training saw, or the training fold."""
+    if data != "faces":
+        return open_faces(config, data, "train", config.seed)
+    size, limits = config.image_size, config.limits
+    return drawn_faces(settings.judge_people, JUDGE_SEED, size, JUDGE_PICTURES, limits)
+
+
+def open_judge(
+    name: Literal["age", "identity"],
+    settings: "EvalConfig",
+    config: "Config",
+    data: str,
+    folder: Path,
+    device: torch.device,
+    attributes: int,
+    source: Callable[[], FaceSet],
+) -> nn.Module:
+    """A judge from the user's file, as an earlier evaluation of the run taught it with the same options, or
+    taught now and kept.
+
+    attributes: how many the age judge learns. source: gives the faces to learn from. UserError when they do
+    not say who is who, which the identity judge must learn.
+    """
+    given = settings.age_judge if name == "age" else settings.identity_judge
+    if given is not None:
+        return OnnxJudge(given, embeds=name == "identity")
+    width, stages = settings.judge_width, max(2, config.image_size.bit_length() - 3)
+    torch.manual_seed(JUDGE_SEED)
+    if name == "age":
+        network, teach = AgeJudge(width, stages, attributes), train_age_judge
+    else:
+        network, teach = IdentityJudge(3 * width // 2, stages - 1), train_identity_judge
+    record = judge_record(folder, data, name)
+    path = record.with_suffix(".safetensors")
+    if path.is_file() and read_record(record) == teaching(settings):
+        return load_judge(path, network, device)
+    faces = source()
+    if name == "identity" and len(faces.people.unique()) == len(faces):
+        raise UserError(
+            f"{data} does not say which pictures show the same person, so no identity judge can learn "
+            "from it: give --identity-judge FILE.onnx"
+        )
+    record.unlink(missing_ok=True)
+    network = network.to(device)
+    teach(network, faces, settings.judge_steps, settings.judge_batch, device, JUDGE_SEED)
+    save_safetensors(path, network)
+    write_json(record, teaching(settings))
+    return network
+
+
 def open_judges(
     settings: "EvalConfig", config: "Config", data: str, folder: Path, device: torch.device
 ) -> Judges:
-    """Judges from the user's files, from an earlier evaluation of the run with the same options, or trained
-    now: on drawn people that no training saw, or on the training fold."""
+    """Both judges, and what they reach on real test faces; see `open_judge`."""
     drawn = data == "faces"
     test = (
         drawn_faces(CALIBRATION_PEOPLE, TEST_SEED + 1, config.image_size, CALIBRATION_PICTURES, config.limits)
         if drawn
         else open_faces(config, data, "test", config.seed)
     )
-    stages = max(2, config.image_size.bit_length() - 3)
-
-    @cache
-    def teachers() -> FaceSet:
-        if not drawn:
-            return open_faces(config, data, "train", config.seed)
-        size, limits = config.image_size, config.limits
-        return drawn_faces(settings.judge_people, JUDGE_SEED, size, JUDGE_PICTURES, limits)
-
-    def judge(name: str, network: nn.Module, teach: Callable[..., None]) -> nn.Module:
-        """The judge that an earlier evaluation of the run taught in the same way, or taught now and kept."""
-        record = judge_record(folder, data, name)
-        path = record.with_suffix(".safetensors")
-        if path.is_file() and read_record(record) == teaching(settings):
-            return load_judge(path, network, device)
-        record.unlink(missing_ok=True)
-        network = network.to(device)
-        teach(network, teachers(), settings.judge_steps, settings.judge_batch, device, JUDGE_SEED)
-        save_safetensors(path, network)
-        write_json(record, teaching(settings))
-        return network
-
-    trained = None
-    if settings.age_judge is None:
-        torch.manual_seed(JUDGE_SEED)
-        network = AgeJudge(settings.judge_width, stages, len(test.attribute_names))
-        trained = judge("age", network, train_age_judge)
-    age = trained or OnnxJudge(settings.age_judge, embeds=False)
-    if settings.identity_judge is None:
-        if not drawn and len(teachers().people.unique()) == len(teachers()):
-            raise UserError(
-                f"{data} does not say which pictures show the same person, so no identity judge can learn "
-                "from it: give --identity-judge FILE.onnx"
-            )
-        torch.manual_seed(JUDGE_SEED)
-        network = IdentityJudge(3 * settings.judge_width // 2, stages - 1)
-        identity = judge("identity", network, train_identity_judge)
-    else:
-        identity = OnnxJudge(settings.identity_judge, embeds=True)
-
+    source = cache(partial(teachers, settings, config, data))
+    age, identity = (
+        open_judge(name, settings, config, data, folder, device, len(test.attribute_names), source)
+        for name in ("age", "identity")
+    )
+    trained = age if isinstance(age, AgeJudge) else None
     image = all_faces(test, CALIBRATION_FACES)[0].to(device)
     count = len(image)
     mae = (protocol.in_batches(age, image).cpu() - test.ages[:count]).abs().mean().item()

@@ -123,7 +123,7 @@ class Verifier:
     far: float
     """False accept rate on the calibration pairs at that threshold."""
     tar: float
-    """True accept rate there."""
+    """True accept rate there; nan without genuine pairs."""
     genuine: int
     impostor: int
     """Numbers of pairs."""
@@ -133,21 +133,22 @@ def calibrate(embeddings: Tensor, people: Tensor, far: float = FAR) -> Verifier:
     """The laxest threshold whose false accept rate is at most `far`, on all pairs of (N, D) embeddings.
 
     With too few impostor pairs for that rate the strictest supported one is taken: 10 false accepts among all
-    impostor pairs. Raises ValueError when there are no genuine or no impostor pairs.
+    impostor pairs. The true accept rate is nan where nobody is there twice. Raises ValueError when there is
+    one person alone.
     """
     scores = (embeddings @ embeddings.T).cpu()
     same = people.cpu()[:, None] == people.cpu()[None]
     upper = torch.ones_like(same).triu(1)
     genuine, impostor = scores[same & upper], scores[~same & upper]
-    if not len(genuine) or not len(impostor):
-        raise ValueError("calibration needs several pictures of some people and more than one person")
+    if not len(impostor):
+        raise ValueError("calibration needs more than one person")
     wanted = max(far, min(1.0, 10 / len(impostor)))
-    labels = np.concatenate([np.ones(len(genuine)), np.zeros(len(impostor))])
-    rates, tar, thresholds = roc(torch.cat((genuine, impostor)).numpy(), labels)
+    same_scores = genuine if len(genuine) else torch.full((1,), 2.0)  # above every cosine
+    labels = np.concatenate([np.ones(len(same_scores)), np.zeros(len(impostor))])
+    rates, tar, thresholds = roc(torch.cat((same_scores, impostor)).numpy(), labels)
     best = int(np.flatnonzero(rates <= wanted)[-1])
-    return Verifier(
-        float(thresholds[best]), float(rates[best]), float(tar[best]), len(genuine), len(impostor)
-    )
+    accepted = float(tar[best]) if len(genuine) else float("nan")
+    return Verifier(float(thresholds[best]), float(rates[best]), accepted, len(genuine), len(impostor))
 
 
 def identity_kept(made: Tensor, inputs: Tensor, threshold: float) -> dict[str, Tensor]:

@@ -182,6 +182,17 @@ def test_folds_share_nobody_and_cover_everybody():
         datasets.split(records(4, 2), 1, "test")
 
 
+def test_the_first_few_of_a_fold_are_a_fair_sample_of_ages_and_people():
+    """CACD's and UTKFace's names begin with the age, MORPH's with the person."""
+    names = [(Path(f"{age}_{p:02d}_0001.jpg"), age, f"{p:02d}") for age in range(14, 63) for p in range(40)]
+    everything = [datasets.Record(path, float(age), person) for path, age, person in names]
+    for part in ("train", "test"):
+        few = datasets.split(everything, 1, part)[:60]
+        ages = torch.tensor([record.age for record in few])
+        assert torch.bincount(age2group(ages), minlength=4).min() >= 5
+        assert len({record.identity for record in few}) >= 8
+
+
 def test_summary_stands_beside_the_published_counts():
     text = datasets.summary("morph", records(3, 2), torch.tensor([0, 0, 1, 1, 2, 3]), group_names())
     assert "6 pictures of 3 people; 30-: 2, 31-40: 2, 41-50: 1, 51+: 1" in text

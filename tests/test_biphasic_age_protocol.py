@@ -14,7 +14,7 @@ from biphasic_age.baselines import PlainGenerator, Prototypes, copy
 from biphasic_age.claims import face_claims, scene_claims
 from biphasic_age.data import drawn_faces
 from biphasic_age.eval import EvalConfig
-from biphasic_age.faces_eval import as_kept, open_judges
+from biphasic_age.faces_eval import as_kept, open_judge, open_judges
 from biphasic_age.judges import AgeJudge, IdentityJudge, OnnxJudge, train_age_judge, train_identity_judge
 from biphasic_age.model import SIZES
 from biphasic_age.scene import draw_scenes
@@ -68,8 +68,12 @@ def test_threshold_is_the_laxest_at_the_rate():
     laxer = torch.cat((impostor, genuine))
     laxer = laxer[laxer < verifier.threshold].max()
     assert (impostor >= laxer).sum() > 10 or (genuine >= laxer).sum() > verifier.tar * len(genuine)
+    alone = protocol.calibrate(faces[::3], people[::3])  # nobody twice: the threshold is that of the others
+    others = (faces[::3] @ faces[::3].T)[torch.ones(40, 40).triu(1).bool()]
+    assert alone.genuine == 0 and math.isnan(alone.tar) and alone.impostor == len(others) == 780
+    assert (others >= alone.threshold).sum() == 10 and alone.far == pytest.approx(10 / 780)
     with pytest.raises(ValueError, match="calibration"):
-        protocol.calibrate(faces[::3], people[::3])
+        protocol.calibrate(faces[:3], people[:3])  # one person
 
 
 def test_identity_numbers():
@@ -158,6 +162,11 @@ def test_judges_are_kept_until_they_are_asked_for_differently(tmp_path, monkeypa
         taught.clear()
         open_judges(asked, config, "faces", tmp_path, device)
         assert taught == ([] if steps is None else [("age", steps), ("identity", steps)])
+    (tmp_path / "judges" / "faces-identity.json").unlink()
+    taught.clear()
+    asked = replace(settings, judge_steps=5)
+    open_judge("age", asked, config, "faces", tmp_path, device, 3, None)  # what `continuous.py` needs
+    assert taught == []
     kept = as_kept(EvalConfig(judge_width=8), tmp_path, "faces")
     assert (kept.judge_width, kept.judge_steps) == (4, 5)
     assert as_kept(EvalConfig(), tmp_path, "morph") == EvalConfig()
