@@ -66,20 +66,30 @@ class AugmentConfig:
 
 @dataclass
 class Faces:
-    """Pictures in memory: images (N, 3, S, S) in [-1, 1], layouts (N, S, S), groups and people (N,)."""
+    """Pictures in memory: images (N, 3, S, S) in [-1, 1], layouts (N, S, S), groups and people (N,); names of
+    the people by number."""
 
     images: Tensor
     layouts: Tensor
     groups: Tensor
     people: Tensor
+    names: list[str]
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.images, self.layouts, self.groups, self.people
 
     def chosen(self, keep: Tensor) -> "Faces":
-        return Faces(self.images[keep], self.layouts[keep], self.groups[keep], self.people[keep])
+        return Faces(*(value[keep] for value in self._tensors()), self.names)
+
+    def joined(self, other: "Faces") -> "Faces":
+        """These and other pictures of the same people."""
+        pairs = zip(self._tensors(), other._tensors(), strict=True)
+        return Faces(*map(torch.cat, pairs), self.names)
 
 
 def faces_of(source: FaceSet, limit: int) -> Faces:
     """The first `limit` pictures of a set."""
-    return Faces(*all_faces(source, limit), source.groups[:limit], source.people[:limit])
+    return Faces(*all_faces(source, limit), source.groups[:limit], source.people[:limit], source.names)
 
 
 def youngest(known: Faces) -> Faces:
@@ -87,7 +97,8 @@ def youngest(known: Faces) -> Faces:
     first = torch.full((int(known.people.max()) + 1,), 10**6)
     first = first.scatter_reduce(0, known.people, known.groups, "amin")
     kept = known.chosen(known.groups == first[known.people])
-    kept.people = kept.people.unique(return_inverse=True)[1]
+    there, kept.people = kept.people.unique(return_inverse=True)
+    kept.names = [known.names[k] for k in there.tolist()]
     return kept
 
 
@@ -103,7 +114,7 @@ def aged_copies(trained: Trained, known: Faces, device: torch.device, batch: int
     for rows, targets in progress(list(zip(which.split(batch), target.split(batch), strict=True)), "copies"):
         x, layout = known.images[rows].to(device), known.layouts[rows].to(device)
         made.append(net(x, layout, targets.to(device), noise=0).float().cpu())
-    return Faces(torch.cat(made), known.layouts[which], target, known.people[which])
+    return Faces(torch.cat(made), known.layouts[which], target, known.people[which], known.names)
 
 
 def train_recogniser(known: Faces, config: AugmentConfig, device: torch.device) -> IdentityNet:
@@ -151,7 +162,7 @@ def write_copies(folder: Path, copies: Faces, trained: Trained) -> None:
         ):
             name = f"{number:06d}.png"
             write_image(folder / name, image / 2 + 0.5, f"aged copy by {trained.folder.name}")
-            rows.writerow((name, round(trained.scale.means[group], 1), person))
+            rows.writerow((name, round(trained.scale.means[group], 1), copies.names[person]))
 
 
 def main(config: AugmentConfig) -> Path:
@@ -170,11 +181,8 @@ def main(config: AugmentConfig) -> Path:
         known, asked = (open_faces(settings, trained.data, part) for part in ("train", "test"))
     asked, known = faces_of(asked, config.limit), youngest(faces_of(known, config.limit))
     copies = aged_copies(trained, known, device)
-    both = Faces(
-        *(torch.cat((getattr(known, name), getattr(copies, name))) for name in Faces.__dataclass_fields__)
-    )
     results = {}
-    for name, learned in (("own pictures", known), ("with aged copies", both)):
+    for name, learned in (("own pictures", known), ("with aged copies", known.joined(copies))):
         net = train_recogniser(learned, config, device)
         results[name] = {"training_pictures": len(learned.images), **cross_age(net, asked, device)}
     rows = [[name, *values.values()] for name, values in results.items()]

@@ -37,8 +37,9 @@ of 16 years instead."""
 class FaceSet:
     """Faces in memory or on disk.
 
-    `ages` (N,) years, `groups` (N,) int64, `people` (N,) int64, `classes` number of layout classes, `name`;
-    `attributes` (N, A) float, 1 or 0, -1 where unknown, named by `attribute_names`: what ageing should keep.
+    `ages` (N,) years, `groups` (N,) int64, `people` (N,) int64 and their `names` by number, `classes` number of
+    layout classes, `name`; `attributes` (N, A) float, 1 or 0, -1 where unknown, named by `attribute_names`:
+    what ageing should keep.
     `load(i)` gives the picture (3, S, S) in [0, 1] and the labels (S, S) uint8.
     """
 
@@ -55,6 +56,7 @@ class FaceSet:
     ):
         self.name, self.ages, self.people, self.classes = name, ages, people, classes
         self.attributes = torch.zeros(len(ages), 0) if attributes is None else attributes
+        self.names = [str(k) for k in range(int(people.max()) + 1)]
         self.limits = tuple(limits)
         self.groups = age2group(ages, limits)
 
@@ -91,7 +93,7 @@ class FileFaces(FaceSet):
         people = torch.tensor([number[record.identity] for record in records])
         sexes = torch.tensor([[{"M": 1.0, "F": 0.0}.get(record.sex, -1.0)] for record in records])
         super().__init__(ages=ages, people=people, classes=len(CLASSES), attributes=sexes, **about)
-        self.attribute_names = ("male",)
+        self.names, self.attribute_names = list(number), ("male",)
         self.records, self.size, self.order = list(records), size, order
 
     def load(self, i: int) -> tuple[Tensor, Tensor]:

@@ -109,7 +109,8 @@ class Config(RunConfig):
     identity_weights: Path | None = None
     """model_ir_se50.pth of ArcFace; without it the run trains a small network on its own subjects."""
     parser_weights: Path | None = None
-    """79999_iter.pth of the public face parser, for --reparse."""
+    """79999_iter.pth of the public face parser, for --reparse and later for photographs; without it the run
+    trains a small one on its own training faces."""
     age_width: int = 64
     """Channels of the age network's first layer."""
     age_stages: int = 6
@@ -117,7 +118,7 @@ class Config(RunConfig):
     identity_width: int = 32
     """Channels of the small identity network's first layers."""
     guide_steps: int = 20_000
-    """Steps of both small networks."""
+    """Steps of the small networks."""
     guide_batch: int = 64
     """Pictures in each of those steps."""
     guide_lr: float = 1e-4

@@ -252,6 +252,7 @@ def test_a_public_set_as_training_faces(tmp_path, capsys):
     assert "40 pictures of 10 people; 30-: 10" in capsys.readouterr().out
     image, layout = train.load(0)
     assert image.shape == (3, 16, 16) and layout.shape == (16, 16) and layout.dtype == torch.uint8
+    assert [train.names[int(p)] for p in train.people] == [r.identity for r in train.records]
     assert train.attribute_names == ("male",) and set(train.attributes.flatten().tolist()) == {0.0, 1.0}
     assert torch.bincount(train.groups).tolist() == [8, 8, 8, 8]
     assert all_faces(test, 3)[0].shape == (3, 3, 16, 16)

@@ -273,19 +273,25 @@ def test_pictures_are_turned_as_their_camera_says(tmp_path):
 # --- augmentation and continuous ages -----------------------------------------------------------------------
 
 
-def test_augmentation_keeps_the_youngest_group_and_copies_to_all_others():
+def test_augmentation_keeps_the_youngest_group_and_copies_to_all_others(tmp_path):
     known = augment.Faces(
         torch.rand(5, 3, 16, 16),
         torch.zeros(5, 16, 16, dtype=torch.uint8),
         torch.tensor([0, 2, 3, 3, 0]),
         torch.tensor([7, 7, 9, 9, 7]),
+        [f"person {k}" for k in range(10)],
     )
     young = augment.youngest(known)
+    assert young.names == ["person 7", "person 9"]
     assert young.groups.tolist() == [0, 3, 3, 0] and young.people.tolist() == [0, 1, 1, 0]
     copies = augment.aged_copies(make_ager().trained, young, torch.device("cpu"))
+    assert young.joined(copies).people.tolist() == [0, 1, 1, 0, *copies.people.tolist()]
     assert copies.groups.tolist() == [1, 2, 3, 0, 1, 2, 0, 1, 2, 1, 2, 3]
     assert copies.people.tolist() == [0] * 3 + [1] * 6 + [0] * 3
     assert copies.images.shape == (12, 3, 16, 16)
+    augment.write_copies(tmp_path, copies, make_ager().trained)
+    lines = (tmp_path / "list.csv").read_text().splitlines()
+    assert lines[1] == "000000.png,35.0,person 7" and lines[4].endswith(",person 9")
 
 
 def test_cross_age_pairs_are_those_far_enough_apart():
@@ -295,7 +301,7 @@ def test_cross_age_pairs_are_those_far_enough_apart():
 
     people, groups = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 3, 0, 1, 3])
     images = people.float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    asked = augment.Faces(images, torch.zeros(5, 2, 2), groups, people)
+    asked = augment.Faces(images, torch.zeros(5, 2, 2), groups, people, ["a", "b", "c"])
     result = augment.cross_age(Perfect(), asked, torch.device("cpu"))
     assert result == {"tar": 1.0, "auc": 1.0, "genuine_pairs": 1, "impostor_pairs": 5}
     with pytest.raises(UserError, match="no person has pictures 2 age groups apart"):
