@@ -37,9 +37,9 @@ of 16 years instead."""
 class FaceSet:
     """Faces in memory or on disk.
 
-    `ages` (N,) years, `groups` (N,) int64, `people` (N,) int64 and their `names` by number, `classes` number of
-    layout classes, `name`; `attributes` (N, A) float, 1 or 0, -1 where unknown, named by `attribute_names`:
-    what ageing should keep.
+    `ages` (N,) years, `groups` (N,) int64, `people` (N,) int64 and their `names` by number, `classes` number
+    of layout classes, `name`; `attributes` (N, A) float, 1 or 0, -1 where unknown, named by
+    `attribute_names`: what ageing should keep.
     `load(i)` gives the picture (3, S, S) in [0, 1] and the labels (S, S) uint8.
     """
 

@@ -1,9 +1,8 @@
 """The generator and the discriminator.
 
-Of the paper only the abstract could be read: the two sub-networks ProjectionNet and ConstraintNet, noisy
-semantic layouts, soft latent maps injected part by part, attention, and the two learning strategies are the
-paper's. Layers and sizes are our reconstruction: encoder and discriminator follow PFA-GAN, the injection
-SPADE.
+Of the paper only the abstract could be read: ProjectionNet and ConstraintNet, noisy semantic layouts, soft
+latent maps injected part by part, attention and the two learning strategies are the paper's. Layers and sizes
+are our reconstruction: encoder and discriminator follow PFA-GAN, the injection SPADE.
 """
 
 from dataclasses import dataclass
