@@ -25,7 +25,7 @@ from shared.runtime import UserError
 from shared.weights import load_state, load_torch
 
 Detector = Callable[[list[np.ndarray], list[str]], list[list[Face]]]
-"""Photos (H, W, 3) uint8 RGB and their file names -> the faces of each."""
+"""Photos (H, W, 3) uint8 RGB and their file names (or paths below a folder) -> the faces of each."""
 Landmarker = Callable[[Tensor], Tensor]
 """Crops (B, 3, S, S) in [0, 1] -> points (B, 98, 2) in pixels of the crop."""
 Parser = Callable[[Tensor], Tensor]
@@ -128,15 +128,16 @@ class MtcnnDetector:
 
 class TableDetector:
     """Faces given in a CSV file, by its header: `file,left,top,right,bottom` (boxes) or
-    `file,left_x,left_y,right_x,right_y` (eyes), in pixels, a line per face. In a video all frames use the
-    line of the video's file name. UserError on a missing file, another header, a value that is no number, an
+    `file,left_x,left_y,right_x,right_y` (eyes), in pixels, a line per face. A file is called by its name, or
+    by its path below the folder where two have one name. In a video all frames use the line of the video's
+    file name. UserError on a missing file, another header, a value that is no number, an
     empty box or eyes at one place."""
 
     BOX = ["file", "left", "top", "right", "bottom"]
     EYES = ["file", "left_x", "left_y", "right_x", "right_y"]
 
     def __init__(self, path: Path):
-        self.path, self.faces = path, {}
+        self.path, self.faces, self.asked = path, {}, {}
         try:
             with open(path, newline="") as file:
                 rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
@@ -162,7 +163,15 @@ class TableDetector:
             self.faces.setdefault(name, []).append(face)
 
     def __call__(self, photos: list[np.ndarray], names: list[str]) -> list[list[Face]]:
-        return [self.faces.get(name, []) for name in names]
+        return [self._of(name) for name in names]
+
+    def _of(self, name: str) -> list[Face]:
+        """The faces of one file. UserError when another file is called by the same line."""
+        line = name if name in self.faces else Path(name).name
+        other = self.asked.setdefault(line, name)
+        if other != name and line in self.faces:
+            raise UserError(f"{self.path}: {line} could be {other} or {name}; write its folder too")
+        return self.faces.get(line, [])
 
 
 def whole_picture(photos: list[np.ndarray], names: list[str]) -> list[list[Face]]:

@@ -18,7 +18,7 @@ LIFT = (10, 40)
 forehead."""
 SCARCE, ENOUGH = 0.4, 1000
 """The source's forehead counts as covered below this share of the target's, which must have so many
-pixels."""
+pixels of a 256 picture, each counted twice as in the official code."""
 STEPS, THRESHOLD = 7, 0.9
 """Of the soft erosion."""
 

@@ -4,7 +4,7 @@
     python predict.py --source a.jpg b.jpg --mix 0.7 0.3 --target video.mp4 --weights faceswapper.ckpt
 
 The result is a manipulated face, for research on forgery detection, anonymisation of one's own data and film
-with the consent of everyone shown. Every file that is written says in its metadata that it is synthetic.
+with the consent of everyone shown. Every swap that is written says in its metadata that it is synthetic.
 """
 
 from collections import Counter
@@ -121,8 +121,8 @@ def of_run(folder: Path, variant: str | None) -> tuple[Generator, LandmarkValues
     return generators[name], settings.landmark_values, framing
 
 
-def write_photo(path: Path, photo: Photo, result: Swapped, made: str) -> None:
-    """The result as PNG, with the target's transparency."""
+def write_photo(path: Path, photo: Photo, result: Swapped, made: str | None) -> None:
+    """The result as PNG, with the target's transparency. made: how, for the metadata; None for a copy."""
     picture = to_tensor([result.photo])[0]
     if photo.alpha is not None:
         picture = torch.cat((picture, torch.from_numpy(photo.alpha)[None].float() / 255))
@@ -184,7 +184,7 @@ def swap_photos(config: PredictConfig, swapper: Swapper, source: Source, made: s
                 said = f"shows no face number {config.face}: {counted(len(faces_in))}"
                 result = result._replace(remark=said)
             stem = config.out / f"{config.source[0].stem}_FS_{names[photo.name]}"
-            write_photo(stem.with_name(f"{stem.name}.png"), photo, result, made)
+            write_photo(stem.with_name(f"{stem.name}.png"), photo, result, made if result.face else None)
             if result.face is not None and config.strip > 1:
                 write_strip(swapper, photo, result, source, config.strip, stem, made)
             records[photo.name] = {

@@ -119,7 +119,8 @@ def prepare(config: PrepareConfig) -> Path:
     framing, used, left_out = Framing(*config.eyes), set(), []
     for path in progress(photo_files(config.photos), "photos"):
         photo = read_photo(path)
-        faces = detector([photo.seen], [photo.name])[0]
+        below = path.relative_to(config.photos).as_posix() if config.photos.is_dir() else photo.name
+        faces = detector([photo.seen], [below])[0]
         if not faces:
             left_out.append(f"{path}: no face")
         if config.faces == "largest" and faces:

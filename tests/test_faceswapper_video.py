@@ -229,6 +229,9 @@ def test_a_face_by_its_number_is_said_to_be_missing_by_its_option(tmp_path, swap
     assert records["u.png"]["remark"] is None
     said = "shows no face number 1: there is 1 face, numbered from 0 from the left"
     assert records["t.png"]["remark"] == said
+    for name, synthetic in (("t", False), ("u", True)):  # a copy of a photo is no synthetic picture
+        with Image.open(tmp_path / "out" / f"s_FS_{name}.png") as made:
+            assert ("DigitalSourceType" in made.text) is synthetic
 
 
 def test_prepare_writes_what_the_loader_reads(tmp_path):
@@ -260,6 +263,21 @@ def test_prepare_writes_what_the_loader_reads(tmp_path):
         prepare(PrepareConfig(photos / "b.png", tmp_path / "none"))
     with pytest.raises(UserError, match="no such folder"):
         prepare(PrepareConfig(tmp_path / "nowhere"))
+
+
+def test_prepare_tells_given_faces_of_one_name_apart(tmp_path):
+    photos, table = tmp_path / "photos", tmp_path / "boxes.csv"
+    for place in ("p1", "p2"):
+        (photos / place).mkdir(parents=True)
+        Image.fromarray(scene()).save(photos / place / "a.png")
+    header = "file,left,top,right,bottom\n"
+    table.write_text(f"{header}p1/a.png,30,20,110,100\np2/a.png,40,20,140,120\n")
+    config = PrepareConfig(photos, tmp_path / "data", "mine", 64, detector=str(table))
+    with open(prepare(config) / "index.csv") as file:
+        assert [row["side"] for row in csv.DictReader(file)] == ["112", "140"]  # 1.4 of each box
+    table.write_text(f"{header}a.png,30,20,110,100\n")
+    with pytest.raises(UserError, match=r"a\.png could be p1/a\.png or p2/a\.png"):
+        prepare(config)
 
 
 def test_export_computes_the_same(tmp_path, swapper):
