@@ -6,6 +6,7 @@ by the eyes and cropped with some hair and chin; layouts in `parsing/` beside th
 
 import csv
 import hashlib
+import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -156,16 +157,20 @@ def read_list(path: Path) -> list[Record]:
 
 
 def _rows(path: Path, columns: Sequence[str]):
-    """Lines of a CSV file with their numbers; UserError when a column is missing or a line is short."""
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        absent = [name for name in columns if name not in (reader.fieldnames or [])]
-        if absent:
-            raise UserError(f"{path}: no column {absent[0]}; expected the heading {','.join(columns)}")
-        for row in reader:
-            if any(row[name] is None or row[name] == "" for name in columns):
-                raise UserError(f"{path}, line {reader.line_num}: {','.join(columns)} must all be given")
-            yield reader.line_num, row
+    """Lines of a CSV file with their numbers; UserError when it is no such file in UTF-8, when a column is
+    missing or a line is short."""
+    try:
+        text = path.read_text("utf-8-sig")  # spreadsheets begin with a mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as CSV in UTF-8 ({error})") from None
+    reader = csv.DictReader(io.StringIO(text))
+    absent = [name for name in columns if name not in (reader.fieldnames or [])]
+    if absent:
+        raise UserError(f"{path}: no column {absent[0]}; expected the heading {','.join(columns)}")
+    for row in reader:
+        if any(row[name] is None or row[name] == "" for name in columns):
+            raise UserError(f"{path}, line {reader.line_num}: {','.join(columns)} must all be given")
+        yield reader.line_num, row
 
 
 def _pictures(root: Path, name: str, hint: str) -> list[Path]:

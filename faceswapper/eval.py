@@ -111,7 +111,13 @@ def score(
 
 
 def evaluate_drawn(config: Config, folder: Path) -> tuple[list[Claim], list[Metric], dict, TrainConfig]:
-    """Generators of a run and baselines on unseen drawn people; writes the pictures."""
+    """Generators of a run and baselines on unseen drawn people; writes the pictures. UserError for a run on
+    photographs, which has no judges."""
+    data = load_config(folder, TrainConfig).data
+    if data != "faces":
+        raise UserError(
+            f"{folder}: trained on {data}, which has no truth to measure; give --faceforensics DIR"
+        )
     generators, tools, settings = load_generators(folder, TrainConfig)
     device = pick_device(config.device)
     trials = {name: trial for trial in plan(settings) for name in names_of(trial)}

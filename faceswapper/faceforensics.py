@@ -52,7 +52,8 @@ class FaceForensicsConfig:
     expression: Path | None = None
     """ONNX network that gives an expression vector."""
     fan_weights: Path | None = None
-    """wing.ckpt or faceswapper.ckpt: landmarks for the proxies of pose and expression and for --post."""
+    """wing.ckpt or faceswapper.ckpt: landmarks for the proxies of pose, shape and expression, and for
+    --post."""
     fid_weights: Path | None = None
     """torch-fidelity's InceptionV3 file; FID is left out without it."""
     post: bool = False
@@ -114,6 +115,7 @@ def differences(
     if fan is not None:
         mine, theirs = fan.find(swaps), fan.find(target)
         row["pose proxy (Procrustes angle)"] = protocol.procrustes_angle(mine, theirs).mean().item()
+        row["shape proxy (Procrustes residual)"] = protocol.procrustes_residual(mine, theirs).mean().item()
         row["expression proxy (openings)"] = protocol.expression_proxy(mine, theirs)
     return row
 

@@ -25,22 +25,20 @@ OPENINGS = ("left eye", "right eye", "mouth", "mouth width")
 class OnnxNetwork:
     """A network from an ONNX file: crops (B, 3, S, S) in [-1, 1] -> its first output (B, D), float32.
 
-    The crops are resized to the side that the file asks for, or to `side` where it leaves that open; then
-    x * scale + shift. Raises UserError when the file is missing, damaged or takes something else.
+    The crops are resized to the side that the file asks for, or to `side` where it leaves that open. Raises
+    UserError when the file is missing, damaged or takes something else.
     """
 
-    def __init__(self, path: Path, side: int = 112, scale: float = 1.0, shift: float = 0.0):
+    def __init__(self, path: Path, side: int = 112):
         self.session = open_onnx(path)
         entry = self.session.get_inputs()[0]
         if len(entry.shape) != 4:
             raise UserError(f"{path}: its input has shape {entry.shape}, expected pictures (B, 3, S, S)")
         self.name = entry.name
         self.side = entry.shape[-1] if isinstance(entry.shape[-1], int) else side
-        self.scale, self.shift = scale, shift
 
     def __call__(self, pictures: Tensor) -> Tensor:
         x = F.interpolate(pictures.float().cpu(), (self.side, self.side), mode="bilinear", antialias=True)
-        x = x * self.scale + self.shift
         return torch.from_numpy(np.asarray(self.session.run(None, {self.name: x.numpy()})[0]))
 
 

@@ -46,8 +46,3 @@ class Recogniser(nn.Module):
             x = x[..., cut : x.shape[-2] - cut, cut : x.shape[-1] - cut]
         x = F.interpolate(x, (self.side, self.side), mode="bilinear", align_corners=True)
         return self.network.embed(x)
-
-
-def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """1 - cos of (B, D) and (B, D): (B,)."""
-    return 1 - F.cosine_similarity(a.float(), b.float())

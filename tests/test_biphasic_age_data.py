@@ -156,6 +156,11 @@ def test_csv_list_and_its_faults(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             datasets.read_list(path)
+    path.write_bytes("\ufeffpath,age,identity\na/1.png,30,Zoë\n".encode())  # as spreadsheets write it
+    assert datasets.read_list(path)[0].identity == "Zoë"
+    path.write_bytes("path,age,identity\na/1.png,30,Zoë\n".encode("latin-1"))
+    with pytest.raises(UserError, match="list.csv: not readable as CSV in UTF-8"):
+        datasets.read_list(path)
 
 
 def records(people: int, pictures: int) -> list[datasets.Record]:

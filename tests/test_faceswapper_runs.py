@@ -276,6 +276,8 @@ def test_training_on_files(tmp_path, monkeypatch):
     )
     generators, tools, _ = load_generators(train(config), Config)
     assert set(generators) == {"full-0"} and tools == {}
+    with pytest.raises(UserError, match="trained on celeba, .* --faceforensics DIR"):
+        main(EvalConfig(run=tmp_path / "run"))
 
 
 def test_two_processes_give_the_curves_of_one(tmp_path):
