@@ -154,7 +154,7 @@ def cross_age(net: IdentityNet, asked: Faces, device: torch.device) -> dict[str,
 def write_copies(folder: Path, copies: Faces, trained: Trained) -> None:
     """The copies as pictures that say they are synthetic, and list.csv."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "list.csv", "w", newline="") as file:
+    with open(folder / "list.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(("path", "age", "identity"))
         for number, (image, group, person) in enumerate(

@@ -211,7 +211,7 @@ def read_swap_list(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         raise UserError(f"no list of swaps {path}; {FF_LAYOUT}")
     pairs = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
         words = line.split()
         if not words:
             continue

@@ -139,7 +139,7 @@ class TableDetector:
     def __init__(self, path: Path):
         self.path, self.faces, self.asked = path, {}, {}
         try:
-            with open(path, newline="") as file:
+            with open(path, newline="", encoding="utf-8-sig") as file:
                 rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not readable as a table of faces ({error})") from None

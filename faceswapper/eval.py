@@ -115,9 +115,7 @@ def evaluate_drawn(config: Config, folder: Path) -> tuple[list[Claim], list[Metr
     photographs, which has no judges."""
     data = load_config(folder, TrainConfig).data
     if data != "faces":
-        raise UserError(
-            f"{folder}: trained on {data}, which has no truth to measure; give --faceforensics DIR"
-        )
+        raise UserError(f"{folder}: trained on {data}, so there is no known truth; give --faceforensics DIR")
     generators, tools, settings = load_generators(folder, TrainConfig)
     device = pick_device(config.device)
     trials = {name: trial for trial in plan(settings) for name in names_of(trial)}

@@ -142,7 +142,7 @@ def prepare(config: PrepareConfig) -> Path:
         print(f"left out: {line}")
     if not sisters.rows:
         raise UserError(f"{config.photos}: no face was found; give their places with --detector FILE.csv")
-    with open(config.out / "index.csv", "w", newline="") as file:
+    with open(config.out / "index.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *sisters.rows])
     print(f"{len(sisters.rows)} crops in {sisters.folders[0]}, {len(left_out)} left out")
     return config.out
