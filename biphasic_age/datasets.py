@@ -110,14 +110,17 @@ def read_source(name: str, root: Path) -> list[Record]:
 
 def read_ffhq_aging(root: Path) -> list[Record]:
     """FFHQ-Aging: the age is the middle of its labelled range (e.g. 20-29 gives 24.5). Raises UserError when
-    the label file or a picture that it lists is missing."""
+    the label file or a picture that it lists is missing, or when a picture is there twice (in two sizes)."""
     labels = root / "ffhq_aging_labels.csv"
     if not labels.is_file():
         raise UserError(f"FFHQ-Aging: no file {labels}; {FFHQ_WHERE}")
-    found = {
-        int(path.stem): path for path in _pictures(root, "FFHQ-Aging", FFHQ_WHERE) if path.stem.isdigit()
-    }
-    records = []
+    found, records = {}, []
+    for path in _pictures(root, "FFHQ-Aging", FFHQ_WHERE):
+        if path.stem.isdigit() and found.setdefault(int(path.stem), path) != path:
+            other = found[int(path.stem)]
+            raise UserError(
+                f"FFHQ-Aging: picture {int(path.stem)} is there twice: {other} and {path}; keep one"
+            )
     for line, row in _rows(labels, ("image_number", "age_group")):
         number, limits = row["image_number"], re.fullmatch(r"(\d+)-(\d+)", row["age_group"].strip())
         if not number.isdigit() or limits is None:

@@ -133,6 +133,12 @@ def test_ffhq_aging(tmp_path):
     ffhq(tmp_path, ["0,0-2,0.9,male", "7,20-29,1,female"])
     with pytest.raises(UserError, match="line 3: picture 7 is not there"):
         datasets.read_ffhq_aging(tmp_path)
+    picture(tmp_path / "thumbnails128x128" / "00001.png")
+    with pytest.raises(
+        UserError, match=r"picture 1 is there twice: .*00000.00001.png and .*128x128.00001.png"
+    ):
+        datasets.read_ffhq_aging(tmp_path)
+    (tmp_path / "thumbnails128x128" / "00001.png").unlink()
     ffhq(tmp_path, ["0,young,0.9,male"])
     with pytest.raises(UserError, match="line 2: expected a picture number and a range"):
         datasets.read_ffhq_aging(tmp_path)
