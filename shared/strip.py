@@ -1,4 +1,4 @@
-"""shared/strip.png, the picture strip of the front page: a piece of a sample sheet of each paper's newest run.
+"""shared/strip.png, the picture strip of the front page: a piece of a sheet of each paper's newest run.
 
 python -m shared.strip
 """
