@@ -341,7 +341,7 @@ def test_user_mistakes_are_messages(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_shows_the_claims(tmp_path):
-    done = script("train.py", "demo", "--out", str(tmp_path / "run"))
+    done = script("train.py", "demo", "--out", str(tmp_path / "run"), timeout=None)
     assert done.returncode == 0, done.stderr
     assert script("eval.py", "--run", str(tmp_path / "run")).returncode == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
