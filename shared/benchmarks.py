@@ -65,6 +65,7 @@ def main() -> None:
         if code:
             failed.append(paper)
             text += f"\nfailed (exit code {code})"
+        text = text.replace(f"{REPOSITORY}/", "")
         body += f"### {paper}\n\n`cd {paper} && python bench.py`\n\n```\n{text.strip()}\n```\n\n"
     if len(papers) > 1:
         write_section(REPOSITORY / "BENCHMARKS.md", machine(), body)
