@@ -121,6 +121,15 @@ def has_logged(folder: Path, lines: int) -> bool:
     return log.exists() and log.read_text().count("\n") >= lines
 
 
+def assert_resumes(paper: str, folder: Path, lines: int, *arguments: object) -> None:
+    """A run that is killed after so many lines of its log ends with the log and the weights of a whole one."""
+    whole, killed = folder / "whole", folder / "killed"
+    script(paper, "train.py", *arguments, "--out", whole, code=0)
+    kill_when(lambda: has_logged(killed, lines), paper, *arguments, "--out", killed)
+    script(paper, "train.py", *arguments, "--out", killed, code=0)
+    assert_same_runs(killed, whole)
+
+
 def weights(folder: Path) -> dict[str, bytes]:
     """All files of weights in a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}

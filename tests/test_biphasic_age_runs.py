@@ -132,13 +132,8 @@ def test_a_run_is_loaded_for_use(run_folder):
 def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path):
     arguments = ["demo", *TINY, "--data", "faces", "--variants", "full", "no-noise", "--average", "0.9"]
     arguments += ["--steps", "30", "--guide-steps", "10", "--warmup", "3"]
-    script("train.py", *arguments, "--out", tmp_path / "whole", code=0)
-    killed = tmp_path / "killed"
     # In the second of three stages.
-    middle = partial(helpers.has_logged, killed, 12)
-    helpers.kill_when(middle, "biphasic_age", *arguments, "--out", killed)
-    script("train.py", *arguments, "--out", killed, code=0)
-    helpers.assert_same_runs(killed, tmp_path / "whole")
+    helpers.assert_resumes("biphasic_age", tmp_path, 12, *arguments)
 
 
 def test_two_processes_give_the_curves_of_one(tmp_path):

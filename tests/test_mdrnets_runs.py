@@ -81,13 +81,8 @@ def test_oracle_parsing_is_reported(run_folder, capsys):
 def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path):
     arguments = ["demo", *TINY, "--data", "simple", "--variants", "full", "disentangled-ema", "--no-unet"]
     arguments += ["--coarse-steps", "60", "--refine-steps", "60", "--copy-steps", "0"]
-    script("train.py", *arguments, "--out", tmp_path / "whole", code=0)
-    killed = tmp_path / "killed"
     # In the second of three stages.
-    middle = partial(helpers.has_logged, killed, 45)
-    helpers.kill_when(middle, "mdrnets", *arguments, "--out", killed)
-    script("train.py", *arguments, "--out", killed, code=0)
-    helpers.assert_same_runs(killed, tmp_path / "whole")
+    helpers.assert_resumes("mdrnets", tmp_path, 45, *arguments)
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
