@@ -122,7 +122,7 @@ def has_logged(folder: Path, lines: int) -> bool:
 
 
 def assert_resumes(paper: str, folder: Path, lines: int, *arguments: object) -> None:
-    """A run that is killed after so many lines of its log ends with the log and the weights of a whole one."""
+    """A run killed after so many lines of its log ends with the log and the weights of a whole one."""
     whole, killed = folder / "whole", folder / "killed"
     script(paper, "train.py", *arguments, "--out", whole, code=0)
     kill_when(lambda: has_logged(killed, lines), paper, *arguments, "--out", killed)
