@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from anyface.bundle import Model, load_model, save_model
-from shared.onnxfile import exporting, require_close, run_onnx, write_onnx
+from shared.onnxfile import require_close, run_onnx, write_onnx
+from shared.records import replacing
 from shared.runtime import UserError, parse, run_main
 
 TOLERANCE = 1e-3
@@ -70,7 +71,7 @@ def write_part(module: nn.Module, example: Tensor, path: Path, names: tuple[str,
     # The fused attention of nn.TransformerEncoderLayer has no ONNX form.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    with exporting(path) as file:
+    with replacing(path) as file:
         try:
             write_onnx(module, (example,), file, [names[0]], [names[1]])
             with torch.no_grad():

@@ -15,7 +15,8 @@ from dfgc2022.model import OFFICIAL, detector, fake_probability, load_official
 from dfgc2022.train import Config as TrainConfig
 from dfgc2022.train import load_members
 from shared.io import find_run, load_config
-from shared.onnxfile import exporting, require_close, run_onnx, write_onnx
+from shared.onnxfile import require_close, run_onnx, write_onnx
+from shared.records import replacing
 from shared.runtime import UserError, parse, run_main
 
 TOLERANCE = 1e-3
@@ -58,7 +59,7 @@ def export(network: nn.Module, normalise: tuple, size: int, path: Path) -> float
     """
     module = Probability(network, *normalise).eval()
     crops = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0)) * 255
-    with exporting(path) as file:
+    with replacing(path) as file:
         write_onnx(module, (crops[:2],), file, ["crops"], ["probability"], free={0: "batch"})
         (found,) = run_onnx(file, crops=crops)
         with torch.no_grad():

@@ -15,7 +15,8 @@ from faceswapper.blocks import fold
 from faceswapper.model import Generator, load_official
 from faceswapper.predict import of_run
 from shared.io import find_run
-from shared.onnxfile import exporting, require_close, run_onnx, write_onnx
+from shared.onnxfile import require_close, run_onnx, write_onnx
+from shared.records import replacing
 from shared.runtime import parse, run_main
 
 TOLERANCE = 1e-3
@@ -61,7 +62,7 @@ def export(generator: Generator, path: Path) -> float:
     """Write the file and return its largest difference to the network. UserError when that is too large."""
     module, size = OneSwap(generator), generator.size.img_size
     check = example(size, seed=1)
-    with exporting(path) as file:
+    with replacing(path) as file:
         write_onnx(module, example(size), file, INPUTS, ["swap"])
         (found,) = run_onnx(file, **dict(zip(INPUTS, check, strict=True)))
         difference = (found - module(*check)).abs().max().item()

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from irisusformer.data import EyeWorld
 from irisusformer.model import IrisUsformer, fold_batch_norm, readout
 from irisusformer.predict import load_network
-from shared.onnxfile import exporting, require_close, run_onnx, write_onnx
+from shared.onnxfile import require_close, run_onnx, write_onnx
 from shared.published import format_table
+from shared.records import replacing
 from shared.runtime import UserError, parse, run_main
 
 CHECKED = ((1, 3, 64, 64), (2, 3, 101, 150), (1, 3, 240, 320))
@@ -110,7 +111,7 @@ def main() -> None:
     if config.output.suffix != ".onnx":
         raise UserError(f"--output {config.output}: the file must end in .onnx")
     model, _ = load_network(config.run, config.network, config.weights)
-    with exporting(config.output) as file:
+    with replacing(config.output) as file:
         graph = export(model, file)
         rows = [["x".join(map(str, shape)), largest_difference(graph, file, shape)] for shape in CHECKED]
         print(format_table(["input", "largest difference to PyTorch"], rows))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from mdrnets.data import DataName
 from mdrnets.inpaint import Model, load_model
 from mdrnets.masks import StrokeMasks
-from shared.onnxfile import exporting, require_close, run_onnx, write_onnx
+from shared.onnxfile import require_close, run_onnx, write_onnx
+from shared.records import replacing
 from shared.runtime import parse, run_main
 
 TOLERANCE = 1e-3
@@ -68,7 +69,7 @@ def distance(model: Model, path: Path) -> Tensor:
 
 def export(model: Model, path: Path) -> float:
     """Write the file and return its largest difference to the network. UserError when that is too large."""
-    with exporting(path) as file:
+    with replacing(path) as file:
         write_onnx(Exported(model.net), example(model.size), file, ["image", "mask"], ["output"])
         difference = distance(model, file).max().item()
         require_close(path, difference, TOLERANCE)

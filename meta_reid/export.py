@@ -14,7 +14,8 @@ from meta_reid.aggregation import Aggregation
 from meta_reid.model import META
 from meta_reid.predict import Options as PredictOptions
 from meta_reid.predict import load_model
-from shared.onnxfile import exporting, require_close, run_onnx, write_onnx
+from shared.onnxfile import require_close, run_onnx, write_onnx
+from shared.records import replacing
 from shared.runtime import UserError, parse, run_main
 
 
@@ -55,7 +56,7 @@ def export(model: META, size: tuple[int, int], path: Path, mode: Aggregation | N
         raise UserError(f"{path}: the ending must be .pt (TorchScript) or .onnx")
     embedding = Embedding(model, mode).eval()
     example, images = torch.rand(2, 3, *size) * 255, torch.rand(3, 3, *size) * 255
-    with exporting(path) as file, torch.no_grad(), warnings.catch_warnings():
+    with replacing(path) as file, torch.no_grad(), warnings.catch_warnings():
         # TorchScript warns of its successor, and of sizes that are constants here on purpose.
         warnings.simplefilter("ignore")
         if path.suffix == ".pt":

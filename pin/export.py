@@ -8,7 +8,8 @@ import torch
 
 from pin.predict import Options as Purify
 from pin.predict import load_defense
-from shared.onnxfile import exporting, require_close, run_onnx, write_onnx
+from shared.onnxfile import require_close, run_onnx, write_onnx
+from shared.records import replacing
 from shared.runtime import parse, run_main
 
 
@@ -34,7 +35,7 @@ def export(options: Options) -> Path:
     # The check of the image's size becomes a constant, rightly.
     example = (torch.zeros(2, 1, side, side),)
     x = torch.rand(3, 1, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    with exporting(options.output) as file:
+    with replacing(options.output) as file:
         write_onnx(defense, example, file, ["x"], ["purified"], free={0: "batch"})
         (found,) = run_onnx(file, x=x)
         with torch.no_grad():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from shared.records import plain, random_state, revive, set_random_state, write_json
+from shared.records import plain, random_state, replacing, revive, set_random_state, write_json
 from shared.runtime import REPOSITORY, RunConfig, UserError
 from shared.weights import load_state, load_torch
 
@@ -324,11 +324,9 @@ def load_safetensors(path: Path, module: nn.Module) -> None:
 
 
 def save_safetensors(path: Path, module: nn.Module) -> None:
-    """A module's weights as a safetensors file, through a temporary name; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    save_file(_detached(module), temporary)
-    temporary.replace(path)
+    """A module's weights as a safetensors file; its folder is made."""
+    with replacing(path) as temporary:
+        save_file(_detached(module), temporary)
 
 
 def _checkpoint(folder: Path) -> Path | None:

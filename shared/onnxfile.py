@@ -1,8 +1,6 @@
 """Networks as ONNX files: writing them, comparing them with the network, running them with ONNX Runtime."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from shared.runtime import UserError
-
-
-@contextmanager
-def exporting(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` when the block ends well; otherwise what was at `path` stays. Its
-    folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_onnx(

@@ -1,4 +1,4 @@
-"""Settings and results as JSON, and the state of the random generators as plain tensors."""
+"""Files that are whole or not there, JSON, and the state of the random generators as plain tensors."""
 
 import dataclasses
 import json
@@ -6,7 +6,8 @@ import math
 import random
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,23 @@ import torch
 from torch import Tensor
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path` when the block ends well; otherwise what was at `path` stays. Its
+    folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON through a temporary name, non-finite numbers as null."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:

@@ -8,7 +8,8 @@ from torch import nn
 from shared.io import load_safetensors, save_safetensors
 from shared.irse import IRSE, Trunk
 from shared.loop import Position, average_gradients, follow
-from shared.onnxfile import exporting, open_onnx, require_close, run_onnx, write_onnx
+from shared.onnxfile import open_onnx, require_close, run_onnx, write_onnx
+from shared.records import replacing
 from shared.runtime import UserError
 
 SMALL = ((8, 1), (8, 2), (16, 1), (16, 1))
@@ -117,7 +118,7 @@ class Product(nn.Module):
 def test_onnx_files_run_at_the_free_lengths_only(tmp_path):
     example = (torch.rand(2, 3), torch.rand(2, 3))
     path = tmp_path / "new" / "product.onnx"
-    with exporting(path) as file:
+    with replacing(path) as file:
         write_onnx(Product(), example, file, ["a", "b"], ["product"], free={0: "batch"})
     assert list(path.parent.iterdir()) == [path]
     a, b = torch.rand(5, 3), torch.rand(5, 3)
@@ -138,10 +139,10 @@ def test_onnx_files_that_are_none(tmp_path):
 @pytest.mark.parametrize("difference", [1e-2, float("nan")])
 def test_an_export_that_differs_is_not_kept(tmp_path, difference):
     path = tmp_path / "n.onnx"
-    with exporting(path) as file:
+    with replacing(path) as file:
         file.write_text("good")
         require_close(path, 1e-4, 1e-3)
-    with pytest.raises(UserError, match="n.onnx: would differ.*not kept"), exporting(path) as file:
+    with pytest.raises(UserError, match="n.onnx: would differ.*not kept"), replacing(path) as file:
         file.write_text("bad")
         require_close(path, difference, 1e-3)
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ["good"]
