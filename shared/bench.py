@@ -88,17 +88,38 @@ def peak_memory(function: Callable[[], Any], device: torch.device | str = "cpu")
     return peak
 
 
-def report(paper: str, rows: list[dict[str, Any]], folder: Path | None = None) -> Path:
-    """Print rows (same keys each) as a table and write bench.json into `folder`, default runs/<paper>."""
+def peak_rate(device: torch.device | str = "cpu") -> float:
+    """Multiply-accumulates per second of one large matrix product, the most that a network could reach:
+    bf16 on CUDA, fp32 on the CPU."""
+    cuda = torch.device(device).type == "cuda"
+    side, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return throughput(lambda: torch.mm(a, b), side**3, device, seconds=0.3)
+
+
+def report(
+    paper: str, rows: list[dict[str, Any]], folder: Path | None = None, device: torch.device | str = "cpu"
+) -> Path:
+    """Print rows as a table and write bench.json into `folder`, default runs/<paper>.
+
+    device: where the rows were measured. Rows with `gmacs` (1e9 multiply-accumulates per item) and
+    `per_second` (items) get a `share_of_peak` of this machine; see `peak_rate`.
+    """
+    peak = peak_rate(device) if any(row.get("gmacs") and row.get("per_second") for row in rows) else None
+    rows = [
+        row | {"share_of_peak": row["gmacs"] * 1e9 * row["per_second"] / peak}
+        if row.get("gmacs") and row.get("per_second")
+        else row
+        for row in rows
+    ]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     print(format_table(keys, [[row.get(key) for key in keys] for row in rows]))
+    cuda = torch.device(device).type == "cuda"
+    machine = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads"
+    if peak:
+        print(f"peak of {machine}: {peak / 1e12:.3g} T multiply-accumulates per second, one matrix product")
     folder = folder or runs_root() / paper
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "bench.json"
-    machine = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU threads"
-    )
-    write_json(path, {"machine": machine, "torch": torch.__version__, "rows": rows})
+    write_json(path, {"machine": machine, "torch": torch.__version__, "peak": peak, "rows": rows})
     return path

@@ -280,6 +280,22 @@ def test_throughput_counts_items():
 # --- report ---------------------------------------------------------------------------------------
 
 
+def test_share_of_peak_is_arithmetic_done_over_arithmetic_possible(tmp_path, capsys):
+    side = 512
+    a, b = torch.rand(side, side), torch.rand(side, side)
+    product = {"what": "product", "gmacs": side**3 / 1e9}
+    product["per_second"] = bench.throughput(lambda: torch.mm(a, b), 1, seconds=0.2)
+    rows = [product, {"what": "sleep", "per_second": 10.0}]
+    written = json.loads(bench.report("paper", rows, tmp_path).read_text())
+    assert written["machine"].endswith("CPU threads") and written["machine"] in capsys.readouterr().out
+    assert written["rows"][0]["share_of_peak"] == pytest.approx(
+        side**3 * product["per_second"] / written["peak"]
+    )
+    assert 0.05 < written["rows"][0]["share_of_peak"] < 3
+    assert "share_of_peak" not in written["rows"][1]
+    assert json.loads(bench.report("paper", rows[1:], tmp_path).read_text())["peak"] is None
+
+
 def test_curves_of_a_log_that_is_absent_or_cut(tmp_path):
     log = tmp_path / "log.jsonl"
     assert report.curves(log) == []
