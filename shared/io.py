@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,11 +39,13 @@ def progress(iterable: Iterable | None = None, desc: str = "", total: int | None
 def read_image(path: Path | str, mode: str = "RGB") -> Tensor:
     """Image file -> (C, H, W) float32 in [0, 1]. mode: PIL's, e.g. RGB (3 channels) or L (1).
 
-    16-bit grey files are scaled by 65535. Raises UserError that names a missing, unreadable or damaged file.
+    16-bit grey files are scaled by 65535; photos are turned upright as their metadata say.
+    Raises UserError that names a missing, unreadable or damaged file.
     """
     path = Path(path)
     try:
         with Image.open(path) as opened:
+            ImageOps.exif_transpose(opened, in_place=True)
             if opened.mode.startswith("I;16") or opened.mode == "I":
                 grey = np.asarray(opened, dtype=np.float32) / 65535
                 opened = Image.fromarray((grey * 255).round().clip(0, 255).astype(np.uint8))

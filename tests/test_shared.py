@@ -85,6 +85,18 @@ def test_damaged_and_missing_images_are_named(tmp_path):
         io.read_image(tmp_path / "absent.png")
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_a_photo_is_turned_upright(tmp_path, ending):
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:8, :8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held a quarter turn to the left
+    Image.fromarray(pixels).save(tmp_path / f"phone.{ending}", exif=exif)
+    image = io.read_image(tmp_path / f"phone.{ending}", "L")[0]
+    assert image.shape == (24, 16)
+    assert image[:8, 8:].mean() > 0.95 and image[8:].mean() < 0.05
+
+
 def test_written_pictures_say_that_they_are_synthetic(tmp_path):
     image = torch.rand(3, 8, 8)
     io.write_image(tmp_path / "a.png", image, synthetic="test model")
