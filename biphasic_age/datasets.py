@@ -20,11 +20,11 @@ from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 from biphasic_age.layouts import CLASSES, from_celebamask, resize_labels
+from shared.io import find_images
 from shared.runtime import UserError
 
 Part = Literal["train", "test"]
 LayoutOrder = Literal["bisenet", "celebamask"]
-ENDINGS = (".jpg", ".jpeg", ".png")
 FOLDS = 5
 
 
@@ -180,11 +180,10 @@ def _pictures(root: Path, name: str, hint: str) -> list[Path]:
     """Picture files below a folder, without those in `parsing`, sorted. UserError when there are none."""
     if not root.is_dir():
         raise UserError(f"{name}: no folder {root}; expected {hint}")
-    files = [p for p in root.rglob("*") if p.suffix.lower() in ENDINGS]
-    files = [p for p in files if "parsing" not in p.relative_to(root).parts]
+    files = [p for p in find_images(root) if "parsing" not in p.relative_to(root).parts]
     if not files:
         raise UserError(f"{name}: no pictures in {root}; expected {hint}")
-    return sorted(files)
+    return files
 
 
 def split(records: Sequence[Record], fold: int, part: Part, folds: int = FOLDS) -> list[Record]:

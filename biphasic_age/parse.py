@@ -13,10 +13,8 @@ from torch.nn import functional as F
 
 from biphasic_age.frozen import load_parser, require_face
 from biphasic_age.stages import load_generator
-from shared.io import progress, read_image
+from shared.io import IMAGE_ENDINGS, find_images, progress, read_image
 from shared.runtime import UserError, parse, pick_device, run_main
-
-ENDINGS = (".png", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,10 @@ class ParseConfig:
 def main(config: ParseConfig) -> Path:
     """Parse all pictures; returns the folder of layouts. UserError names two pictures of one name, and after
     all have been parsed those in which no face was found."""
-    pictures = sorted(
-        path
-        for path in config.folder.rglob("*")
-        if path.suffix.lower() in ENDINGS and "parsing" not in path.relative_to(config.folder).parts
-    )
+    found = find_images(config.folder)
+    pictures = [path for path in found if "parsing" not in path.relative_to(config.folder).parts]
     if not pictures:
-        raise UserError(f"{config.folder}: no pictures (looked for {', '.join(ENDINGS)}, subfolders too)")
+        raise UserError(f"{config.folder}: no pictures ({', '.join(IMAGE_ENDINGS)}, subfolders too)")
     names: dict[str, Path] = {}
     for path in pictures:
         if names.setdefault(path.stem, path) != path:

@@ -17,12 +17,10 @@ import torch
 import tyro
 
 from biphasic_age.layouts import paint_layout
-from biphasic_age.translate import Aged, Ager, load_ager, read_layout, read_picture, translate
-from shared.io import image_grid, progress, write_image
+from biphasic_age.translate import Aged, Ager, load_ager, read_layout, translate
+from shared.io import image_grid, images_of, progress, read_photo, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
-
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 @dataclass(frozen=True)
@@ -104,16 +102,6 @@ def write_outputs(folder: Path, ager: Ager, photo: torch.Tensor, ages: list[floa
     )
 
 
-def find_pictures(place: Path) -> list[Path]:
-    """One picture, or those of a folder. UserError when there are none."""
-    if not place.is_dir():
-        return [place]
-    found = sorted(path for path in place.iterdir() if path.suffix.lower() in ENDINGS)
-    if not found:
-        raise UserError(f"{place}: no pictures in this folder (looked for {', '.join(ENDINGS)})")
-    return found
-
-
 def main(config: PredictConfig) -> Path:
     """Translate every picture; returns the folder with the results. In a folder the other pictures are still
     translated when one is not fit, and then all faults are named in one UserError."""
@@ -123,13 +111,13 @@ def main(config: PredictConfig) -> Path:
     )
     ages = ages or [round(mean, 1) for mean in ager.trained.scale.means]
     ager.trained.scale.weights(torch.tensor(ages))  # an age out of range is said before any picture is read
-    pictures, several = find_pictures(config.picture), config.picture.is_dir()
+    pictures, several = images_of(config.picture, subfolders=False), config.picture.is_dir()
     stems = Counter(path.stem for path in pictures)
     faults = []
     for path in progress(pictures, "pictures"):
         name = path.stem if stems[path.stem] == 1 else path.name  # two files may differ in the ending alone
         try:
-            photo, remarks = read_picture(path)
+            photo, remarks = read_photo(path)
             layout = config.layout
             if layout is not None and layout.is_dir():
                 layout = layout / f"{name}.png"

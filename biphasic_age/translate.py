@@ -4,9 +4,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import ExifTags, Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,7 +13,6 @@ from biphasic_age.datasets import read_labels
 from biphasic_age.frozen import BiSeNetParser, SmallParser, load_parser, require_face
 from biphasic_age.layouts import CLASSES, resize_labels
 from biphasic_age.stages import Trained, load_generator
-from shared.io import read_image
 from shared.runtime import UserError
 
 PARTS: dict[str, tuple[str, ...]] = {
@@ -81,29 +78,6 @@ def load_ager(
         parser = load_parser(weights)
     trained.net.to(device).eval()
     return Ager(trained, None if parser is None else parser.to(device).eval(), device)
-
-
-def read_picture(path: Path) -> tuple[Tensor, list[str]]:
-    """Any picture file -> (3, H, W) in [0, 1], turned as its EXIF data say, and remarks: grey is repeated,
-    transparency is laid on white."""
-    image, remarks = read_image(path), []
-    with Image.open(path) as opened:
-        if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
-            alpha = torch.from_numpy(np.array(opened.convert("RGBA"))[..., 3]).float() / 255
-            image = image * alpha + (1 - alpha)
-            remarks.append(f"{path.name}: transparent parts are shown on white")
-        elif opened.mode in ("1", "L", "I", "F") or opened.mode.startswith("I;"):
-            remarks.append(f"{path.name}: a grey picture; the network was trained on colour")
-        orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
-    return upright(image, orientation), remarks
-
-
-def upright(image: Tensor, orientation: int) -> Tensor:
-    """A picture (3, H, W) as EXIF's orientation, 1 to 8, wants it shown."""
-    if orientation in (5, 6, 7, 8):
-        image = image.transpose(1, 2)
-    flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}
-    return image.flip(flips.get(orientation, ()))
 
 
 def read_layout(path: Path, size: tuple[int, int]) -> Tensor:

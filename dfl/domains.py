@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfl.data import ClientData, Federated, Samples
-from shared.io import progress, read_image
+from shared.io import IMAGE_ENDINGS, find_images, progress, read_image
 from shared.runtime import UserError
 from shared.weights import load_pickle
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".tif", ".tiff")
 
 NUMPY_PICKLE = {
     f"numpy.{package}.{name}"
@@ -267,14 +266,13 @@ def folder(config: "Config") -> Federated:
     for name in names:
         sets = []
         for split in ("train", "test"):
-            found = [
-                path for path in sorted((root / name / split).glob("*/*")) if path.suffix.lower() in SUFFIXES
-            ]
+            folders = sorted(path for path in (root / name / split).glob("*") if path.is_dir())
+            found = [path for folder in folders for path in find_images(folder, subfolders=False)]
             files[name, split] = found
             labels = torch.tensor([classes.index(path.parent.name) for path in found], dtype=torch.int64)
             sets.append((read_images(found, config.image_size, f"{name} {split}", config.workers), labels))
         if not len(sets[1][1]):
-            raise UserError(f"{root / name / 'test'}: no test images ({', '.join(SUFFIXES)})")
+            raise UserError(f"{root / name / 'test'}: no test images ({', '.join(IMAGE_ENDINGS)})")
         domains[name] = tuple(sets)
     data = federate(config, "folder", domains, classes, HALF, HALF, None)
     table = root / "attributes.csv"

@@ -12,11 +12,10 @@ import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfl.domains import SUFFIXES
 from dfl.engine import State, call, part
 from dfl.federation import transfer
 from dfl.train import Config, Trial, load_trial, plan
-from shared.io import find_run, image_grid, load_config, progress, read_image, write_image
+from shared.io import find_run, image_grid, images_of, load_config, progress, read_image, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, run_main
 
@@ -43,18 +42,6 @@ class PredictConfig:
     """Folder for the results."""
 
 
-def image_files(path: Path) -> list[Path]:
-    """The image files that a path names. Raises UserError when there are none."""
-    if path.is_dir():
-        found = sorted(entry for entry in path.rglob("*") if entry.suffix.lower() in SUFFIXES)
-        if not found:
-            raise UserError(f"{path}: no images in it ({', '.join(SUFFIXES)})")
-        return found
-    if not path.is_file():
-        raise UserError(f"{path}: no such file or folder")
-    return [path]
-
-
 def main(options: PredictConfig) -> Path:
     """Predict all images; returns the output folder."""
     folder = find_run("dfl", options.run)
@@ -67,7 +54,7 @@ def main(options: PredictConfig) -> Path:
         raise UserError(f"--client {options.client}: the clients are {names} (numbers from 0)")
     if options.mode == "invariant" and trial.config.method != "dfl":
         raise UserError(f"--mode invariant: {options.trial} has no invariant branch")
-    paths = image_files(options.images)
+    paths = images_of(options.images)
     height, width = data.image_shape[1:]
 
     def read(path: Path) -> Tensor:

@@ -17,11 +17,10 @@ from torch.nn import functional as F
 
 from faceswapper.drawing import face_mask
 from shared.faces import BISENET_CLASSES, CLASSES
-from shared.io import read_image
+from shared.io import find_images, read_image
 from shared.runtime import UserError
 
 PublicSet = Literal["celeba", "vggface2", "celeba-hq", "ffhq", "folder"]
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 LANDMARKS, MASKS, PARSING = "_lm_images", "_mask_images", "_parsing_images"
 """Suffixes of the sister folders."""
 FOLDERS = {
@@ -59,7 +58,7 @@ def list_pictures(folder: Path, what: str) -> list[Path]:
     picture."""
     if not folder.is_dir():
         raise UserError(f"{what}: no folder {folder}")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in ENDINGS and f.is_file())
+    files = find_images(folder)
     if not files:
         raise UserError(f"{what}: no picture in {folder}")
     return files

@@ -28,11 +28,9 @@ from faceswapper.train import Config as TrainConfig
 from faceswapper.trials import load_generators, main_name
 from faceswapper.video import VIDEO_ENDINGS, VideoReader, VideoWriter
 from faceswapper.weights import states_of
-from shared.io import find_run, image_grid, load_config, progress, write_image
+from shared.io import find_run, image_grid, images_of, load_config, progress, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
-
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -162,11 +160,7 @@ def swap_photos(config: PredictConfig, swapper: Swapper, source: Source, made: s
     """All photos of a folder, or one; returns a record for each. In a folder, photos without a usable face
     are copied as they are and said so."""
     folder = config.target.is_dir()
-    paths = [config.target]
-    if folder:
-        paths = sorted(p for p in config.target.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
-        if not paths:
-            raise UserError(f"{config.target}: holds no picture ({', '.join(IMAGE_ENDINGS)}) and is no video")
+    paths = images_of(config.target, subfolders=False)
     records, names = {}, result_names(paths)
     for start in progress(range(0, len(paths), config.batch_size), "photos"):
         photos = [read_photo(path) for path in paths[start : start + config.batch_size]]

@@ -21,8 +21,7 @@ from faceswapper.align import Framing, crop_matrix, crop_side, cut, to_tensor
 from faceswapper.detect import open_detector, open_landmarker, open_parser
 from faceswapper.drawing import draw_landmarks, face_mask, to_file
 from faceswapper.pipeline import profile, read_photo
-from faceswapper.predict import IMAGE_ENDINGS
-from shared.io import progress, write_image
+from shared.io import images_of, progress, write_image
 from shared.runtime import UserError, parse, pick_device, run_main
 
 
@@ -59,18 +58,6 @@ class PrepareConfig:
 
 COLUMNS = ("file", "photo", "side", "profile", "a", "b", "c", "d", "e", "f")
 """Of index.csv; a to f is the matrix from photo to crop, row by row."""
-
-
-def photo_files(path: Path) -> list[Path]:
-    """The photos below a folder in the order of their names, or the photo itself. UserError when none."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder of photos")
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
-    if not files:
-        raise UserError(f"{path}: holds no picture ({', '.join(IMAGE_ENDINGS)})")
-    return files
 
 
 class Sisters:
@@ -117,7 +104,7 @@ def prepare(config: PrepareConfig) -> Path:
     """Cut and describe every face; returns the folder of the data set. UserError when no photo shows one."""
     detector, sisters = open_detector(config.detector, pick_device(config.device)), Sisters(config)
     framing, used, left_out = Framing(*config.eyes), set(), []
-    for path in progress(photo_files(config.photos), "photos"):
+    for path in progress(images_of(config.photos), "photos"):
         photo = read_photo(path)
         below = path.relative_to(config.photos).as_posix() if config.photos.is_dir() else photo.name
         faces = detector([photo.seen], [below])[0]

@@ -30,10 +30,9 @@ from PIL import Image
 from torch import Tensor
 
 from irisusformer.losses import IGNORE
-from shared.io import read_image
+from shared.io import IMAGE_ENDINGS, find_images, read_image
 from shared.runtime import UserError
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tiff", ".tif", ".pgm")
 IMAGE_FOLDERS = ("image", "images", "JPEGImages")
 MASK_FOLDERS = ("SegmentationClass_1D", "SegmentationClass", "masks", "mask")
 NIR_ISL = {
@@ -143,11 +142,11 @@ def existing(dataset: str, base: Path, names: tuple[str, ...]) -> Path:
     raise UserError(f"{dataset}: {base} holds none of the folders {', '.join(names)}")
 
 
-def files_in(folder: Path, endings: tuple[str, ...] = ENDINGS) -> list[Path]:
-    """Files of these endings in a folder and below, sorted. UserError when there is no folder."""
+def files_in(folder: Path, ending: str | None = None) -> list[Path]:
+    """Images, or files of this ending, in a folder and below, sorted. UserError when there is no folder."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and not p.name.startswith("."))
+    return sorted(folder.rglob(f"*{ending}")) if ending else find_images(folder)
 
 
 def match(dataset: str, images: Path, partners: dict[str, Path], prefix: str = "") -> list[Pair]:
@@ -157,7 +156,7 @@ def match(dataset: str, images: Path, partners: dict[str, Path], prefix: str = "
     """
     found = files_in(images)
     if not found:
-        raise UserError(f"{dataset}: no image in {images} (endings {', '.join(ENDINGS)})")
+        raise UserError(f"{dataset}: no image in {images} ({', '.join(IMAGE_ENDINGS)})")
     by_role = {}
     for role, folder in partners.items():
         files = by_role[role] = {}
@@ -266,7 +265,7 @@ def openeds_pairs(root: Path, split: str) -> list[Pair]:
     """OpenEDS: ROOT/split/{images,labels}, paired by stem. UserError that names what has no partner."""
     base = root / split
     images = {path.stem: path for path in files_in(base / "images")}
-    labels = {path.stem: path for path in files_in(base / "labels", (".npy",))}
+    labels = {path.stem: path for path in files_in(base / "labels", ".npy")}
     single = sorted(set(images) ^ set(labels))
     if single or not images:
         raise UserError(

@@ -24,12 +24,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irisusformer.datasets import ENDINGS, read_eye
+from irisusformer.datasets import read_eye
 from irisusformer.geometry import Ellipse, fit_boundaries, quality, rubber_sheet
 from irisusformer.model import IrisUsformer, fold_batch_norm
 from irisusformer.pictures import BLUE, GREEN, RED, heat, outlined, tint, with_ellipse
 from irisusformer.train import PAPER, Config, build, variants
-from shared.io import find_run, load_config, load_safetensors, load_weights, progress, to_pil, write_image
+from shared.io import (
+    find_run,
+    images_of,
+    load_config,
+    load_safetensors,
+    load_weights,
+    progress,
+    to_pil,
+    write_image,
+)
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -227,11 +236,7 @@ def predict_video(model: IrisUsformer, config: PredictConfig, short_side: int) -
 def predict_images(model: IrisUsformer, config: PredictConfig, short_side: int) -> list[list]:
     """Write maps and record of every image; returns the lines of summary.csv. UserError without images."""
     source = config.input
-    paths = (
-        [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix.lower() in ENDINGS)
-    )
-    if not paths:
-        raise UserError(f"{source}: no image in it (endings {', '.join(ENDINGS)})")
+    paths = images_of(source)
     base = source.parent if source.is_file() else source
     rows = []
     for path in progress(paths, "segmenting"):

@@ -48,7 +48,7 @@ def to_array(image: Tensor) -> np.ndarray:
 
 
 def to_tensor(array: np.ndarray) -> Tensor:
-    """(H, W, 3 or 4) uint8 -> (3, H, W) in [0, 1]; transparency is laid on white, as in `read_picture`."""
+    """(H, W, 3 or 4) uint8 -> (3, H, W) in [0, 1], on white, as in `shared.io.read_photo`."""
     values = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1).float() / 255
     alpha = values[3:] if len(values) == 4 else 1.0
     return values[:3] * alpha + (1 - alpha)

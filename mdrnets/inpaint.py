@@ -5,9 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,7 +18,7 @@ from mdrnets.parser import GLASSES, GROUPS, HAT, BiSeNetParser
 from mdrnets.simple import PARTS
 from mdrnets.stages import VARIANTS, build, plan, stage_file
 from mdrnets.train import Config
-from shared.io import find_run, load_config, load_safetensors, read_image
+from shared.io import find_run, load_config, load_safetensors
 from shared.runtime import UserError
 
 Hide = Literal["glasses", "hat", "box"]
@@ -81,20 +79,6 @@ def load_model(
     net = build(config, name, len(parts))
     load_safetensors(finished[name], net)
     return Model(net.to(device).eval(), parts, config.image_size, f"{folder.name}, {data}, {name}", device)
-
-
-def read_picture(path: Path) -> tuple[Tensor, list[str]]:
-    """Any picture file -> (3, H, W) in [0, 1] and remarks: grey is repeated, transparency is laid on
-    white."""
-    image, remarks = read_image(path), []
-    with Image.open(path) as opened:
-        if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
-            alpha = torch.from_numpy(np.array(opened.convert("RGBA"))[..., 3]).float() / 255
-            image = image * alpha + (1 - alpha)
-            remarks.append(f"{path.name}: transparent parts are shown on white")
-        elif opened.mode in ("1", "L", "I", "F") or opened.mode.startswith("I;"):
-            remarks.append(f"{path.name}: a grey picture; the network was trained on colour")
-    return image, remarks
 
 
 def fitting_mask(path: Path, size: tuple[int, int], polarity: Polarity) -> tuple[Tensor, list[str]]:

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.io import progress, read_image
+from shared.io import IMAGE_ENDINGS, find_images, progress, read_image
 from shared.runtime import UserError
 
 BINS: tuple[tuple[float, float], ...] = ((0.1, 0.2), (0.2, 0.3), (0.3, 0.4), (0.4, 0.5), (0.5, 0.6))
 """Ratio bins that results are reported for; a mask is in (low, high] when low < ratio <= high."""
 
 Polarity = Literal["white-hole", "black-hole"]
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm")
 INVERTED = 0.75
 """Above this mean share of corrupted pixels, masks are probably the wrong way round."""
 
@@ -127,7 +126,7 @@ def list_images(folder: Path, what: str) -> list[Path]:
     """Picture files below a folder, sorted. UserError when there is no folder or none in it."""
     if not folder.is_dir():
         raise UserError(f"{what}: no folder {folder}")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+    files = find_images(folder)
     if not files:
         raise UserError(f"{what}: no pictures ({', '.join(IMAGE_ENDINGS)}) in {folder}")
     return files

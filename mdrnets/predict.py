@@ -28,12 +28,11 @@ from mdrnets.inpaint import (
     fitting_mask,
     hiding_mask,
     load_model,
-    read_picture,
 )
 from mdrnets.masks import Polarity, list_images
 from mdrnets.mechanism import memory_replaced
 from mdrnets.parser import paint_parts
-from shared.io import image_grid, progress, write_image
+from shared.io import image_grid, progress, read_photo, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -82,7 +81,7 @@ def read_inputs(
     """Picture, mask and remarks. UserError when neither or both of --mask and --hide are given."""
     if (mask_path is None) == (config.hide is None):
         raise UserError("give either --mask FILE or --hide glasses|hat|box")
-    image, remarks = read_picture(path)
+    image, remarks = read_photo(path)
     if mask_path is None:
         return image, hiding_mask(model, image, config.hide, config.box), remarks
     mask, more = fitting_mask(mask_path, tuple(image.shape[-2:]), config.mask_polarity)

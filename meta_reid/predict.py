@@ -18,11 +18,10 @@ from meta_reid.items import Item
 from meta_reid.model import META, load_official
 from meta_reid.protocols import embed, prepare
 from meta_reid.train import Config, load_sources, plan, run_seeds
-from shared.io import find_run, image_grid, load_config, load_weights, write_image
+from shared.io import find_run, image_grid, images_of, load_config, load_weights, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
-ENDINGS = {".jpg", ".jpeg", ".png", ".bmp"}
 OFFICIAL_SOURCES = ["CUHK03", "CUHK-SYSU", "Market1501"]
 
 
@@ -77,18 +76,6 @@ def load_model(options: Options) -> tuple[META, list[str], tuple[int, int], str]
     return chosen[0].model, names, (config.height, config.width), f"{folder} {chosen[0].name}"
 
 
-def images_in(path: Path) -> list[Path]:
-    """An image, or all images of a folder. Raises UserError when there are none."""
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
-        if not found:
-            raise UserError(f"{path}: no images ({', '.join(sorted(ENDINGS))}) in this folder")
-        return found
-    if not path.is_file():
-        raise UserError(f"{path}: no such image or folder")
-    return [path]
-
-
 def describe_files(
     model: META, paths: list[Path], size: tuple[int, int], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,13 +100,13 @@ def main() -> None:
     model, names, size, weights_from = load_model(options)
     prepare(model, pick_device(options.device))
     if options.gallery is not None:
-        paths = images_in(options.gallery)
+        paths = images_of(options.gallery)
         embeddings = describe_files(model, paths, size, options)[0]
         Index.of(embeddings, [str(path) for path in paths], weights_from).save(options.index)
         print(f"{len(paths)} images indexed in {options.index}")
     if options.query is None:
         return
-    index, queries = Index.load(options.index), images_in(options.query)
+    index, queries = Index.load(options.index), images_of(options.query)
     if index.model != weights_from:
         print(f"note: {options.index} was built with {index.model}; the queries' weights are {weights_from}")
     embeddings, weights, distances = describe_files(model, queries, size, options)

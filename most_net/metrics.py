@@ -21,14 +21,12 @@ from most_net.fsim import features as fsim_features
 from most_net.fsim import fsim, fsim_of_features
 from most_net.nlda import Recognition, recognition
 from most_net.scoot import scoot
-from shared.io import progress, read_image
+from shared.io import IMAGE_ENDINGS, find_images, progress, read_image
 from shared.published import format_table
 from shared.records import write_json
 from shared.runtime import UserError, parse, run_main
 
 __all__ = ["Recognition", "fsim", "grey_bytes", "nlda_rate", "quality", "scoot", "ssim", "window_of"]
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".webp"}
 
 
 def grey_bytes(images: Tensor) -> Tensor:
@@ -117,13 +115,12 @@ def image_files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SUFFIXES:
-            if path.stem in files:
-                raise UserError(f"{folder}: {files[path.stem].name} and {path.name} have the same name")
-            files[path.stem] = path
+    for path in find_images(folder, subfolders=False):
+        if path.stem in files:
+            raise UserError(f"{folder}: {files[path.stem].name} and {path.name} have the same name")
+        files[path.stem] = path
     if not files:
-        raise UserError(f"{folder}: holds no images ({', '.join(sorted(SUFFIXES))})")
+        raise UserError(f"{folder}: holds no images ({', '.join(IMAGE_ENDINGS)})")
     return files
 
 

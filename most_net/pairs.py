@@ -13,8 +13,8 @@ from torch import Tensor
 
 from most_net.align import EYES, HEIGHT, WIDTH, align_to_eyes, read_eyes
 from most_net.data import Pairs
-from most_net.metrics import SUFFIXES, image_files
-from shared.io import progress, read_image
+from most_net.metrics import image_files
+from shared.io import find_images, progress, read_image
 from shared.runtime import UserError
 
 Layout = Literal["auto", "list", "folders", "original", "side-by-side", "fs2k"]
@@ -110,7 +110,7 @@ def _recognise(root: Path, train_list: Path | None) -> Layout:
         return "folders"
     if any(_folder(path, "photo") for path in (root, *sorted(root.iterdir())) if path.is_dir()):
         return "original"
-    if any(path.suffix.lower() in SUFFIXES for path in root.iterdir()) or (root / "train").is_dir():
+    if find_images(root, subfolders=False) or (root / "train").is_dir():
         return "side-by-side"
     raise UserError(
         f"{root}: no known layout. Expected one of: train_photos/ and train_sketches/; photos/ and sketches/ "

@@ -13,11 +13,10 @@ from torch.utils.data import Dataset
 
 from pin.world import draw_people
 from shared.faces import draw, make_params, sample_ages, sample_attributes, sample_identities
-from shared.io import read_image, to_pil
+from shared.io import find_images, read_image, to_pil
 from shared.runtime import UserError
 from shared.weights import load_pickle
 
-ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]],
     np.float32,
@@ -176,7 +175,7 @@ def identity_folder(root: Path, size: int, landmarks: Path | None = None) -> Ima
     paths, labels = [], []
     people = sorted(entry for entry in root.iterdir() if entry.is_dir())
     for number, person in enumerate(people):
-        files = sorted(path for path in person.iterdir() if path.suffix.lower() in ENDINGS)
+        files = find_images(person, subfolders=False)
         paths += files
         labels += [number] * len(files)
     if not paths:
@@ -192,9 +191,7 @@ def celeba(root: Path, size: int, landmarks: Path | None = None) -> ImageFiles:
     UserError when there are no images, or on a bad line of the identity file.
     """
     folder = root / "img_align_celeba" if (root / "img_align_celeba").is_dir() else root
-    paths = (
-        sorted(path for path in folder.glob("*") if path.suffix.lower() in ENDINGS) if folder.is_dir() else []
-    )
+    paths = find_images(folder, subfolders=False)
     if not paths:
         raise UserError(
             f"{root}: no CelebA here; expected {root}/img_align_celeba/000001.jpg (mmlab.ie.cuhk.edu.hk)"

@@ -9,14 +9,14 @@ from typing import Literal
 import torch
 
 from pin.basis import Basis, load_basis
-from pin.data import ENDINGS, preprocess, read_landmarks
+from pin.data import preprocess, read_landmarks
 from pin.experiments import WITHOUT_DAE
 from pin.figures import ROW, picture_row, to_unit
 from pin.model import ESN, PIN, load_official
 from pin.protocol import attack_scores
 from pin.recognizers import adapt
 from pin.train import Config, build_networks
-from shared.io import find_run, image_grid, load_config, load_weights, progress, write_image
+from shared.io import find_run, image_grid, images_of, load_config, load_weights, progress, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -98,19 +98,6 @@ def load_defense(options: Options, device: torch.device) -> tuple[PIN, torch.nn.
     return pin, recognizer.eval().to(device) if recognizer is not None else None
 
 
-def find_images(paths: tuple[Path, ...]) -> list[Path]:
-    """Files as given and the images inside folders, sorted. UserError when there are none."""
-    found = []
-    for path in paths:
-        inside = path.iterdir() if path.is_dir() else [path]
-        found += sorted(entry for entry in inside if entry.suffix.lower() in ENDINGS or not path.is_dir())
-    if not found:
-        raise UserError(
-            f"no images in {', '.join(map(str, paths))}; endings read: {', '.join(sorted(ENDINGS))}"
-        )
-    return found
-
-
 def names_of(paths: list[Path]) -> list[str]:
     """A name for each image's result: its own without the ending, with it where that repeats (or is that of
     the sheet), and numbered where that repeats too."""
@@ -130,7 +117,7 @@ def predict(options: Options) -> Path:
     size = round(pin.basis.size[0] ** 0.5)
     points = read_landmarks(options.landmarks) if options.landmarks else {}
     records, tiles = [], []
-    paths = find_images(options.images)
+    paths = [image for place in options.images for image in images_of(place, subfolders=False)]
     for path, name in zip(progress(paths, "purify"), names_of(paths), strict=True):
         if options.landmarks and path.name not in points:
             raise UserError(f"{options.landmarks}: no line for {path.name}")

@@ -27,6 +27,9 @@ from shared.weights import load_state, load_torch
 SYNTHETIC_SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 """IPTC's term for a picture made by a trained model."""
 
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+"""Of the image files that are looked for in folders."""
+
 
 def progress(iterable: Iterable | None = None, desc: str = "", total: int | None = None) -> tqdm:
     """tqdm on stderr; silent when that is not a terminal."""
@@ -34,6 +37,28 @@ def progress(iterable: Iterable | None = None, desc: str = "", total: int | None
 
 
 # --- images ---------------------------------------------------------------------------------------
+
+
+def find_images(folder: Path, subfolders: bool = True) -> list[Path]:
+    """The image files of a folder, and of those below it, sorted, without hidden ones; empty when none."""
+    inside = folder.rglob("*") if subfolders else folder.glob("*")
+    return sorted(
+        path
+        for path in inside
+        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def images_of(place: Path, subfolders: bool = True) -> list[Path]:
+    """The image file that a path names, or all of the folder. Raises UserError when there is none."""
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise UserError(f"{place}: no such picture or folder")
+    found = find_images(place, subfolders)
+    if not found:
+        raise UserError(f"{place}: no pictures in this folder ({', '.join(IMAGE_ENDINGS)})")
+    return found
 
 
 def read_image(path: Path | str, mode: str = "RGB") -> Tensor:
@@ -57,6 +82,21 @@ def read_image(path: Path | str, mode: str = "RGB") -> Tensor:
     if array.ndim == 2:
         array = array[..., None]
     return torch.from_numpy(array).permute(2, 0, 1).float().div_(255)
+
+
+def read_photo(path: Path) -> tuple[Tensor, list[str]]:
+    """A user's own picture -> (3, H, W) in [0, 1], upright, and remarks: grey is repeated, what is
+    transparent is laid on white. Raises what `read_image` raises."""
+    image, remarks = read_image(path), []
+    with Image.open(path) as opened:
+        ImageOps.exif_transpose(opened, in_place=True)
+        if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
+            alpha = torch.from_numpy(np.array(opened.convert("RGBA"))[..., 3]).float() / 255
+            image = image * alpha + (1 - alpha)
+            remarks.append(f"{path.name}: transparent parts are shown on white")
+        elif opened.mode in ("1", "L", "I", "F") or opened.mode.startswith("I;"):
+            remarks.append(f"{path.name}: a grey picture; the network was trained on colour")
+    return image, remarks
 
 
 def to_pil(image: Tensor) -> Image.Image:

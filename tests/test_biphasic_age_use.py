@@ -24,8 +24,9 @@ from biphasic_age.align import (
 from biphasic_age.layouts import CLASSES
 from biphasic_age.model import SIZES, Generator, Switches
 from biphasic_age.stages import Trained
-from biphasic_age.translate import Ager, locate, read_layout, read_picture, strength_map, translate
+from biphasic_age.translate import Ager, locate, read_layout, strength_map, translate
 from shared import faces
+from shared.io import read_photo
 from shared.runtime import REPOSITORY, UserError
 
 SIZE = 32
@@ -234,9 +235,9 @@ def test_grey_and_transparent_pictures_are_read_with_a_remark(tmp_path):
     pixels = np.zeros((8, 9, 4), np.uint8)
     pixels[:, 4:] = (255, 0, 0, 255)
     Image.fromarray(pixels).save(clear)
-    image, remarks = read_picture(grey)
+    image, remarks = read_photo(grey)
     assert image.shape == (3, 8, 9) and "grey picture" in remarks[0]
-    image, remarks = read_picture(clear)
+    image, remarks = read_photo(clear)
     assert image[:, 0, 0].tolist() == [1, 1, 1] and image[:, 0, 8].tolist() == [1, 0, 0]
     assert "shown on white" in remarks[0]
 
@@ -266,7 +267,7 @@ def test_pictures_are_turned_as_their_camera_says(tmp_path):
         Image.fromarray(pixels).save(tmp_path / "phone.png", exif=exif)
         with Image.open(tmp_path / "phone.png") as opened:
             wanted = np.asarray(ImageOps.exif_transpose(opened))
-        image, remarks = read_picture(tmp_path / "phone.png")
+        image, remarks = read_photo(tmp_path / "phone.png")
         assert (image.mul(255).round().byte().permute(1, 2, 0).numpy() == wanted).all() and not remarks
 
 

@@ -19,11 +19,10 @@ from meta_reid.export import export
 from meta_reid.gallery import Index
 from meta_reid.losses import objective
 from meta_reid.model import META
-from meta_reid.predict import images_in
 from meta_reid.protocols import Result
 from meta_reid.train import PRESETS, VARIANTS, Row, learning_rate, optimiser, plan, train
 from meta_reid.walkers import draw
-from shared.io import write_image
+from shared.io import images_of, write_image
 from shared.runtime import UserError
 
 
@@ -176,8 +175,8 @@ def test_index(tmp_path):
     for name in ("torn", "none"):
         with pytest.raises(UserError, match=name):
             Index.load(tmp_path / f"{name}.safetensors")
-    with pytest.raises(UserError, match="no images"):
-        images_in(tmp_path)
+    with pytest.raises(UserError, match="no pictures in this folder"):
+        images_of(tmp_path)
     index.save(tmp_path / "new" / "folder" / "i.safetensors")
     save_file({"features": features}, tmp_path / "foreign.safetensors", {"paths": "a\nb\nc\nd\ne"})
     with pytest.raises(UserError, match="foreign.safetensors: damaged or not a gallery index"):
