@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from anyface.captions import celeba_captions, read_attributes
 from shared.io import progress, read_image
+from shared.records import replacing
 from shared.runtime import UserError
 from shared.weights import load_pickle, load_torch
 
@@ -220,9 +221,8 @@ def write_codes(path: Path, names: Sequence[str], codes: Tensor) -> None:
     joined = "\n".join(names)
     if len(names) != len(codes) or len(set(names)) != len(names):
         raise ValueError("one distinct name for each code")
-    temporary = path.with_suffix(".part")
-    save_file({"codes": codes.contiguous()}, temporary, metadata={"names": joined})
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file({"codes": codes.contiguous()}, temporary, metadata={"names": joined})
 
 
 def read_codes(path: Path | None, names: Sequence[str], root: Path | None = None) -> Tensor:

@@ -40,7 +40,7 @@ from dfl.data import load_data  # noqa: E402
 from dfl.engine import State  # noqa: E402
 from dfl.federation import Federation, accuracy, fault, predict, round_scalars, take_part  # noqa: E402
 from dfl.train import PRESETS, TRIALS, Config  # noqa: E402
-from shared.records import plain, revive  # noqa: E402
+from shared.records import plain, replacing, revive  # noqa: E402
 from shared.runtime import UserError  # noqa: E402
 
 Report = Callable[[Federation, dict[str, float]], None]
@@ -61,9 +61,8 @@ def to_state(record: ArrayRecord) -> State:
 
 def write_state(path: Path, state: State) -> None:
     """A state as a safetensors file, through a temporary name."""
-    temporary = path.with_suffix(".part")
-    save_file({name: value.contiguous() for name, value in state.items()}, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file({name: value.contiguous() for name, value in state.items()}, temporary)
 
 
 def pack(prefix: str, states: dict) -> dict[str, ArrayRecord]:

@@ -24,6 +24,7 @@ from dfl.engine import State, part
 from dfl.federation import Federation, evaluate
 from shared.io import Run, progress
 from shared.loop import Standing
+from shared.records import replacing
 from shared.runtime import RunConfig, UserError, parse_presets, run_main, start
 from shared.weights import load_state, load_torch
 
@@ -368,9 +369,6 @@ def save_trial(folder: Path, trial: Trial, federation: Federation) -> None:
     for k, client in enumerate(federation.clients):
         own = local_part(client.state, federation.method.shared)
         tensors |= {f"client{k}.{name}": value for name, value in own.items()}
-    path = trial_path(folder, trial)
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".part")
     data = federation.data
     facts = {
         "image_shape": data.image_shape,
@@ -381,10 +379,9 @@ def save_trial(folder: Path, trial: Trial, federation: Federation) -> None:
     }
     # What predict.py needs beside the weights, so that it can do without the data set.
     metadata = {"facts": json.dumps(facts)}
-    save_file(
-        {name: value.cpu().contiguous().clone() for name, value in tensors.items()}, temporary, metadata
-    )
-    temporary.replace(path)
+    tensors = {name: value.cpu().contiguous().clone() for name, value in tensors.items()}
+    with replacing(trial_path(folder, trial)) as temporary:
+        save_file(tensors, temporary, metadata)
 
 
 if __name__ == "__main__":

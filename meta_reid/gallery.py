@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from shared.records import replacing
 from shared.runtime import UserError
 
 
@@ -30,11 +31,9 @@ class Index:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, through a temporary name; its folder is made."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part")
         metadata = {"model": self.model, "paths": "\n".join(self.paths)}
-        save_file({"features": self.features.contiguous()}, temporary, metadata)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file({"features": self.features.contiguous()}, temporary, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "Index":

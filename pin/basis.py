@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from shared.records import replacing
 from shared.runtime import UserError
 from shared.weights import load_torch
 
@@ -88,10 +89,9 @@ class Basis(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, atomically, with the fingerprint in its metadata."""
-        temporary = path.with_suffix(".writing")
         tensors = {name: tensor.cpu() for name, tensor in self.state_dict().items()}
-        save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint()})
-        temporary.rename(path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint()})
 
 
 def load_basis(path: Path, components: int | None = None) -> Basis:

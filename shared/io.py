@@ -127,10 +127,8 @@ def write_image(path: Path | str, image: Tensor, synthetic: str | None = None) -
             options["comment"] = f"synthetic image: {synthetic} ({SYNTHETIC_SOURCE})".encode()
     else:
         raise UserError(f"{path}: pictures are written as .png or .jpg")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    to_pil(image).save(temporary, **options)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        to_pil(image).save(temporary, **options)
 
 
 def image_grid(

@@ -16,6 +16,7 @@ from PIL import Image
 
 from shared.io import runs_root
 from shared.published import load_published, published_row
+from shared.records import replacing
 from shared.runtime import REPOSITORY, run_main
 
 PAPERS = (
@@ -44,10 +45,8 @@ def write_report(target: Path | None = None) -> Path:
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     templates.filters["number"] = format_number
     page = templates.get_template("report.html").render(papers=papers)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".part")
-    temporary.write_text(page)
-    temporary.replace(target)
+    with replacing(target) as temporary:
+        temporary.write_text(page)
     return target
 
 
