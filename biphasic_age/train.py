@@ -324,7 +324,8 @@ def train_variant(
 def other_groups(groups: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Groups (B,) -> for each another one, uniform."""
     shift = drawn(partial(torch.randint, 1, count, generator=generator), groups.shape)
-    return (groups + shift.to(groups.device)) % count
+    # From pageable memory as well, this does not make the host wait for the device.
+    return (groups + shift.to(groups.device, non_blocking=True)) % count
 
 
 def finish_step(
