@@ -1,20 +1,21 @@
 """Size, cost, speed and memory at the paper's resolution, and the training step against its textbook form.
 
 Plain: every generator call encodes anew, a noise map for each class, all terms in one backward pass, fp32.
-Fast: `objective.py`, once in the same precision and once in bf16. One run measures all forms, with the same
-weights.
+Fast: `objective.py`, once in the same precision and once in bf16 with channels-last networks. One run
+measures all forms, which start with the same weights.
 """
 
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from biphasic_age import naive
 from biphasic_age.frozen import AgeNet, IdentityNet, freeze
@@ -42,7 +43,7 @@ class BenchConfig:
     """Shortest time that the speed of inference is measured for; at least three calls are made."""
     rounds: int | None = None
     """Timed calls of each form of the training step, in turns, so that a busy moment meets them all; default
-    2 on the CPU and 20 on a GPU."""
+    2 on the CPU and 5 on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
 
@@ -94,42 +95,57 @@ class Step:
         of_critic.step()
 
 
-def make_step(config: BenchConfig, device: torch.device) -> Step:
-    """Networks of the configured size and one random batch; layouts of 16 by 16 blocks."""
+def make_step(
+    config: BenchConfig, device: torch.device, memory: torch.memory_format = torch.contiguous_format
+) -> Step:
+    """Networks of the configured size and one random batch, in one order in memory; layouts of 16 by 16
+    blocks."""
     torch.manual_seed(0)
     size, side = SIZES[config.size], config.image_size
     batch = config.batch_size or (16 if device.type == "cuda" else 1)
-    generator = Generator(size).to(device)
-    critic = Discriminator(size.critic_width, size.critic_stages).to(device)
+    generator = Generator(size).to(device, memory_format=memory)
+    critic = Discriminator(size.critic_width, size.critic_stages).to(device, memory_format=memory)
     means = torch.tensor([25.0, 35.0, 45.0, 58.0], device=device)
-    guides = Guides(freeze(AgeNet()).to(device), freeze(IdentityNet(1000)).to(device), means)
+    age, identity = (
+        freeze(network).to(device, memory_format=memory) for network in (AgeNet(), IdentityNet(1000))
+    )
+    guides = Guides(age, identity, means)
     adam = partial(torch.optim.Adam, lr=1e-4, betas=(0.5, 0.99), fused=device.type == "cuda")
     blocks = torch.randint(0, len(CLASSES), (batch, side // 16, side // 16), dtype=torch.uint8)
     layout = blocks.repeat_interleave(16, 1).repeat_interleave(16, 2).to(device)
     source = torch.arange(batch, device=device) % GROUPS
-    image = torch.rand(batch, 3, side, side, device=device) * 2 - 1
+    image = (torch.rand(batch, 3, side, side, device=device) * 2 - 1).contiguous(memory_format=memory)
     optimisers = adam(generator.parameters()), adam(critic.parameters())
     return Step(generator, critic, guides, optimisers, image, layout, source, (source + 2) % GROUPS)
+
+
+def step_gmacs(config: BenchConfig) -> dict[str, float]:
+    """1e9 multiply-accumulates of one picture's training step, forward and backward, counted without
+    computing: `plain` and `fast`."""
+    counts, meta = {}, torch.device("meta")
+    for form in ("plain", "fast"):
+        with meta:
+            step = make_step(replace(config, batch_size=1), meta)
+            with FlopCounterMode(display=False) as counter:
+                getattr(step, form)()
+        counts[form] = counter.get_total_flops() / 2e9
+    return counts
 
 
 def main(config: BenchConfig) -> None:
     """Measure and print; bench.json keeps the numbers."""
     device = pick_device(config.device)
-    step = make_step(config, device)
-    bf16 = partial(torch.autocast, device.type, torch.bfloat16)
-    rows = networks(step, config.seconds, device, bf16 if device.type == "cuda" else nullcontext)
-    everything: list[nn.Module] = [step.generator, step.critic, step.guides.age, step.guides.identity]
-    layouts = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-    forms = [("plain fp32", "NCHW", step.plain), ("fast fp32", "NCHW", step.fast)]
-    forms.append(("fast bf16", "NHWC", partial(step.fast, bf16)))
+    gpu, bf16 = device.type == "cuda", partial(torch.autocast, device.type, torch.bfloat16)
+    # Networks of their own for each form: optimisers keep moments in the order in memory of the networks.
+    plain, fast = make_step(config, device), make_step(config, device)
+    last = make_step(config, device, torch.channels_last)
+    rows = networks(last if gpu else fast, config.seconds, device, bf16 if gpu else nullcontext)
+    forms = {"plain fp32": plain.plain, "fast fp32": fast.fast, "fast bf16": partial(last.fast, bf16)}
+    gmacs = step_gmacs(config)
     peaks: dict[str, int] = {}
-    times: dict[str, list[float]] = {form: [] for form, *_ in forms}
-    rounds = config.rounds or (20 if device.type == "cuda" else 2)
-    for turn in range(1 + rounds):
-        for form, memory, call in forms:
-            for network in everything:
-                network.to(memory_format=layouts[memory])
-            step.image = step.image.contiguous(memory_format=layouts[memory])
+    times: dict[str, list[float]] = {form: [] for form in forms}
+    for turn in range(1 + (config.rounds or (5 if gpu else 2))):
+        for form, call in forms.items():
             if turn == 0:  # the first call warms up as well
                 peaks[form] = peak_memory(call, device)
                 continue
@@ -138,9 +154,10 @@ def main(config: BenchConfig) -> None:
             call()
             synchronize(device)
             times[form].append(time.perf_counter() - began)
-    for form in times:
-        row = {"what": "training step", "form": form, "batch": len(step.image)}
-        row |= {"images_per_second": len(step.image) / median(times[form]), "peak_mib": peaks[form] / 2**20}
+    batch = len(last.image)
+    for form in forms:
+        row = {"what": "training step", "form": form, "batch": batch, "gmacs": gmacs[form.split()[0]]}
+        row |= {"per_second": batch / median(times[form]), "peak_mib": peaks[form] / 2**20}
         rows.append(row)
     report("biphasic_age", rows)
     compare(rows)
@@ -173,11 +190,18 @@ def networks(step: Step, seconds: float, device: torch.device, autocast: Callabl
     with torch.no_grad(), autocast():
         for what, (module, call) in parts.items():
             row = {"what": what, "form": "", "batch": 1}
-            row |= {"parameters": count_parameters(module), "gmacs_per_image": count_macs(call) / 1e9}
+            row |= {"parameters": count_parameters(module), "gmacs": count_macs(call) / 1e9}
             if what == "generator":
-                row["images_per_second"] = throughput(call, 1, device, seconds)
+                row["per_second"] = throughput(call, 1, device, seconds)
                 row["peak_mib"] = peak_memory(call, device) / 2**20
             rows.append(row)
+        if device.type == "cuda":  # one picture does not fill a GPU
+            many, count = (step.image, step.layout, step.target), len(step.image)
+            call = partial(generator, *many, noise=0)
+            row = {"what": "generator", "form": "", "batch": count, "parameters": count_parameters(generator)}
+            row |= {"gmacs": count_macs(call) / 1e9 / count}
+            row |= {"per_second": throughput(call, count, device, seconds)}
+            rows.append(row | {"peak_mib": peak_memory(call, device) / 2**20})
     generator.train()
     critic.train()
     return rows
@@ -188,7 +212,7 @@ def compare(rows: list[dict]) -> None:
     steps = {row["form"]: row for row in rows if row["what"] == "training step"}
     plain = steps.pop("plain fp32")
     for form, row in steps.items():
-        speed = row["images_per_second"] / plain["images_per_second"]
+        speed = row["per_second"] / plain["per_second"]
         memory = row["peak_mib"] / plain["peak_mib"]
         print(f"training step, {form}: {speed:.2f} x the speed and {memory:.2f} x the memory of plain fp32")
 
