@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from biphasic_age.precision import own_type
 from shared.runtime import UserError
 
 EDGES = (30.0, 40.0, 50.0)
@@ -33,6 +34,13 @@ def as_weights(target: Tensor, groups: int) -> Tensor:
     if target.ndim == 2 and target.shape[1] == groups:
         return target
     raise ValueError(f"target must be (B,) integers or (B, {groups}) weights, got {tuple(target.shape)}")
+
+
+def mixture(age: Tensor, table: Tensor) -> Tensor:
+    """Weights (B, groups) of the rows of a table (groups, C) -> (B, C), in the table's type: autocast would
+    round it to bf16, where groups that differ little become one."""
+    with own_type(table):
+        return age.to(table.dtype) @ table
 
 
 @dataclass(frozen=True)

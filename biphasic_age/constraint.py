@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biphasic_age.ages import as_weights
+from biphasic_age.ages import as_weights, mixture
 
 
 class Disentangled(NamedTuple):
@@ -68,13 +68,14 @@ class ConstraintNet(nn.Module):
     def forward(self, of_age: Tensor, age: Tensor, soft: list[Tensor]) -> list[Tensor]:
         """F_age, target age (B,) or (B, groups), soft maps L_s -> constrained maps
         M_s = L_s * sigmoid(gate_s) + bias_s."""
-        scale, shift = (as_weights(age, self.groups) @ self.age.weight)[:, :, None, None].chunk(2, 1)
+        scale, shift = mixture(as_weights(age, self.groups), self.age.weight)[:, :, None, None].chunk(2, 1)
         context = F.leaky_relu(self.context(torch.addcmul(shift, of_age, 1 + scale)), 0.2)
         maps = []
         for gates, latent in zip(self.gates, soft, strict=True):
             both = gates(context)  # before the enlargement: 16 times fewer pixels than after it
             if both.shape[-2:] != latent.shape[-2:]:
                 both = F.interpolate(both, latent.shape[-2:], mode="bilinear", align_corners=False)
+                both = both.to(latent.dtype)  # autocast enlarges in fp32
             gate, bias = both.chunk(2, 1)
             maps.append(torch.addcmul(bias, latent, gate.sigmoid()))
         return maps

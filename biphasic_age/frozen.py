@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from biphasic_age.facespace import FaceSpace
 from biphasic_age.layouts import CLASSES
+from biphasic_age.precision import own_type
 from shared.bisenet import BiSeNet
 from shared.irse import IRSE
 from shared.runtime import UserError
@@ -54,7 +55,8 @@ class AgeNet(nn.Module):
     def forward(self, image: Tensor) -> AgeSeen:
         """Image (B, 3, H, W) in [-1, 1]."""
         ages = self.ages(self.features(image).mean((2, 3))).float()
-        years = ages.softmax(1) @ torch.arange(YEARS, device=ages.device, dtype=ages.dtype)
+        with own_type(ages):  # in bf16 it would be half a year off
+            years = ages.softmax(1) @ torch.arange(YEARS, device=ages.device, dtype=ages.dtype)
         return AgeSeen(self.groups(ages), years, ages)
 
 
@@ -99,7 +101,9 @@ class IdentityNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Image -> logits (B, identities): 16 times the cosine to each subject's weight."""
-        return 16 * F.linear(self.embed(image), F.normalize(self.subjects.weight, dim=1))
+        embedding = self.embed(image)
+        with own_type(embedding):
+            return 16 * F.linear(embedding, F.normalize(self.subjects.weight, dim=1))
 
 
 class ArcFace(nn.Module):

@@ -55,7 +55,7 @@ def reconstruction(output: Tensor, image: Tensor) -> Tensor:
 
 def perceptual(of_output: list[Tensor], of_image: list[Tensor]) -> Tensor:
     """L_per = sum over the levels of mean |phi(output) - phi(image)|; no gradient through phi(image)."""
-    return sum((a - b.detach()).abs().mean() for a, b in zip(of_output, of_image, strict=True))
+    return sum((a.float() - b.detach()).abs().mean() for a, b in zip(of_output, of_image, strict=True))
 
 
 def laplacian(image: Tensor, levels: int = 3) -> list[Tensor]:

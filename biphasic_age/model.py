@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from biphasic_age.ages import as_weights
 from biphasic_age.constraint import ConstraintNet, Disentangled
 from biphasic_age.layouts import CLASSES, one_hot, to_labels
+from biphasic_age.precision import own_type
 from biphasic_age.projection import HardLayout, ProjectionNet
 from shared.processes import drawn
 
@@ -113,6 +114,13 @@ class Encoder(nn.Module):
         return self.layers(image)
 
 
+def enlarged(x: Tensor) -> Tensor:
+    """Twice the size by repeating pixels, in the type of x: autocast would make it fp32, and everything that
+    meets it."""
+    with own_type(x):
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
 class Injection(nn.Module):
     """Inj(x, M) = BN(x) * gamma(M) + beta(M), BN without learned parameters (SPADE's form).
 
@@ -130,7 +138,7 @@ class Injection(nn.Module):
     def forward(self, x: Tensor, maps: Tensor) -> Tensor:
         x = self.norm(x)
         if self.up:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = enlarged(x)
         return torch.addcmul(self.beta(maps), x, self.gamma(maps))
 
 
@@ -154,7 +162,7 @@ class InjectionBlock(nn.Module):
         h = self.conv1(F.leaky_relu(self.inject1(x, maps), 0.2, inplace=True))
         h = self.conv2(F.leaky_relu(self.inject2(h, maps), 0.2, inplace=True))
         skip = self.skip(x)  # a 1x1 convolution commutes with the enlargement
-        return h + (F.interpolate(skip, scale_factor=2.0, mode="nearest") if self.up else skip)
+        return h + (enlarged(skip) if self.up else skip)
 
 
 class Decoder(nn.Module):
@@ -178,7 +186,7 @@ class Decoder(nn.Module):
         for block in self.trunk:
             h = block(h, coarse)
         h = self.up2(self.up1(h, middle), fine)
-        o = self.last(F.leaky_relu(h, 0.2, inplace=True))
+        o = self.last(F.leaky_relu(h, 0.2, inplace=True)).float()
         if self.output == "residual":
             return (image + o).clamp(-1, 1)
         if self.gate is not None:
@@ -351,8 +359,10 @@ class Discriminator(nn.Module):
         h = F.leaky_relu(self.first(image), 0.2, inplace=True)
         age = as_weights(target, self.groups).to(h.dtype)[:, :, None, None].expand(-1, -1, *h.shape[-2:])
         h = torch.cat((h, age), 1)
-        for layer in self.layers:
-            h = F.leaky_relu(layer(h), 0.2, inplace=True)
+        with own_type(h):  # spectral norms in fp32
+            weights = [layer.weight for layer in self.layers]
+        for layer, weight in zip(self.layers, weights, strict=True):
+            h = F.leaky_relu(F.conv2d(h, weight, layer.bias, layer.stride, layer.padding), 0.2, inplace=True)
         return self.last(h)
 
 

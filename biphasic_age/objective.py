@@ -136,7 +136,8 @@ def generator_backward(
         ends.append(terms["disentangle"])
         gradients.append(None)
     if generator.constraint is not None and weights.confusion:
-        loss = losses.confusion(features.identity, source, generator.constraint.classify)
+        with autocast():
+            loss = losses.confusion(features.identity, source, generator.constraint.classify)
         terms["confusion"] = weights.confusion * loss
         ends.append(terms["confusion"])
         gradients.append(None)

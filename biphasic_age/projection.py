@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from biphasic_age.ages import as_weights
+from biphasic_age.ages import as_weights, mixture
 from biphasic_age.layouts import one_hot
 
 SIGMA_START = 0.5
@@ -42,7 +42,7 @@ class NoisyLayout(nn.Module):
             return layout
         if noise.shape[1] > 1:
             noise = noise.gather(1, labels[:, None])
-        here = (age @ self.sigma()).gather(1, labels.flatten(1)).view_as(noise)
+        here = mixture(age, self.sigma()).gather(1, labels.flatten(1)).view_as(noise)
         return layout * (1 + here * noise)
 
 
@@ -70,7 +70,8 @@ class ProjectionNet(nn.Module):
     def _classes(self, z: Tensor, layout: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         h = self.own(z).unflatten(1, (self.classes, self.per_class))  # (B, K, 8, H, W)
         scale, shift = (v.view(-1, self.classes, self.per_class, 1, 1) for v in (1 + scale, shift))
-        h = h * scale + shift * layout[:, :, None]
+        # In the convolutions' type: the widest maps of all need not be in fp32 under autocast.
+        h = (h * scale + (shift.to(h.dtype) * layout[:, :, None].to(h.dtype))).to(h.dtype)
         return self.mix(F.leaky_relu(h.flatten(1, 2), 0.2))
 
     def forward(self, labels: Tensor, age: Tensor, noise: Tensor | None = None) -> list[Tensor]:
@@ -79,9 +80,11 @@ class ProjectionNet(nn.Module):
         age = as_weights(age, self.groups)
         layout = one_hot(labels, self.classes)
         z = self.noisy(layout, labels, age, noise)
-        scale, shift = (age @ self.age.weight).chunk(2, 1)
+        scale, shift = mixture(age, self.age.weight).chunk(2, 1)
         if self.recompute and torch.is_grad_enabled():
-            h = checkpoint(self._classes, z, layout, scale, shift, use_reentrant=False)
+            h = checkpoint(
+                self._classes, z, layout, scale, shift, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             h = self._classes(z, layout, scale, shift)
         full = F.leaky_relu(self.smooth(F.leaky_relu(h, 0.2)), 0.2)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -197,6 +198,25 @@ def test_each_term_reaches_its_parts_and_no_frozen_network(term, reaches):
     assert world.touched() == reaches
     frozen = (world.critic, world.guides.age, world.guides.identity)
     assert all(p.grad is None for net in frozen for p in net.parameters())
+
+
+def test_bf16_keeps_losses_years_and_ages_in_fp32():
+    """Also the terms that are off by default; years in bf16 would be a quarter of a year off."""
+    world = World(Switches())
+    everything = Weights(perceptual=1.0, adversarial_self=1.0, detail=1.0, confusion=1.0)
+    batch = (world.image, world.layout, world.source, world.target)
+    bf16 = partial(torch.autocast, "cpu", torch.bfloat16)
+    terms, made = generator_backward(
+        world.generator, world.critic, world.guides, *batch, everything, autocast=bf16
+    )
+    assert len(terms) == 10
+    assert {value.dtype for value in (*terms.values(), *made.__dict__.values())} == {torch.float32}
+    with bf16():
+        seen = world.guides.age(world.image)
+        maps = world.generator.maps(world.generator.features(world.image), world.layout, world.target)
+    exact = seen.ages.softmax(1) @ torch.arange(float(YEARS))
+    assert torch.equal(seen.years, exact)
+    assert {m.dtype for m in maps} == {torch.bfloat16}
 
 
 def test_self_driven_branch_uses_the_source_age_and_condition_branch_the_target():
