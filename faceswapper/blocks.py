@@ -73,7 +73,9 @@ def instance_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     scale, shift = (p.expand(batch, channels).reshape(-1) for p in (scale, shift))
     flat = x.reshape(1, batch * channels, *x.shape[2:])
     out = F.batch_norm(flat, None, None, scale.float(), shift.float(), training=True, eps=EPS)
-    return out.reshape(x.shape)
+    # The order in memory of x, which what comes next meets again; `reshape` made it NCHW.
+    form = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else None
+    return out.reshape(x.shape).contiguous(memory_format=form or torch.contiguous_format)
 
 
 class AffineInstanceNorm(nn.InstanceNorm2d):
@@ -157,7 +159,7 @@ class MaskedModulation(nn.Module):
 
     def forward(self, x: Tensor, code: Tensor, guide: Guide) -> Tensor:
         """x (K * B, C, r, r), code (K * B, id_dim) or (1, id_dim), guide of B pictures -> as x."""
-        gamma, beta = self.fc(code).chunk(2, 1)
+        gamma, beta = self.fc(code).float().chunk(2, 1)  # 1 + gamma in bf16 would lose a small gamma
         pictures = len(guide.mask)
         weight, bias = self.landmark_share(guide)
         mask = guide.mask.to(x.dtype)

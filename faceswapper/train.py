@@ -211,6 +211,15 @@ def update(
     return terms
 
 
+def align_state(optimiser: torch.optim.Optimizer) -> None:
+    """Bring moments into their parameters' order in memory, which fused Adam demands: those of a run that
+    goes on on another device are NCHW or NHWC as the networks were there."""
+    for p, state in optimiser.state.items():
+        for name, value in state.items():
+            if value.shape == p.shape and value.stride() != p.stride():
+                state[name] = torch.empty_like(p).copy_(value)
+
+
 def load_batch(items: dict[str, Tensor], device: torch.device) -> Batch:
     """A collated batch of `Pairs` on the device."""
     moved = {name: value.to(device, non_blocking=True) for name, value in items.items()}
@@ -245,10 +254,15 @@ def train_trial(
     number: of the trial in the plan. before: iterations of the trials before it, for the log.
     """
     trial, run = learner.trial, saved.run
-    for model in learner.models.values():
-        if accelerator.device.type == "cuda":
+    if accelerator.device.type == "cuda":
+        for model in (*learner.models.values(), embed):
             model.to(memory_format=torch.channels_last)
-        maybe_compile(model, config.compile)
+    for optimiser in learner.optimisers.values():
+        align_state(optimiser)
+    # R1 differentiates twice, which compiled networks cannot; the generator is called by its parts.
+    maybe_compile(embed, config.compile)
+    if learner.discriminator is not None and not learner.weights.r1:
+        maybe_compile(learner.discriminator, config.compile)
     batches = StepBatches(
         len(pictures),
         config.batch_size,

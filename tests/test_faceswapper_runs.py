@@ -187,6 +187,20 @@ def test_the_average_starts_and_follows():
     )
 
 
+def test_moments_take_the_order_of_their_parameters():
+    """As when a run goes on on a GPU, where networks are channels-last."""
+    p = torch.nn.Parameter(torch.randn(4, 3, 3, 3))
+    optimiser = torch.optim.Adam([p], fused=True)
+    p.grad = torch.randn_like(p)
+    optimiser.step()
+    before = {name: value.clone() for name, value in optimiser.state[p].items()}
+    p.data = p.data.contiguous(memory_format=torch.channels_last)
+    training.align_state(optimiser)
+    for name, value in optimiser.state[p].items():
+        assert torch.equal(value, before[name])
+        assert value.shape != p.shape or value.stride() == p.stride()
+
+
 def test_penalty_every_other_step_counts_twice():
     config, learner, embed, batch = learner_of("full", r1_every=2)
     accelerator = start(config)
