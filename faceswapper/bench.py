@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import imageio_ffmpeg
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,9 +58,9 @@ class BenchConfig:
     """Frames of the video, of 640x480 pixels."""
     seconds: float = 1.0
     """Shortest time that the speed of a network is measured for; at least three calls are made."""
-    repeats: int = 2
+    repeats: int | None = None
     """Times that whole steps and whole videos are measured, which take seconds to minutes on a CPU; the
-    fastest counts."""
+    fastest counts. Default 2 on the CPU and 5 on a GPU."""
     parts: tuple[Literal["networks", "training", "video"], ...] = ("networks", "training", "video")
     """What to measure."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -80,12 +81,20 @@ class Players:
         shapes = [(2 * pairs, c, size.img_size, size.img_size) for c in (3, 3, 1)]
         self.batch = Batch(*(torch.rand(shape, device=device) for shape in shapes))
 
+    def channels_last(self) -> "Players":
+        """On a GPU the fast form's order in memory, as in train.py."""
+        if self.gpu:
+            for network in (self.g, self.d, self.average, self.recogniser):
+                network.to(memory_format=torch.channels_last)
+        return self
+
     def autocast(self) -> torch.autocast:
         """The fast form's precision: bf16 on a GPU."""
         return torch.autocast("cuda" if self.gpu else "cpu", torch.bfloat16, enabled=self.gpu)
 
     def fast(self):
         """The step of train.py."""
+        self.channels_last()
         g, d, batch, weights = self.g, self.d, self.batch, self.weights
         embed = Recogniser(self.recogniser)
         fused = {"betas": (0.0, 0.99), "weight_decay": 1e-4, "fused": self.device.type != "meta"}
@@ -158,30 +167,42 @@ def step_macs(size: Size) -> dict[str, int]:
     return counts
 
 
-def networks(size: Size, device: torch.device, seconds: float) -> list[dict]:
-    """Parameters, cost and speed of the networks and of one swap, batch 1."""
-    players = Players(size, 1, device)
-    g, d = players.g.eval(), players.d.eval()
+def networks(size: Size, device: torch.device, seconds: float, pairs: int) -> list[dict]:
+    """Parameters, cost and speed of the networks and of one swap, batch 1; on a GPU, which one picture does
+    not fill, also of the swaps of a training batch at once."""
+    players, plain = Players(size, 1, device).channels_last(), Players(size, 1, device)
+    g, d, plain_g, plain_d = (net.eval() for net in (players.g, players.d, plain.g, plain.d))
     (a, b), (lm_a, lm_b), (mask_a, mask_b) = (x.chunk(2) for x in players.batch)
-    code = g.id_encoder.code(a)
+    with torch.no_grad():
+        code = g.id_encoder.code(a)
     small = torch.rand(1, 3, 112, 112, device=device)
     calls = {
         ("identity encoder", "fast"): (g.id_encoder, lambda: g.id_encoder.code(a)),
-        ("identity encoder", "official"): (g.id_encoder, lambda: literal.identity_encoder(g.id_encoder, a)),
+        ("identity encoder", "official"): (
+            g.id_encoder,
+            lambda: literal.identity_encoder(plain_g.id_encoder, a),
+        ),
         ("discriminator", "fast"): (d, lambda: d(a, lm_a)),
-        ("discriminator", "official"): (d, lambda: literal.discriminator(d, a, lm_a)),
+        ("discriminator", "official"): (d, lambda: literal.discriminator(plain_d, a, lm_a)),
         ("recogniser", "fast"): (players.recogniser, lambda: players.recogniser.embed(small)),
         ("one swap", "fast"): (g, lambda: g.swap(a, b, lm_b, mask_b)),
         ("one swap, code known", "fast"): (g, lambda: g.swap(a, b, lm_b, mask_b, code)),
-        ("one swap", "official"): (g, lambda: literal.generator(g, a, b, lm_a, lm_b, mask_a, mask_b)),
+        ("one swap", "official"): (
+            g,
+            lambda: literal.generator(plain_g, a, b, lm_a, lm_b, mask_a, mask_b),
+        ),
     }
+    if players.gpu:
+        many = Players(size, pairs, device).batch
+        calls["swaps at once", "fast"] = (g, lambda: g.swap(many.picture.flip(0), *many))
     rows = []
     for (what, form), (module, call) in calls.items():
         reduced = torch.autocast(device.type, torch.bfloat16, enabled=players.gpu and form == "fast")
         with torch.inference_mode(), reduced:
-            row = {"what": what, "form": form, "batch": 1, "parameters": count_parameters(module)}
-            row["gmacs"] = count_macs(call) / 1e9
-            row["per_second"] = throughput(call, 1, device, seconds)
+            batch = 2 * pairs if what == "swaps at once" else 1
+            row = {"what": what, "form": form, "batch": batch, "parameters": count_parameters(module)}
+            row["gmacs"] = count_macs(call) / 1e9 / batch
+            row["per_second"] = throughput(call, batch, device, seconds)
             row["peak_mib"] = peak_memory(call, device) / 2**20
         rows.append(row)
     return rows
@@ -305,14 +326,20 @@ def main(config: BenchConfig) -> list[dict]:
     """Measure and print; bench.json keeps the numbers. Returns the comparison."""
     device = pick_device(config.device)
     size = Size(config.img_size, config.channel_base)
-    pairs = config.batch_size or (8 if device.type == "cuda" else 1)
+    gpu = device.type == "cuda"
+    pairs, repeats = config.batch_size or (8 if gpu else 1), config.repeats or (5 if gpu else 2)
     rows: list[dict] = []
     if "networks" in config.parts:
-        rows += networks(size, device, config.seconds)
+        rows += networks(size, device, config.seconds, pairs)
     if "training" in config.parts:
-        rows += training(size, pairs, device, config.repeats)
+        rows += training(size, pairs, device, repeats)
     if "video" in config.parts:
-        rows += video(size, config.frames, device, config.repeats)
+        try:
+            imageio_ffmpeg.get_ffmpeg_exe()
+        except RuntimeError as error:
+            print(f"video: not measured, {error}")
+        else:
+            rows += video(size, config.frames, device, repeats)
     ratios = compare(rows)
     report("faceswapper", rows)
     for row in ratios:
@@ -326,7 +353,7 @@ def main(config: BenchConfig) -> list[dict]:
             )
             asked += "; reached)" if row["reached"] else "; NOT reached)"
         print(f"{row['what']}: {', '.join(said)} of the official form{asked}")
-    if device.type != "cuda":
+    if not gpu:
         print("GPU: not measured here; the same command measures it where there is one")
     return ratios
 
