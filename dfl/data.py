@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,8 +82,7 @@ class Federated:
     def prepare(self, images: Tensor) -> Tensor:
         """(..., 3, H, W) raw -> float32 network input."""
         x = images.float() / 255 if images.dtype == torch.uint8 else images
-        mean, std = (torch.tensor(value, device=x.device).view(3, 1, 1) for value in (self.mean, self.std))
-        return (x - mean) / std
+        return (x - _per_channel(self.mean, x.device)) / _per_channel(self.std, x.device)
 
     def to(self, device: torch.device) -> "Federated":
         """All images on `device`, so that no loader stands between it and the networks."""
@@ -95,6 +95,13 @@ class Federated:
             counterfactual=self.counterfactual and self.counterfactual.to(device),
             unseen=self.unseen and self.unseen.to(device),
         )
+
+
+@cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    # Kept: a copy to a GPU in every batch would wait for all that the GPU still has to do.
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 # --- digits ---------------------------------------------------------------------------------------
