@@ -207,11 +207,16 @@ def lend_prototypes(net: TwoBranch, state: State, x: Tensor, y: Tensor, classes:
 
 
 def class_means(z: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """z (n, d), y (n,) -> means (C, d), counts (C,). An empty class gets the overall mean."""
-    member = F.one_hot(y, classes).to(z)  # (n, C)
-    count = member.sum(0)
-    means = member.T @ z / count.clamp(min=1)[:, None]
-    return torch.where(count[:, None] > 0, means, z.mean(0)), count
+    """z (n, d), y (n,) -> means (C, d), counts (C,). An empty class gets the overall mean.
+
+    In single precision, also under autocast: bf16 counts only up to 256.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.float()
+        member = F.one_hot(y, classes).to(z)  # (n, C)
+        count = member.sum(0)
+        means = member.T @ z / count.clamp(min=1)[:, None]
+        return torch.where(count[:, None] > 0, means, z.mean(0)), count
 
 
 def dfl(config: "Config", data: "Federated") -> Method:
