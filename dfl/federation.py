@@ -62,7 +62,8 @@ def average(uploads: list[Upload], weighting: str) -> State:
 def fault(upload: Upload) -> str | None:
     """What is wrong with an answer: not finite, or nothing. None when it can be used."""
     tensors = {**upload.shared, **upload.lent, **upload.extra}
-    bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    finite = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist() if tensors else []
+    bad = [name for name, good in zip(tensors, finite, strict=True) if not good]
     bad += [name for name, value in upload.metrics.items() if not math.isfinite(value)]
     return f"NaN or infinity in its answer ({bad[0]})" if bad else None
 
@@ -187,6 +188,10 @@ class Federation:
                 )
             except (RuntimeError, ValueError, IndexError, OSError) as error:
                 if len(group) > 1:
+                    self.report(
+                        f"round {self.round}: {len(group)} clients could not train together "
+                        f"({type(error).__name__}: {error}); they train one by one"
+                    )
                     pending = [[k] for k in group] + pending
                 else:
                     failures[group[0]] = f"{type(error).__name__}: {error}"

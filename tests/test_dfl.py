@@ -10,7 +10,7 @@ from torch import nn
 from dfl import convex
 from dfl.baselines import BASELINES, build_method
 from dfl.claims import domain_claims, skew_claims
-from dfl.client import Client, Upload, global_part, local_part, local_round
+from dfl.client import Client, Upload, class_means, global_part, local_part, local_round
 from dfl.data import ClientData, Samples, load_data, skewed
 from dfl.engine import Draws, clip
 from dfl.eval import limits
@@ -303,7 +303,9 @@ def test_a_client_that_fails_in_a_round_is_lost_alone():
         TOY, with_client(data, 2, replace(data.clients[2].train, labels=labels)), report=messages.append
     )
     scalars = made.run_round()
-    assert scalars["clients"] == 2 and len(messages) == 1 and "client2 left out: IndexError" in messages[0]
+    assert scalars["clients"] == 2 and len(messages) == 2
+    assert "3 clients could not train together (" in messages[0]
+    assert "client2 left out: IndexError" in messages[1]
 
 
 def test_too_few_answers_stop_the_run():
@@ -312,6 +314,14 @@ def test_too_few_answers_stop_the_run():
     made = federation(replace(TOY, min_clients=3), data)
     with pytest.raises(UserError, match="2 of the 3 clients needed .*client1: no training data"):
         made.run_round()
+
+
+def test_class_means_count_exactly_under_autocast():
+    z, y = torch.rand(600, 4, dtype=torch.bfloat16), torch.zeros(600, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        means, count = class_means(z, y, 2)
+    assert count.tolist() == [600, 0]
+    assert torch.allclose(means, z.float().mean(0).expand(2, -1), atol=1e-6)
 
 
 def test_faults():
