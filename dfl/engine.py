@@ -131,6 +131,12 @@ def in_chunks(function: Callable, x: Tensor, size: int = 512) -> dict[str, Tenso
     return {name: torch.cat([piece[name] for piece in parts], 1) for name in parts[0]}
 
 
+def laid_out(x: Tensor) -> Tensor:
+    """Network input (G, B, 3, H, W), a single client's channels last on CUDA: what bf16 convolutions are
+    fastest in. Under `vmap` the layout is not ours to choose."""
+    return x[0].contiguous(memory_format=torch.channels_last)[None] if len(x) == 1 and x.is_cuda else x
+
+
 def train_stage(
     stage: Stage,
     net: nn.Module,
@@ -168,16 +174,19 @@ def train_stage(
         for step, group in zip(stage.steps, names, strict=True)
     ]
 
+    def ready(x: Tensor) -> Tensor:
+        return laid_out(prepare(x))
+
     frozen = None
     if augment is None:
         with torch.no_grad(), autocast():
-            frozen = in_chunks(lambda x: freeze(states, memory, prepare(x)), images) if stage.freeze else {}
+            frozen = in_chunks(lambda x: freeze(states, memory, ready(x)), images) if stage.freeze else {}
     sums: dict[str, Tensor] = {}
     for t in range(len(draws["index"])):
         index = draws["index"][t]  # (G, B)
         x = images[clients, index]
         batch = {"y": labels[clients, index], **{name: draws[name][t] for name in ("shift", "mixed", "lent")}}
-        batch["x"] = prepare(x if augment is None else augment(x, draws["view"][t]))
+        batch["x"] = ready(x if augment is None else augment(x, draws["view"][t]))
         with autocast():
             if frozen is None:
                 with torch.no_grad():
