@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -180,8 +181,17 @@ class Scorer:
 
 def normalise(crops: Tensor, entry: Detector) -> Tensor:
     """Crops (n, S, S, 3) uint8 -> the detector's input (n, 3, S, S) float32."""
-    mean, std = (torch.tensor(values, device=crops.device).view(1, 3, 1, 1) for values in entry.normalise)
+    mean, std = (per_channel(values, crops.device) for values in entry.normalise)
     return (crops.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+@cache
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A value per channel (1, 3, 1, 1) on a device. Kept: a copy to a GPU in every batch would wait for all
+    that the GPU still has to do.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def score_videos(

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from dfgc2022.data import CropFolder, CropFolders, dfdc_crops, read_list
+from dfgc2022.data import CropFolder, CropFolders, dfdc_crops, one_thread, read_list
 from dfgc2022.extract import extract_all
 from dfgc2022.model import Detector, fake_probability, load_detector_state, load_imagenet
-from dfgc2022.pipeline import normalise
+from dfgc2022.pipeline import normalise, per_channel
 from dfgc2022.video import list_videos
 from dfgc2022.world import build_world
 from shared.processes import gathered, rank
@@ -103,6 +103,7 @@ def training_loader(
         persistent_workers=config.workers > 0,
         generator=torch.Generator().manual_seed(seed),  # otherwise it draws from the global one
         multiprocessing_context="spawn" if config.workers else None,  # OpenCV's threads do not survive a fork
+        worker_init_fn=one_thread,
     )
 
 
@@ -163,7 +164,7 @@ def add_adversarial(
     attacked = images[here].detach().requires_grad_()
     towards = nn.functional.cross_entropy(network(attacked), torch.zeros_like(labels[here]), reduction="sum")
     (gradient,) = torch.autograd.grad(towards, attacked)
-    std = torch.tensor(entry.normalise[1], device=images.device).view(1, 3, 1, 1)
+    std = per_channel(entry.normalise[1], images.device)
     images, labels = images.clone(), labels.clone()
     images[here] = attacked.detach() - gradient.sign() * config.epsilon / 255 / std
     labels[here] = 2

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dfgc2022.model import fake_logit
-from dfgc2022.pipeline import Scorer, normalise
+from dfgc2022.pipeline import Scorer, normalise, per_channel
 from dfgc2022.video import read_frames, write_clips
 
 
@@ -64,7 +64,7 @@ def attack(scorer: Scorer, name: str, crops: np.ndarray, label: int, epsilon: fl
     images = normalise(torch.from_numpy(crops).to(scorer.device), entry).requires_grad_()
     direction = 1 if label == 0 else -1
     (gradient,) = torch.autograd.grad(direction * fake_logit(network(images)).sum(), images)
-    std = torch.tensor(entry.normalise[1], device=images.device).view(1, 3, 1, 1)
+    std = per_channel(entry.normalise[1], images.device)
     with torch.no_grad():
         moved = images + gradient.sign() * epsilon / 255 / std
         return fake_logit(network(moved)).sigmoid().cpu().numpy()
