@@ -10,12 +10,15 @@ import importlib.util
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dfgc2022.boxes import box_source, crop_face
 from dfgc2022.losses import cross_entropy
@@ -27,6 +30,9 @@ from shared.faces import draw, sample
 from shared.published import format_table
 from shared.runtime import parse, pick_device, run_main, seed_everything
 
+GPU_BATCH = 24
+"""The winner's batch on one GPU: 96 over four for ConvNeXt, 24 on one for Swin."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -35,11 +41,13 @@ class Config:
     detectors: tuple[str, ...] = (*OFFICIAL, "convnext_tiny")
     """Detectors to measure."""
     batch: int | None = None
-    """Batch of the detectors. None: 1 on the CPU, 32 on a GPU."""
+    """Batch of the detectors. None: 1 on the CPU, on a GPU the 24 images that each GPU of the winner had."""
     seconds: float = 3.0
     """Seconds per throughput measurement."""
-    clips: int = 2
-    """10-second 720p clips for the pipeline."""
+    clips: int | None = None
+    """10-second 720p clips for the pipeline, 0 to leave it out. None: 2 on the CPU, none on a GPU, because
+    reading videos is the processor's work.
+    """
     pipeline_detector: str = "convnext_micro"
     """Detector of the pipeline measurement; a small one, so that the pipeline is timed, not the network."""
     workers: int = 0
@@ -48,41 +56,69 @@ class Config:
     """auto, cpu or cuda."""
 
 
-def bench_detector(name: str, config: Config, device: torch.device) -> dict:
-    """One row: parameters, MACs, inference and training-step throughput, peak memory of a training step."""
-    entry, gpu = detector(name), device.type == "cuda"
-    batch = config.batch or (32 if gpu else 1)
-    network = entry.build().to(device, memory_format=torch.channels_last)
-    images = torch.rand(batch, 3, entry.size, entry.size, device=device).to(memory_format=torch.channels_last)
-    logits = network.eval()(images[:1])
-    labels = torch.zeros(batch, dtype=torch.long, device=device)
+def forms(device: torch.device) -> list[tuple[str, bool, torch.memory_format]]:
+    """(label, bf16, layout) of each form of a detector to measure, the plain one first: on a GPU that of the
+    released scripts, then that of train.py and predict.py.
+    """
+    if device.type == "cpu":
+        return [("fp32", False, torch.channels_last)]
+    return [("fp32", False, torch.contiguous_format), ("bf16, channels last", True, torch.channels_last)]
 
-    def infer() -> None:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=gpu):
-            network(images)
+
+def passes(network: nn.Module, images: Tensor, bf16: bool) -> dict[str, Callable[[], None]]:
+    """Inference, and forward and backward pass of a training step."""
+    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+
+    def logits() -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            return network(images)
 
     def step() -> None:
         network.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
-            output = network(images)
-            # A single logit of fake beside a zero is the same loss on two.
-            output = output if logits.shape[1] > 1 else torch.cat([torch.zeros_like(output), output], 1)
-            loss = cross_entropy(output, labels)
-        loss.backward()
+        output = logits().float()
+        # A single logit of fake beside a zero is the same loss on two.
+        output = torch.cat([torch.zeros_like(output), output], 1) if output.shape[1] == 1 else output
+        cross_entropy(output, labels).backward()
 
-    row = {
-        "detector": name,
-        "side": entry.size,
-        "parameters [M]": count_parameters(network) / 1e6,
-        "GMAC": count_macs(network, images[:1]) / 1e9,
-        "batch": batch,
-        "precision": "bf16" if gpu else "fp32",
-        "inference [img/s]": throughput(infer, batch, device, config.seconds),
-    }
-    network.train()
-    row["training step [img/s]"] = throughput(step, batch, device, config.seconds)
-    row["step memory [GB]"] = peak_memory(step, device) / 1e9
-    return row
+    return {"inference": torch.inference_mode()(logits), "training step": step}
+
+
+def bench_detector(name: str, config: Config, device: torch.device) -> list[dict]:
+    """A row for each pass in each form: size, cost, throughput, peak memory, and its ratio to the plain form.
+
+    A training step costs three forward passes, because every product has one for the gradient of its input
+    and one for that of its weights. PyTorch's counter is wrong about those of depthwise convolutions.
+    """
+    entry = detector(name)
+    batch = config.batch or (GPU_BATCH if device.type == "cuda" else 1)
+    with device:  # hundreds of millions of random weights are a matter of seconds on a processor
+        network = entry.build()
+    images = torch.rand(batch, 3, entry.size, entry.size, device=device)
+    network.eval()
+    with sdpa_kernel(SDPBackend.MATH):  # attention as matrix products, which are counted on every machine
+        macs = count_macs(network, images[:1])
+    rows: list[dict] = []
+    for kind, cost in (("inference", 1), ("training step", 3)):
+        network.train(kind != "inference")
+        plain = None
+        for form, bf16, layout in forms(device):
+            network.to(memory_format=layout)
+            run = passes(network, images.contiguous(memory_format=layout), bf16)[kind]
+            speed = throughput(run, batch, device, config.seconds)
+            network.zero_grad(set_to_none=True)  # otherwise a step's memory would not count its gradients
+            row = {
+                "detector": f"{name}, {entry.size}",
+                "pass": kind,
+                "form": form,
+                "batch": batch,
+                "parameters": count_parameters(network),
+                "gmacs": cost * macs / 1e9,
+                "per_second": speed,
+                "peak_gb": peak_memory(run, device) / 1e9,
+            }
+            rows.append(row | ({"ratio": speed / plain} if plain else {}))
+            plain = plain or speed
+    return rows
 
 
 def film_720p(path: Path, boxes: Path, seed: int, seconds: int = 10, fps: int = 30) -> None:
@@ -134,7 +170,7 @@ def reference_path(videos: list[Path], scorer: Scorer, boxes: str, folder: Path)
     return scores
 
 
-def bench_pipeline(config: Config, device: torch.device) -> list[dict]:
+def bench_pipeline(config: Config, clips: int, device: torch.device) -> list[dict]:
     """Rows: seconds per clip of both paths, with face boxes from MTCNN (where installed), from OpenCV's
     colour regions and from a table.
     """
@@ -144,7 +180,7 @@ def bench_pipeline(config: Config, device: torch.device) -> list[dict]:
         folder = Path(temporary)
         table = folder / "boxes.csv"
         table.write_text("video,frame,x1,y1,x2,y2,probability\n")
-        videos = [folder / f"clip{number}.mp4" for number in range(config.clips)]
+        videos = [folder / f"clip{number}.mp4" for number in range(clips)]
         for number, video in enumerate(videos):
             film_720p(video, table, number)
         rows = []
@@ -162,8 +198,8 @@ def bench_pipeline(config: Config, device: torch.device) -> list[dict]:
                 {
                     "pipeline": f"10 s 720p, {config.pipeline_detector}",
                     "boxes": "table" if boxes == str(table) else boxes,
-                    "every frame [s/clip]": (middle - start) / config.clips,
-                    "this pipeline [s/clip]": (end - middle) / config.clips,
+                    "every frame [s/clip]": (middle - start) / clips,
+                    "this pipeline [s/clip]": (end - middle) / clips,
                     "times faster": (middle - start) / (end - middle),
                     "largest score difference": gap,
                 }
@@ -174,10 +210,12 @@ def bench_pipeline(config: Config, device: torch.device) -> list[dict]:
 def main(config: Config) -> None:
     seed_everything(0)
     device = pick_device(config.device)
-    rows = bench_pipeline(config, device)
-    print(format_table(list(rows[0]), [list(row.values()) for row in rows]))
-    detectors = [bench_detector(name, config, device) for name in config.detectors]
-    print(report("dfgc2022", [*detectors, *rows]))
+    clips = config.clips if config.clips is not None else 2 * (device.type == "cpu")
+    rows = bench_pipeline(config, clips, device) if clips else []
+    if rows:
+        print(format_table(list(rows[0]), [list(row.values()) for row in rows]))
+    detectors = [row for name in config.detectors for row in bench_detector(name, config, device)]
+    print(report("dfgc2022", [*detectors, *rows], device=device))
 
 
 if __name__ == "__main__":
