@@ -68,12 +68,15 @@ def sensitivity(
 ) -> Tensor:
     """How much each pixel moves a representation: root of the sum over channels and features of the squared
     derivative of z by the input. x (B, 3, H, W) -> (B, H, W)."""
-
-    def of(single: Tensor) -> Tensor:
-        return represent(net, state, single[None])[0]
-
-    jacobian = torch.func.vmap(torch.func.jacrev(of))(x)  # (B, d, 3, H, W)
-    return jacobian.square().sum((1, 2)).sqrt()
+    x = x.detach().requires_grad_()
+    z = represent(net, state, x)
+    each = torch.eye(z.shape[1]).to(z)[:, None].expand(-1, len(z), -1)  # (d, B, d)
+    squares = torch.zeros_like(x)
+    # Some features at a time: the whole derivative has d times the size of the images.
+    for features in each.split(32):
+        (slopes,) = torch.autograd.grad(z, x, features, retain_graph=True, is_grads_batched=True)
+        squares += slopes.square().sum(0)
+    return squares.sum(1).sqrt()
 
 
 def background_share(maps: Tensor, ink: Tensor) -> float:
