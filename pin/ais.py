@@ -102,4 +102,5 @@ class AISSelection(nn.Module):
         self.fc2 = nn.Sequential(nn.Linear(hidden, components), nn.BatchNorm1d(components), nn.Sigmoid())
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.fc2(self.memory(self.fc1(features)))
+        logits, norm, sigmoid = self.fc2
+        return sigmoid(norm(logits(self.memory(self.fc1(features)))).float())

@@ -122,7 +122,9 @@ class PCASelection(nn.Module):
         self.fc2 = nn.Sequential(nn.Linear(hidden, components), nn.Sigmoid())
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.fc2(self.fc1(features))
+        logits, sigmoid = self.fc2
+        # In float32 whatever autocast says: bf16 has no number between 0.996 and 1, and at 1 no gradient.
+        return sigmoid(logits(self.fc1(features)).float())
 
 
 class ESN(nn.Module):
