@@ -3,13 +3,21 @@ checkpoint."""
 
 from collections.abc import Iterator
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from shared.io import Run, progress
 from shared.processes import means
-from shared.runtime import RunConfig, StepBatches
+from shared.runtime import RunConfig, StepBatches, step_generator
+
+
+def placed(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network moved to a device; on a GPU in the memory format that convolutions are fastest in."""
+    if device.type == "cuda":
+        return network.to(device, memory_format=torch.channels_last)
+    return network.to(device)
 
 
 class Job:
@@ -83,6 +91,14 @@ class Job:
             self.standing["step"] = step + 1
             if (step + 1) % self.config.save_every == 0 and step + 1 < total:
                 self.save()
+
+    def generator(self, step: int, stream: int) -> torch.Generator:
+        """A generator on the run's device that depends on seed, step and stream alone.
+
+        On a GPU, where drawing a step's noise and masks on the CPU takes as long as the step.
+        """
+        seed = step_generator(self.config.seed, step, stream).initial_seed()
+        return torch.Generator(self.accelerator.device).manual_seed(seed)
 
     def finish(self, stage: str, steps: int) -> None:
         """Mark a stage as done."""

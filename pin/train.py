@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from pin.basis import Basis, load_basis, pick_solver
 from pin.data import identity_folder, training_faces
 from pin.immune import make_ais, train_ais
-from pin.job import Job
+from pin.job import Job, placed
 from pin.losses import add_noise, calibrate_lambda, distill, exact, mask_cost, mask_entropy, reinforce
 from pin.model import DAE, PIN, make_esn
 from pin.recognition import train_recognizer
@@ -247,13 +247,13 @@ def train_dae(job: Job, faces: Dataset) -> None:
     if job.done("dae"):
         return
     config, dae = job.config, job.networks["dae"]
-    model = job.accelerator.prepare(maybe_compile(dae, config.compile))
+    model = job.accelerator.prepare(maybe_compile(placed(dae, job.accelerator.device), config.compile))
     trained = [parameter for parameter in dae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, config.dae_rate)
     total = config.dae_steps if not config.dae_epochs else config.dae_epochs * len(faces) // config.dae_batch
     for step, (x, _) in job.steps("dae", total, faces, config.dae_batch, optimizer=optimizer):
         set_rate(optimizer, config.dae_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * step / total)) / 2))
-        noisy = add_noise(x, config.noise, step_generator(config.seed, step, DAE_NOISE), config.noise_norm)
+        noisy = add_noise(x, config.noise, job.generator(step, DAE_NOISE), config.noise_norm)
         with job.accelerator.autocast():
             x1, x2 = model(noisy)
         loss = F.mse_loss(x1.float(), x) + F.mse_loss(x2.float(), x)
@@ -271,7 +271,8 @@ def train_esn(job: Job, variant: str, faces: Dataset, basis: Basis) -> None:
         return
     config = dataclasses.replace(job.config, **VARIANTS[variant])
     lamb = choose_lambda(job, config, variant, faces, basis)
-    esn, dae = job.networks[stage], job.networks["dae"].eval().to(job.accelerator.device)
+    networks = job.networks[stage], job.networks["dae"].eval()
+    esn, dae = (placed(network, job.accelerator.device) for network in networks)
     model = job.accelerator.prepare(maybe_compile(esn, config.compile))
     if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(esn.parameters(), config.esn_rate, momentum=0.9)
@@ -286,7 +287,7 @@ def train_esn(job: Job, variant: str, faces: Dataset, basis: Basis) -> None:
             set_rate(
                 optimizer, config.esn_rate * 0.5 ** (max(step // per_epoch - 1, 0) // config.halve_epochs)
             )
-        generator = step_generator(config.seed, step, ESN_NOISE)
+        generator = job.generator(step, ESN_NOISE)
         noisy = add_noise(x, config.noise, generator, config.noise_norm)
         with job.accelerator.autocast():
             with torch.no_grad():
@@ -328,7 +329,8 @@ def choose_lambda(job: Job, config: Config, variant: str, faces: Dataset, basis:
     else:
         order = torch.randperm(len(faces), generator=step_generator(config.seed, 0, LAMBDA_IMAGES))[:2048]
         clean, noise = [], []
-        for number, (x, _) in enumerate(DataLoader(Subset(faces, order.tolist()), config.esn_batch)):
+        loader = DataLoader(Subset(faces, order.tolist()), config.esn_batch, num_workers=config.workers)
+        for number, (x, _) in enumerate(loader):
             x = x.to(job.accelerator.device)
             generator = step_generator(config.seed, number, LAMBDA_NOISE)
             noisy = add_noise(x, config.noise, generator, config.noise_norm, alone=True)
