@@ -1,22 +1,33 @@
 """Cost of PIN at the paper's size, beside a literal transcription of the official formulas, in one run."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from pin.attacks import Goal, pgd
-from pin.basis import Basis
+from pin.attacks import Goal, gradient, pgd
+from pin.basis import Basis, CovarianceSolver
+from pin.job import placed
 from pin.losses import exact, mask_cost, reinforce
 from pin.model import ESN, PIN, official
+from pin.protocol import attack_in_batches, in_batches
 from pin.recognizers import adapt
-from shared.bench import count_macs, count_parameters, peak_memory, report, throughput
-from shared.runtime import parse, pick_device, run_main
+from shared.bench import count_parameters, peak_memory, report, synchronize, throughput
+from shared.runtime import UserError, parse, pick_device, run_main
 
 SIZE, COMPONENTS, SAMPLES = 112, 2500, 30
+OFFICIAL_BATCH = 20
+"""Of the ESN's training."""
+LFW_IMAGES = 13_233
+PGD_STEPS = 40
+
+Part = Literal["defence", "training", "attack", "basis"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +40,15 @@ class Options:
     """Images per batch of the networks; default 2 on a CPU, 128 on a GPU."""
     seconds: float = 2.0
     """Time spent on each measurement."""
-    training: bool = True
-    """Also time ESN training steps."""
+    parts: tuple[Part, ...] = ("defence", "training", "attack", "basis")
+    """What to measure: formulas and networks; ESN training steps; on a GPU alone PGD-40, and all eigenfaces
+    of as many images as LFW has."""
     pairs: int = 6000
-    """Pairs attacked with PGD-40 on a GPU; 0 leaves it out. Never on a CPU."""
+    """Pairs attacked with PGD-40."""
+    precisions: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
+    """Arithmetic of the attacked recogniser. fp32 as PyTorch comes: convolutions in TF32."""
+    attack_batches: tuple[int, ...] = (128, 256, 512)
+    """Batches tried for the attack; the fastest is taken."""
     output: Path | None = None
     """Folder for bench.json; default runs/pin."""
 
@@ -64,6 +80,27 @@ def ours_costs(basis: Basis, x: Tensor, noisy: Tensor, masks: Tensor, lamb: floa
     return mask_cost(basis, x, noisy, lamb)(masks)
 
 
+def gmacs(function: Callable[[], Any]) -> float:
+    """Multiply-accumulates in 1e9 of one call's products and convolutions, its backward pass included."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() / 2e9
+
+
+def measured(
+    what: str, function: Callable[[], Any], items: int, device: torch.device, seconds: float, **more: float
+) -> dict[str, Any]:
+    """A row of the table: cost, speed and memory of a call that handles `items` of something."""
+    cost = gmacs(function) / items  # 0 of products with one vector, which PyTorch does not count
+    return {
+        "what": what,
+        **more,
+        **({"gmacs": cost} if cost else {}),
+        "per_second": throughput(function, items, device, seconds),
+        "peak MB": peak_memory(function, device) / 1e6,
+    }
+
+
 def random_basis(device: torch.device) -> Basis:
     """Orthonormal columns of the full size; their values do not matter for speed."""
     vectors = torch.linalg.qr(torch.randn(SIZE**2, COMPONENTS, device=device)).Q
@@ -81,12 +118,10 @@ def objective_rows(basis: Basis, device: torch.device, seconds: float) -> list[d
     ours = lambda: ours_costs(basis, x, noisy, masks, 0.015)  # noqa: E731
     torch.testing.assert_close(ours()[:, 0], literal(), rtol=1e-3, atol=1e-3)
     rows = [
-        {"what": "cost of 30 masks, official formula", "per second": throughput(literal, 1, device, seconds)},
-        {"what": "cost of 30 masks, Parseval form", "per second": throughput(ours, 1, device, seconds)},
+        measured("cost of 30 masks, official formula", literal, 1, device, seconds),
+        measured("cost of 30 masks, Parseval form", ours, 1, device, seconds),
     ]
-    for row, function in zip(rows, (literal, ours), strict=True):
-        row["peak MB"] = peak_memory(function, device) / 1e6
-    speed, memory = rows[1]["per second"] / rows[0]["per second"], rows[1]["peak MB"] / rows[0]["peak MB"]
+    speed, memory = (rows[1][key] / rows[0][key] for key in ("per_second", "peak MB"))
     print(f"cost of 30 masks: {speed:.0f} times as fast, {100 * memory:.2g} % of the memory")
     return rows
 
@@ -99,10 +134,10 @@ def projection_rows(basis: Basis, device: torch.device, seconds: float) -> list[
     ours = lambda: basis.reconstruct(basis.coefficients(x) * masks, x.shape)  # noqa: E731
     torch.testing.assert_close(ours(), loop(), rtol=1e-3, atol=1e-3)
     rows = [
-        {"what": "projection of 32, official loop", "per second": throughput(loop, 32, device, seconds)},
-        {"what": "projection of 32, batched", "per second": throughput(ours, 32, device, seconds)},
+        measured("projection of 32, official loop", loop, 32, device, seconds),
+        measured("projection of 32, batched", ours, 32, device, seconds),
     ]
-    print(f"projection of 32 images: {rows[1]['per second'] / rows[0]['per second']:.1f} times as fast")
+    print(f"projection of 32 images: {rows[1]['per_second'] / rows[0]['per_second']:.1f} times as fast")
     return rows
 
 
@@ -111,18 +146,11 @@ def network_rows(device: torch.device, batch: int, seconds: float) -> list[dict]
     rows = []
     shapes = {"dae": (1, SIZE), "encoder": (1, SIZE), "arcface_ir_se50": (3, SIZE), "lightcnn29": (1, 128)}
     for name, (channels, side) in shapes.items():
-        network = official(name, **({"classes": 1} if name.startswith("light") else {})).eval().to(device)
-        x = torch.randn(batch, channels, side, side, device=device)
-        run = lambda network=network, x=x: infer(network, x)  # noqa: E731
-        rows.append(
-            {
-                "what": f"{name}, inference of {batch}",
-                "parameters": count_parameters(network),
-                "MMACs": count_macs(network, x[:1]) / 1e6,
-                "per second": throughput(run, batch, device, seconds),
-                "peak MB": peak_memory(run, device) / 1e6,
-            }
-        )
+        network = official(name, **({"classes": 1} if name.startswith("light") else {})).eval()
+        network = placed(network, device)
+        run = partial(infer, network, torch.randn(batch, channels, side, side, device=device))
+        parameters = count_parameters(network)
+        rows.append(measured(f"{name}, {batch} images", run, batch, device, seconds, parameters=parameters))
     return rows
 
 
@@ -132,77 +160,148 @@ def infer(network: torch.nn.Module, x: Tensor) -> Tensor:
         return network(x)
 
 
-def system_rows(basis: Basis, device: torch.device, batch: int, options: Options) -> list[dict]:
-    """The whole defence per image, and ESN training steps with both estimators."""
-    dae, esn = official("dae").eval().to(device), ESN(official("encoder"), official("pca_layer")).to(device)
+def defence_networks(device: torch.device) -> tuple[torch.nn.Module, ESN]:
+    """DAE and ESN of the full size."""
+    dae, esn = official("dae").eval(), ESN(official("encoder"), official("pca_layer"))
+    return placed(dae, device), placed(esn, device)
+
+
+def system_rows(basis: Basis, device: torch.device, batch: int, seconds: float) -> list[dict]:
+    """The whole defence per image."""
+    dae, esn = defence_networks(device)
     x = torch.rand(batch, 1, SIZE, SIZE, device=device) * 2 - 1
     rows = []
     for label, autoencoder in (("with DAE", dae), ("without DAE", None)):
-        pin = PIN(basis, autoencoder, esn, "threshold").eval()
-        run = lambda pin=pin: infer(pin, x)  # noqa: E731
-        rows.append(
-            {
-                "what": f"PIN {label}, {batch} images",
-                "per second": throughput(run, batch, device, options.seconds),
-            }
-        )
-        rows[-1]["ms per image"] = 1000 / rows[-1]["per second"]
-    if not options.training:
-        return rows
-    optimizer = torch.optim.SGD(esn.parameters(), 1e-4, momentum=0.9)
-    for name, estimator in (("reinforce", reinforce), ("exact", exact)):
-
-        def step(estimator=estimator) -> None:
-            noisy = x + 0.02 * torch.randn_like(x)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                with torch.no_grad():
-                    seen = dae(noisy)[1]
-                p = esn(seen)
-            loss, _ = estimator(p, mask_cost(basis, x, noisy, 1e-4), samples=SAMPLES)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-        rows.append(
-            {
-                "what": f"ESN training step, {name}, batch {batch}",
-                "per second": throughput(step, batch, device, options.seconds),
-                "peak MB": peak_memory(step, device) / 1e6,
-            }
-        )
+        run = partial(infer, PIN(basis, autoencoder, esn, "threshold").eval(), x)
+        rows.append(measured(f"PIN {label}, {batch} images", run, batch, device, seconds))
+        rows[-1]["ms per image"] = 1000 / rows[-1]["per_second"]
     return rows
 
 
-def attack_rows(device: torch.device, pairs: int, batch: int) -> list[dict]:
-    """PGD-40 on a set as large as LFW's pairs, on IR-SE50 (random weights: the time is the same)."""
-    recognizer = adapt("arcface_ir_se50", official("arcface_ir_se50").eval().requires_grad_(False).to(device))
+def training_rows(basis: Basis, device: torch.device, batches: list[int], seconds: float) -> list[dict]:
+    """ESN training steps with both estimators, in bf16 on a GPU."""
+    dae, esn = defence_networks(device)
+    optimizer = torch.optim.SGD(esn.parameters(), 1e-4, momentum=0.9)
 
-    def features(x: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            return recognizer(x).float()
+    def step(estimator: Callable, x: Tensor) -> None:
+        noisy = x + 0.02 * torch.randn_like(x)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.no_grad():
+                seen = dae(noisy)[1]
+            p = esn(seen)
+        loss, _ = estimator(p, mask_cost(basis, x, noisy, 1e-4), samples=SAMPLES)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
-    x = torch.rand(pairs, 1, SIZE, SIZE, device=device) * 2 - 1
-    begin = time.perf_counter()
-    for part in x.split(batch):
-        pgd(features, part, Goal(features(part.flip(0)).detach(), -torch.ones(len(part), device=device)))
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - begin
-    return [{"what": f"PGD-40 on {pairs} pairs, IR-SE50", "per second": pairs / seconds, "seconds": seconds}]
+    rows = []
+    for batch in batches:
+        x = torch.rand(batch, 1, SIZE, SIZE, device=device) * 2 - 1
+        for estimator in (reinforce, exact):
+            what = f"ESN training step, {estimator.__name__}, batch {batch}"
+            rows.append(measured(what, partial(step, estimator, x), batch, device, seconds))
+    return rows
+
+
+def attack_rows(device: torch.device, options: Options) -> list[dict]:
+    """PGD-40 on a set as large as LFW's pairs, on IR-SE50 (random weights: the time is the same).
+
+    First one gradient with each batch, to find the batch that pays.
+    """
+    name = "arcface_ir_se50"
+    recognizer = adapt(name, placed(official(name).eval().requires_grad_(False), device))
+    attack = partial(pgd, steps=PGD_STEPS)
+    rows = []
+    for precision in options.precisions:
+
+        def features(x: Tensor, precision=precision) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                return recognizer(x).float()
+
+        def task(count: int, features=features) -> tuple[Tensor, Goal]:
+            x = torch.rand(count, 1, SIZE, SIZE, device=device) * 2 - 1
+            return x, Goal(in_batches(features, x.flip(0)), -torch.ones(count, device=device))
+
+        tried = {}
+        for batch in options.attack_batches:
+            x, goal = task(batch)
+            step = partial(gradient, features, x, goal)
+            what = f"gradient of IR-SE50, {precision}, batch {batch}"
+            tried[batch] = measured(what, step, batch, device, options.seconds)
+        batch = max(tried, key=lambda size: tried[size]["per_second"])
+        x, goal = task(options.pairs)
+        begin = time.perf_counter()
+        attack_in_batches(attack, features, x, goal, batch)
+        synchronize(device)
+        seconds = time.perf_counter() - begin
+        print(f"PGD-{PGD_STEPS}, {precision}: {options.pairs} pairs in {seconds:.1f} s", flush=True)
+        whole = {
+            "what": f"PGD-{PGD_STEPS} on {options.pairs} pairs, IR-SE50, {precision}, batch {batch}",
+            "gmacs": PGD_STEPS * tried[batch]["gmacs"],
+            "per_second": options.pairs / seconds,
+            "peak MB": tried[batch]["peak MB"],
+            "seconds": seconds,
+        }
+        rows += [*tried.values(), whole]
+    return rows
+
+
+def basis_rows(device: torch.device, images: int = LFW_IMAGES, block: int = 256) -> list[dict]:
+    """All eigenfaces of a stream of as many images as LFW has, from noise (every eigenvalue counts)."""
+    pixels, times, found = SIZE**2, [], []
+
+    def clock() -> None:
+        synchronize(device)
+        times.append(time.perf_counter())
+
+    def fit() -> None:
+        clock()
+        solver = CovarianceSolver(pixels, pixels, device)
+        for start in range(0, images, block):
+            solver.add(torch.rand(min(block, images - start), 1, SIZE, SIZE, device=device) * 2 - 1)
+        clock()
+        found.append(solver.solve().eig_vec)
+        clock()
+
+    peak = peak_memory(fit, device) / 1e6
+    skew = (found[0].T @ found[0]).sub_(torch.eye(pixels, device=device)).abs().max().item()
+    streaming, solving = times[1] - times[0], times[2] - times[1]
+    print(f"all {pixels} eigenfaces: {solving:.1f} s, orthonormal to {skew:.1e}", flush=True)
+    return [
+        {
+            "what": f"covariance of {images} images, fp32",
+            "gmacs": pixels**2 / 1e9,
+            "per_second": images / streaming,
+            "seconds": streaming,
+        },
+        {"what": f"all {pixels} eigenfaces, float64", "peak MB": peak, "seconds": solving},
+    ]
 
 
 def bench(options: Options) -> Path:
     """All measurements; returns the path of bench.json."""
     device = pick_device(options.device)
-    batch = options.batch or (128 if device.type == "cuda" else 2)
+    on_gpu = device.type == "cuda"
+    batch = options.batch or (128 if on_gpu else 2)
     torch.manual_seed(0)
-    basis = random_basis(device)
-    rows = objective_rows(basis, device, options.seconds)
-    rows += projection_rows(basis, device, options.seconds)
-    rows += network_rows(device, batch, options.seconds)
-    rows += system_rows(basis, device, batch, options)
-    if device.type == "cuda" and options.pairs:
-        rows += attack_rows(device, options.pairs, batch)
-    return report("pin", rows, options.output)
+    rows = []
+    if {"defence", "training"} & set(options.parts):
+        basis = random_basis(device)
+    if "defence" in options.parts:
+        rows += objective_rows(basis, device, options.seconds)
+        rows += projection_rows(basis, device, options.seconds)
+        rows += network_rows(device, batch, options.seconds)
+        rows += system_rows(basis, device, batch, options.seconds)
+    if "training" in options.parts:
+        batches = [OFFICIAL_BATCH, batch, 4 * batch] if on_gpu else [batch]
+        rows += training_rows(basis, device, batches, options.seconds)
+    if on_gpu and "attack" in options.parts:
+        rows += attack_rows(device, options)
+    if on_gpu and "basis" in options.parts:
+        rows += basis_rows(device)
+    if not rows:
+        raise UserError(f"--parts {' '.join(options.parts)}: measured on a GPU alone")
+    return report("pin", rows, options.output, device)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pin
+from pin import bench
 from pin.basis import Basis, load_basis
 from pin.data import preprocess
 from pin.model import DAE, NETWORKS, PIN, Defended, ir_variant, load_official, make_esn, official
@@ -81,6 +82,33 @@ def test_light_cnn_parameters_without_the_classifier():
 def test_cost_at_full_size(name, shape, gmacs):
     macs = count_macs(meta(name).eval(), torch.zeros(shape, device="meta"))
     assert macs / 1e9 == pytest.approx(gmacs, rel=0.005)
+
+
+def test_probabilities_keep_their_digits_under_autocast():
+    esn = make_esn(16, 64, (4, 8), 16)
+    torch.nn.init.constant_(esn.pca_layer.fc2[0].bias, 6.5)  # p = 0.9985
+    with torch.autocast("cpu", torch.bfloat16):
+        p = esn(torch.rand(4, 1, 16, 16))
+    assert p.dtype == torch.float32
+    assert ((p > 0.9965) & (p < 0.9999)).all(), "bf16 has no number there"
+    (slope,) = torch.autograd.grad(p.sum(), esn.pca_layer.fc2[0].bias)
+    torch.testing.assert_close(slope, (p * (1 - p)).sum(0), rtol=0.02, atol=1e-6)
+
+
+def test_bench_of_attack_and_basis(monkeypatch):
+    monkeypatch.setattr(bench, "SIZE", 8)
+    linear = torch.nn.Linear(3 * 8 * 8, 4, bias=False)
+    monkeypatch.setattr(bench, "official", lambda _: torch.nn.Sequential(torch.nn.Flatten(), linear))
+    monkeypatch.setattr(bench, "adapt", lambda _, network: lambda x: network(x.expand(-1, 3, -1, -1)))
+    options = bench.Options(seconds=0, pairs=5, attack_batches=(2, 3))
+    rows = {row["what"]: row for row in bench.attack_rows(torch.device("cpu"), options)}
+    assert len(rows) == 6 and all(row["per_second"] > 0 for row in rows.values())
+    one = rows["gradient of IR-SE50, fp32, batch 3"]["gmacs"]
+    assert one == pytest.approx(2 * linear.weight.numel() / 1e9), "forward and the image's gradient"
+    whole = next(row for what, row in rows.items() if what.startswith("PGD-40 on 5 pairs, IR-SE50, bf16"))
+    assert whole["gmacs"] == pytest.approx(40 * one)
+    stream, solved = bench.basis_rows(torch.device("cpu"), images=100, block=30)
+    assert stream["per_second"] > 0 and solved["what"] == "all 64 eigenfaces, float64"
 
 
 @pytest.mark.parametrize(
