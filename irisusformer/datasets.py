@@ -319,7 +319,8 @@ def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
     if mask.shape != torch.Size(size):
         have, want = (f"{s[1]}x{s[0]}" for s in (mask.shape, size))
         raise UserError(f"{path}: the mask has {have} pixels, its image {want}; they must be the same")
-    values = (mask * 255).round().unique().int().tolist()
+    counts = torch.bincount((mask * 255).round().long().flatten(), minlength=256)
+    values = counts.nonzero().flatten().tolist()
     binary = set(values) <= {0, 1} or set(values) <= {0, 255}
     numbers = None if binary and values != [0] else class_numbers(path)
     if numbers is not None:

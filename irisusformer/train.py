@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import cv2
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -174,7 +175,7 @@ PRESETS = {
     "study-simple": dataclasses.replace(
         DEMO, dataset="simple", variants=tuple(VARIANTS), seeds=2, save_every=200
     ),
-    "paper": Config(),
+    "paper": Config(workers=8),
 }
 
 
@@ -210,8 +211,25 @@ def training_set(config: Config) -> Dataset:
     if config.dataset in ("eyes", "simple"):
         count = config.labels or config.train_images
         return EyeWorld(config.dataset, "train", count, config.image_size, config.looks, config.seed)
-    pairs = find_pairs(config.dataset, config.data_root, "train", config.operator)
-    return IrisFiles(pairs[: config.labels], Augmentation(config.crop, config.seed))
+    pairs = find_pairs(config.dataset, config.data_root, "train", config.operator)[: config.labels]
+    if not config.boundaries:  # nothing learns from these files, and reading masks takes most of the time
+        pairs = [dataclasses.replace(pair, pupil=None, outer=None) for pair in pairs]
+    return IrisFiles(pairs, Augmentation(config.crop, config.seed))
+
+
+def loaded(data: Dataset, batches: StepBatches, config: Config) -> DataLoader:
+    """Batches by the run's data-loading processes, each with one OpenCV thread: they share the cores."""
+    return DataLoader(
+        data,
+        batch_sampler=batches,
+        num_workers=config.workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=one_thread,
+    )
+
+
+def one_thread(worker: int) -> None:
+    cv2.setNumThreads(1)
 
 
 def test_set(config: Config) -> Dataset:
@@ -328,10 +346,7 @@ def train(config: Config) -> Path:
         accelerator.num_processes,
         draws=True,
     )
-    loader = DataLoader(
-        data, batch_sampler=sampler, num_workers=config.workers, pin_memory=torch.cuda.is_available()
-    )
-    bar = progress(loader, "training", len(sampler))
+    bar = progress(loaded(data, sampler, config), "training", len(sampler))
     for step, batch in enumerate(bar, saved["step"]):
         batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
         batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
@@ -359,8 +374,8 @@ def train(config: Config) -> Path:
 
 def tau_batches(data: Dataset, config: Config, device: torch.device) -> Iterator[Tensor]:
     """Images of up to 32 training batches, the same whatever was trained before."""
-    for batch in StepBatches(len(data), config.batch_size, config.seed, 32, draws=True):
-        yield torch.stack([data[key]["image"] for key in batch]).to(device)
+    for batch in loaded(data, StepBatches(len(data), config.batch_size, config.seed, 32, draws=True), config):
+        yield batch["image"].to(device, memory_format=torch.channels_last)
 
 
 if __name__ == "__main__":
