@@ -3,11 +3,12 @@
     python bench.py
     python bench.py --height 320 --width 416 --batch-size 4
 
-Everything is measured in one run on one machine. MACs are multiply-accumulates of convolutions and attention
-products (not FLOPs, which would be twice as many).
+Everything is measured in one run on one machine. `gmacs` are 1e9 multiply-accumulates of convolutions and
+attention products (not FLOPs, which would be twice as many), of a training step with its backward pass.
 """
 
 import copy
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from irisusformer.baselines import IrisParseNet, UNet
 from irisusformer.data import EyeWorld
@@ -25,7 +27,7 @@ from irisusformer.losses import objective
 from irisusformer.model import IrisUsformer, fold_batch_norm
 from irisusformer.naive import naive
 from irisusformer.train import PAPER
-from shared.bench import count_macs, count_parameters, peak_memory, report, throughput
+from shared.bench import count_parameters, peak_memory, report, throughput
 from shared.io import progress
 from shared.onnxfile import open_onnx
 from shared.runtime import parse, pick_device, run_main, seed_everything
@@ -37,6 +39,8 @@ class BenchConfig:
 
     size: Literal["tiny", "small", "lite", "base"] = "base"
     """Width of the network."""
+    also: tuple[Literal["tiny", "small", "lite", "base"], ...] = ("tiny", "small", "lite")
+    """Other widths, in bf16."""
     height: int = 480
     """Pixels."""
     width: int = 640
@@ -53,11 +57,30 @@ class BenchConfig:
     """Also torch.compile (takes a minute or more to compile)."""
 
 
-def gmacs(model: nn.Module, height: int, width: int) -> float:
-    """Counted on a device without data, so that no kernel hides its work from the counter."""
-    shapes = copy.deepcopy(model).to("meta").eval()
+def conv_backward_flops(gradient, x, weight, *options, out_shape) -> int:
+    """FLOPs of a (not transposed) convolution's gradients from its shapes.
+
+    PyTorch's own formula counts the weight's gradient as if there were no groups.
+    """
+    each = 2 * math.prod(gradient) * math.prod(weight[1:])
+    to_input, to_weight, _ = options[-1]
+    return each * (to_input + to_weight)
+
+
+def gmacs(model: nn.Module, height: int, width: int, training: bool = False) -> float:
+    """Counted on a device without data, so that no kernel hides its work from the counter.
+
+    training: forward and backward instead of forward alone.
+    """
+    shapes = copy.deepcopy(model).to("meta").train(training)
     image = torch.zeros(1, 3, height, width, device="meta")
-    return count_macs(lambda: shapes(image)) / 1e9
+    formulas = {torch.ops.aten.convolution_backward: conv_backward_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with counter, torch.set_grad_enabled(training):
+        out = shapes(image)
+        if training:
+            sum(value.sum() for value in out.values()).backward()
+    return counter.get_total_flops() / 2e9
 
 
 def ready(model: nn.Module) -> nn.Module:
@@ -118,7 +141,7 @@ def rows_of(config: BenchConfig, folder: Path) -> list[dict[str, Any]]:
     fast = IrisUsformer(config.size, fast_up=True).to(device)
     unet, irisparsenet = UNet().to(device), IrisParseNet().to(device)
     ours, ours_fast, their_unet, their_irisparsenet = map(ready, (model, fast, unet, irisparsenet))
-    bf16 = torch.bfloat16
+    bf16, on_gpu = torch.bfloat16, device.type == "cuda"
     calls: dict[str, tuple[nn.Module, Callable[[], Any]]] = {
         "ours, naive": (model, inference(naive(model), image)),
         "ours": (model, inference(ours, last)),
@@ -129,26 +152,37 @@ def rows_of(config: BenchConfig, folder: Path) -> list[dict[str, Any]]:
         "U-Net, bf16": (unet, inference(their_unet, last, bf16)),
         "IrisParseNet": (irisparsenet, inference(their_irisparsenet, last)),
     }
+    for size in config.also:
+        other = IrisUsformer(size).to(device)
+        calls[f"{size}, bf16"] = (other, inference(ready(other), last, bf16))
+    if on_gpu:  # a CPU would take minutes
+        calls["ours, naive, bf16"] = (model, inference(naive(model), image, bf16))
+        calls["IrisParseNet, bf16"] = (irisparsenet, inference(their_irisparsenet, last, bf16))
     if config.compile:
-        compiled = copy.deepcopy(ours)
+        dtype = bf16 if on_gpu else torch.float32
+        compiled = copy.deepcopy(ours).to(dtype)
         compiled.compile()
-        calls["ours, compiled"] = (model, inference(compiled, last))
-    if config.onnx and device.type == "cpu":
+        name = "ours, compiled, bf16" if on_gpu else "ours, compiled"
+        calls[name] = (model, inference(compiled, last.to(dtype)))
+    if config.onnx and not on_gpu:
         calls |= {name: (model, call) for name, call in onnx_calls(model, image, folder).items()}
     calls["ours, training step"] = (model, training_step(model, last))
     calls["ours, training step, bf16"] = (model, training_step(model, last, bf16))
 
-    rows = []
+    rows, costs = [], {}
     for name, (network, call) in progress(calls.items(), "measuring"):
+        kind = network, "training" in name
+        if kind not in costs:
+            costs[kind] = gmacs(network, config.height, config.width, kind[1])
         speed = throughput(call, batch, device, config.seconds)
         memory = None if "ONNX" in name else peak_memory(call, device) / 2**20
         rows.append(
             {
                 "network": name,
                 "parameters, M": count_parameters(network) / 1e6,
-                "GMACs": gmacs(network, config.height, config.width),
-                "images/s": speed,
-                "x naive": speed / rows[0]["images/s"] if rows else 1.0,
+                "gmacs": costs[kind],
+                "per_second": speed,
+                "x naive": speed / rows[0]["per_second"] if rows else 1.0,
                 "peak memory, MiB": memory,
             }
         )
@@ -157,10 +191,10 @@ def rows_of(config: BenchConfig, folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     config = parse(BenchConfig, __doc__)
-    print(f"{config.size} at {config.height}x{config.width}, {torch.get_num_threads()} CPU threads")
+    print(f"ours is {config.size}; {config.height}x{config.width}, per_second counts images")
     with tempfile.TemporaryDirectory() as folder:
         rows = rows_of(config, Path(folder))
-    print(report(PAPER, rows))
+    print(report(PAPER, rows, device=pick_device(config.device)))
 
 
 if __name__ == "__main__":
