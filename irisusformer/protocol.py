@@ -63,7 +63,9 @@ class Result:
 
     def scaled_ece(self) -> tuple[float, float]:
         """ECE after temperature scaling, and the mean temperature: each half of the images is scaled with
-        the temperature fitted on the other half."""
+        the temperature fitted on the other half. One image has no other half: nan."""
+        if len(self.logits) < 2:
+            return float("nan"), float("nan")
         calibration, temperatures = Calibration.empty(), []
         for fold in (0, 1):
             logits, truth = torch.cat(self.logits[1 - fold :: 2]), torch.cat(self.truth[1 - fold :: 2])

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from curves import assert_same_curves, furthest_weights, run_one, run_two
 from PIL import Image
+from torch.utils.data import Subset
 
 from irisusformer import eval as evaluation
 from irisusformer.bench import BenchConfig, rows_of
@@ -295,6 +296,9 @@ def test_training_on_files_with_boundary_heads(tmp_path, capsys):
     load_weights(folder, {"learned": model})
     result = evaluate(model, test_set(config), torch.device("cpu"))
     assert len(result.boundaries) == 2 and set(result.localisation()) >= {"inner_hdis", "dice_outer"}
+    assert all(np.isfinite(result.scaled_ece()))
+    alone = evaluate(model, Subset(test_set(config), [0]), torch.device("cpu"))
+    assert np.isnan(alone.scaled_ece()).all(), "one image cannot be scaled with another's temperature"
     rows = evaluation.metrics_of(config, {"learned": result})
     assert not any(row.comparable for row in rows) and rows[0].dataset == "CASIA-Iris-Distance"
     result.images *= 50  # as many as the published split has
