@@ -155,7 +155,7 @@ def evaluate(config: Config) -> Path:
     window = window_of(test.photos.shape[-2])
     probe = test.select(list(range(min(PROBED, len(test)))))
     memories = {
-        trial.name: measure(nets[trial].cpu(), probe, trial.size, window)
+        trial.name: measure(nets[trial], probe, trial.size, window)
         for trial in main
         if hasattr(nets[trial], "memories")
     }

@@ -101,7 +101,8 @@ class Memory(nn.Module):
         mass = torch.zeros_like(scores[0]).index_add_(0, slot, weights)
         query_sum = torch.zeros_like(self.keys).index_add_(0, slot, queries * weights[:, None])
         feature_sum = torch.zeros_like(self.values).index_add_(0, slot, features * weights[:, None])
-        hits = torch.bincount(slot, minlength=self.slots)
+        # Not bincount, which waits for the device to know the largest slot.
+        hits = torch.zeros_like(self.usage).index_add_(0, slot, torch.ones_like(slot))
         mass, query_sum, feature_sum, hits = (_reduced(x) for x in (mass, query_sum, feature_sum, hits))
 
         hit = (hits > 0)[:, None]
@@ -120,7 +121,9 @@ class Memory(nn.Module):
     ) -> None:
         count = min(self.REVIVED_PER_STEP, self.slots, len(queries))
         pool = best.topk(min(16 * count, len(best)), largest=False).indices
-        chosen = pool[torch.randperm(len(pool), generator=generator)[:count].to(pool.device)]
+        chosen = pool[
+            torch.randperm(len(pool), generator=generator)[:count].to(pool.device, non_blocking=True)
+        ]
         age, oldest = self.age.topk(count)
         # A mask instead of a branch: the loop never waits for the device.
         old = (age > self.revive_after)[:, None]

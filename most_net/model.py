@@ -228,6 +228,16 @@ class MostNet(nn.Module):
             self.memories[style].write(out["queries"], features, out["scores"], generator)
 
 
+class NormedConv(nn.Conv2d):
+    """A convolution whose weight is normalised in float32 whatever the precision around it: in bf16 the power
+    iteration would know the largest singular value to two or three digits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight
+        return self._conv_forward(x, weight, self.bias)
+
+
 class Discriminator(nn.Module):
     """70x70 patches of (photo, sketch), (B, 3, H, W) and (B, 1, H, W) -> logits (B, 1, H/8 - 2, W/8 - 2)."""
 
@@ -236,8 +246,8 @@ class Discriminator(nn.Module):
         widths = (4, base, 2 * base, 4 * base, 8 * base)
         layers: list[nn.Module] = []
         for before, after, stride in zip(widths, widths[1:], (2, 2, 2, 1), strict=False):
-            layers += [spectral_norm(nn.Conv2d(before, after, 4, stride, 1, bias=False)), nn.LeakyReLU(0.2)]
-        self.body = nn.Sequential(*layers, spectral_norm(nn.Conv2d(widths[-1], 1, 4, 1, 1, bias=False)))
+            layers += [spectral_norm(NormedConv(before, after, 4, stride, 1, bias=False)), nn.LeakyReLU(0.2)]
+        self.body = nn.Sequential(*layers, spectral_norm(NormedConv(widths[-1], 1, 4, 1, 1, bias=False)))
 
     def forward(self, photo: Tensor, sketch: Tensor) -> Tensor:
         return self.body(torch.cat([photo, sketch], 1))
