@@ -4,6 +4,8 @@ python bench.py            a GPU when there is one; on a CPU small batches
 """
 
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -56,10 +58,10 @@ def network_rows(config: Config, device: torch.device) -> list[dict]:
         ("discriminator (training)", Discriminator(), (photo, photo[:, :1])),
     )
     rows = [
-        {"what": name, "parameters": count_parameters(module), "GMAC": count_macs(module, *inputs) / 1e9}
+        {"what": name, "parameters": count_parameters(module), "gmacs": count_macs(module, *inputs) / 1e9}
         for name, module, inputs in parts
     ]
-    rows.append({"what": "memory reading", "GMAC": count_macs(net.memories[0].read, queries) / 1e9})
+    rows.append({"what": "memory reading", "gmacs": count_macs(net.memories[0].read, queries) / 1e9})
     batch = config.batch or (32 if device.type == "cuda" else 1)
     net.to(device, memory_format=torch.channels_last)
     for size in ((256, 256), (252, 200)):
@@ -72,7 +74,8 @@ def network_rows(config: Config, device: torch.device) -> list[dict]:
         rows.append(
             {
                 "what": f"inference {size[0]}x{size[1]}, batch {batch}, bf16",
-                "per second": throughput(infer, batch, device, config.seconds),
+                "gmacs": count_macs(net.sketch, photos[:1]) / 1e9,
+                "per_second": throughput(infer, batch, device, config.seconds),
                 "peak MiB": peak_memory(infer, device) / 2**20,
             }
         )
@@ -82,8 +85,11 @@ def network_rows(config: Config, device: torch.device) -> list[dict]:
 def step_rows(
     config: Config, accelerator: Accelerator, arch: Architecture, size: int, batch: int, bf16: bool
 ) -> list[dict]:
-    """A training step with discriminator, and the same step in its literal form in fp32."""
+    """A training step with discriminator, and the same step in its literal form: in fp32, on a GPU also in
+    the precision of the step, which there is bf16 whatever `bf16` says."""
     device = accelerator.device
+    wrapped = accelerator.mixed_precision == "bf16"
+    bf16 = bf16 or wrapped
     settings = replace(PRESETS["demo"], arch=arch, weights=STEP_WEIGHTS, extras=(), size=size, load=size)
     trial = next(trial for trial in plan(settings) if trial.variant == "most")
     learner = begin(settings, trial, device)
@@ -93,39 +99,52 @@ def step_rows(
     pairs = Batch(photo, sketch, 0)
 
     def ours() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16) if bf16 and not wrapped else nullcontext():
             update(settings, trial, learner, accelerator, pairs, 0)
 
     net, discriminator = MostNet(arch).to(device), Discriminator(arch.base).to(device)
     optimizers = tuple(torch.optim.Adam(m.parameters(), 2e-4, foreach=False) for m in (net, discriminator))
 
-    def naive() -> None:
-        literal.literal_update(net, discriminator, optimizers, photo, sketch)
+    def naive(low: bool) -> Callable[[], None]:
+        def step() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=low):
+                literal.literal_update(net, discriminator, optimizers, photo, sketch)
 
-    speeds = [throughput(step, batch, device, config.seconds) for step in (ours, naive)]
+        return step
+
     name = f"training step {size}x{size}, batch {batch}"
-    ratio = {"times the literal form": speeds[0] / speeds[1]}
-    return [
-        {"what": f"{name}, {'bf16' if bf16 else 'fp32'}", "per second": speeds[0], **ratio},
-        {"what": f"{name}, literal form", "per second": speeds[1]},
-    ]
+    steps = {f"{name}, {'bf16' if bf16 else 'fp32'}": ours, f"{name}, literal form": naive(False)}
+    if device.type == "cuda":
+        steps[f"{name}, literal form, bf16"] = naive(True)
+    rows = []
+    for what, step in steps.items():
+        speed = throughput(step, batch, device, config.seconds)
+        # The counter of `count_macs` holds gradients back, which a step needs.
+        cost = count_macs(torch.enable_grad()(step)) / batch / 1e9
+        memory = peak_memory(step, device) / 2**20
+        rows.append({"what": what, "gmacs": cost, "per_second": speed, "peak MiB": memory})
+    for row, column in zip(rows[1:], ("times the literal form", "times it in bf16"), strict=False):
+        rows[0][column] = rows[0]["per_second"] / row["per_second"]
+    return rows
 
 
-def metric_rows(config: Config) -> list[dict]:
-    """FSIM and Scoot at 250x200 against their literal loops, and NLDA on 338 people."""
+def metric_rows(config: Config, device: torch.device) -> list[dict]:
+    """FSIM and Scoot at 250x200 against their literal loops, and NLDA on 338 people. Loops and NLDA run on
+    the CPU."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(8, 1, 25, 20, generator=generator)
     smooth = F.interpolate(coarse, (250, 200), mode="bicubic")
     first = grey_bytes(smooth)
     second = grey_bytes(smooth + 0.05 * torch.randn(first.shape, generator=generator))
+    there = first.to(device), second.to(device)
     rows = []
     for name, fast, slow in (("FSIM", fsim, literal.literal_fsim), ("Scoot", scoot, literal.literal_scoot)):
         begin_time = time.perf_counter()
         wanted = slow(first[0, 0].double().numpy(), second[0, 0].double().numpy())
         seconds = time.perf_counter() - begin_time
-        speed = throughput(lambda fast=fast: fast(first, second), len(first), seconds=config.seconds)
-        row = {"what": f"{name} 250x200", "per second": speed, "times the literal form": speed * seconds}
-        rows.append(row | {"difference": abs(float(fast(first, second)[0]) - float(wanted))})
+        speed = throughput(lambda fast=fast: fast(*there), len(first), device, config.seconds)
+        row = {"what": f"{name} 250x200", "per_second": speed, "times the literal form": speed * seconds}
+        rows.append(row | {"difference": abs(float(fast(*there)[0]) - float(wanted))})
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, 255, (PEOPLE, PIXELS)).astype(np.float32)
     made = drawn + rng.normal(0, 60, drawn.shape).astype(np.float32)
@@ -142,7 +161,8 @@ def bench(config: Config) -> None:
     device = pick_device(config.device)
     accelerator = start(replace(PRESETS["demo"], device=device.type))
     batch = config.batch or (4 if device.type == "cuda" else 1)
-    rows = metric_rows(config)
+    torch.backends.cudnn.benchmark = True
+    rows = metric_rows(config, device)
     rows += step_rows(config, accelerator, TINY, 32, 6, bf16=False)
     rows += step_rows(config, accelerator, FULL, 256, batch, bf16=True)
     report("most_net", network_rows(config, device) + rows)
