@@ -1,7 +1,11 @@
 """The shared trunk with one set of batch normalisations per source domain, and the global branch's tail."""
 
+import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from itertools import chain
 
 import torch
@@ -256,12 +260,20 @@ class Trunk(Stem):
         cut = self.shared_units
         front, back = stacked(self.units[:cut], sets), stacked(self.units[cut:], experts)
         affine = chain(front.affine(self.channels[:cut]), back.affine(self.channels[cut:]))
-        probed = [tuple(m.expand(k, -1, -1) for m in moments(stem))]
+        probed: list[tuple[Tensor, Tensor]] = []
 
         def norm(unit: Unit, x: Tensor) -> Tensor:
             scale, shift = next(affine)
+            if fused(x):
+                from meta_reid.kernel import probe_and_norm
+
+                mean, variance = probe_and_norm(x, scale.flatten(1), shift.flatten(1))
+                probed.append((mean[:k], variance[:k]))
+                return x
             x = x.unflatten(0, (len(scale), -1))  # (S, B, C, H, W)
-            if unit is not self.stem:  # whose input is the same for all, and probed above
+            if unit is self.stem:  # whose input is the same for all
+                probed.append(tuple(m.expand(k, -1, -1) for m in moments(stem)))
+            else:
                 probed.append(moments(x[:k]))
             return x.mul_(scale).add_(shift).flatten(0, 1)
 
@@ -281,6 +293,21 @@ class Trunk(Stem):
             torch.cat([mean for mean, _ in probed], -1),
             torch.cat([variance for _, variance in probed], -1),
         )
+
+
+def fused(x: Tensor) -> bool:
+    """Whether `kernel.py` probes and norms these maps, (N, C, H, W): on CUDA, channels last, no gradient."""
+    fits = x.is_cuda and not torch.is_grad_enabled() and x.is_contiguous(memory_format=torch.channels_last)
+    return fits and not torch.compiler.is_compiling() and kernels()
+
+
+@cache
+def kernels() -> bool:
+    """Whether Triton and the C compiler that it calls are here. Warns when they are not."""
+    found = find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
+    if not found:
+        warnings.warn("no Triton or no C compiler here: the experts' norms are slower", stacklevel=2)
+    return found
 
 
 @dataclass(frozen=True)

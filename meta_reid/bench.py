@@ -63,6 +63,7 @@ def main() -> None:
         ranking(device)
         return
     gpu = device.type == "cuda"
+    torch.backends.cudnn.benchmark = True
     batch = options.batch or (64 if gpu else 4)
     train_batch = options.train_batch or (64 if gpu else 8)
     torch.manual_seed(0)
@@ -122,20 +123,26 @@ def main() -> None:
     rows = []
     for name in cases:
         network, function = embeddings.get(name, (model, None))
-        network.eval()
+        if function:
+            network.eval()
+            cost = count_macs(function, images(1))
+        else:
+            # The counter holds gradients back, which a step needs.
+            cost = count_macs(torch.enable_grad()(cases[name])) / train_batch
         rows.append(
             {
                 "what": name,
                 "batch": batch if function else train_batch,
                 "parameters [M]": count_parameters(network) / 1e6,
-                "GMACs/image": count_macs(function, images(1)) / 1e9 if function else None,
-                "images/s": rates[name],
+                "gmacs": cost / 1e9,
+                "per_second": rates[name],
                 "peak memory [MB]": memory[name],
             }
         )
     report("meta_reid", rows)
     fast, slow, _, resnet, step, slow_step = rates.values()
-    print(f"evaluation: {fast / slow:.2f} x sequential, {4 * fast / resnet:.2f} x (plain ResNet-50) / 4")
+    asked = " (asked: at least 0.9)" if gpu else ""
+    print(f"evaluation: {fast / slow:.2f} x sequential, {4 * fast / resnet:.2f} x (plain ResNet-50) / 4{asked}")
     share = memory["training step"] / memory["training step, sequential"]
     print(f"training step: {step / slow_step:.2f} x sequential, {share:.2f} of its peak memory")
 

@@ -26,8 +26,10 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, epsilon: float = 0.1)
 def distances(features: Tensor) -> Tensor:
     """Euclidean distances of a batch, (B, C) -> (B, B), in float32 or better."""
     x = features.to(torch.promote_types(features.dtype, torch.float32))
-    square = x.square().sum(1)
-    return (square[:, None] + square[None] - 2 * x @ x.T).clamp_min(1e-12).sqrt()
+    # Under autocast the product would be in bf16, too coarse for a difference of large numbers.
+    with torch.autocast(x.device.type, enabled=False):
+        square = x.square().sum(1)
+        return (square[:, None] + square[None] - 2 * x @ x.T).clamp_min(1e-12).sqrt()
 
 
 def batch_hard(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,8 +63,9 @@ def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
     Not in META: the uniformity loss of Wang and Isola (ICML 2020), which later work on this task (BAU,
     NeurIPS 2024) applies within each domain; batches here hold one domain.
     """
-    x = normalize(features.float())
-    squared = (2 - 2 * x @ x.T).clamp_min(0)
+    with torch.autocast(features.device.type, enabled=False):
+        x = normalize(features.float())
+        squared = (2 - 2 * x @ x.T).clamp_min(0)
     pairs = torch.triu_indices(len(x), len(x), 1, device=x.device)
     return squared[pairs[0], pairs[1]].mul(-t).exp().mean().log()
 

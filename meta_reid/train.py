@@ -256,9 +256,9 @@ def step_back(
         accelerator.backward(loss / shares)
 
     config, model = row.config, row.model
-    union = labels.union[index].to(images.device)
-    local = labels.local[index].to(images.device)
     domain = int(labels.domain[index[0]])
+    index = index.to(images.device, non_blocking=True)
+    union, local = labels.union[index], labels.local[index]
     meta = isinstance(model, META)
     # Several processes exchange their gradients in one backward, and compiled is the network as a whole.
     if meta and accelerator.num_processes == 1 and not config.compile:
@@ -289,6 +289,10 @@ def train_row(
     """META's training of one row: a domain in each iteration plays the unseen one."""
     config, model = row.config, row.model
     images, labels = data
+    # The domain of a batch stays on the CPU: it says which part of the network runs.
+    labels = dataclasses.replace(
+        labels, local=labels.local.to(accelerator.device), union=labels.union.to(accelerator.device)
+    )
     model.to(accelerator.device, memory_format=torch.channels_last).train()
     optim = optimiser(model, config)
     if saved is not None:
@@ -382,6 +386,7 @@ def train(config: Config) -> Path:
             raise UserError(f"--{name} {value}: must be {least} or more")
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = start(config, kwargs_handlers=[parallel])
+    torch.backends.cudnn.benchmark = True  # all batches have the same shapes
     data = {seed: load_sources(config, seed) for seed in run_seeds(config)}
     rows = plan(config, {seed: labels.classes for seed, (_, labels) in data.items()})
     run = Run("meta_reid", config, accelerator.is_main_process)
