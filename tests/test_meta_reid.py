@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -408,3 +411,49 @@ def test_bfloat16_stays_close_to_single_precision():
         with torch.autocast("cpu", torch.bfloat16):
             rough = model(images)
     assert torch.cosine_similarity(exact, rough).min() > 0.99
+
+
+def test_distances_stay_exact_under_autocast():
+    x = torch.randn(16, 512, generator=torch.Generator().manual_seed(0)) + 5
+    labels = torch.arange(16) // 4
+    wanted = [part.clone() for part in batch_hard(x, labels)]
+    spread = uniformity(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, batch_hard(x, labels), wanted))
+        assert torch.equal(uniformity(x), spread)
+
+
+KERNEL = """
+import torch
+from meta_reid.aggregation import moments
+from meta_reid.kernel import probe_and_norm
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+for kind in (torch.float32, torch.bfloat16):
+    shapes = (3, 2, 64, 16, 8), (2, 3, 40, 5, 3), (4, 1, 192, 12, 10), (2, 2, 8, 1, 1)
+    for sets, batch, channels, *size in shapes:
+        rng = torch.Generator().manual_seed(0)
+        x = (2 * torch.randn(sets * batch, channels, *size, generator=rng) + 1).to(kind)
+        x = x.to(device, memory_format=torch.channels_last)
+        affine = torch.randn(sets, 2 * channels + 1, generator=rng).to(device)
+        scale, shift = affine[:, :channels], affine[:, channels + 1 :]
+        apart = x.clone().unflatten(0, (sets, batch))
+        wanted = (apart.float() * scale[:, None, :, None, None] + shift[:, None, :, None, None]).flatten(0, 1)
+        found = probe_and_norm(x, scale, shift)
+        for got, exact in zip(found, moments(apart), strict=True):
+            torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
+        # Half a unit in the last place of bf16, or a whole one where the interpreter cuts digits off.
+        rtol = 2**-7 if kind == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(x.float(), wanted, rtol=rtol, atol=1e-5)
+"""
+
+
+def test_kernel_probes_and_norms_as_the_plain_form_does():
+    """On a GPU the kernel itself; elsewhere Triton's interpreter, in a process of its own."""
+    triton = pytest.importorskip("triton")
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip("the interpreter of this Triton does not know today's NumPy")
+    environment = os.environ | ({} if on_gpu else {"TRITON_INTERPRET": "1"})
+    done = subprocess.run([sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
