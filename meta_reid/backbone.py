@@ -1,11 +1,9 @@
 """The shared trunk with one set of batch normalisations per source domain, and the global branch's tail."""
 
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from itertools import chain
 
 import torch
@@ -303,11 +301,18 @@ def fused(x: Tensor) -> bool:
 
 @cache
 def kernels() -> bool:
-    """Whether Triton and the C compiler that it calls are here. Warns when they are not."""
-    found = find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
-    if not found:
-        warnings.warn("no Triton or no C compiler here: the experts' norms are slower", stacklevel=2)
-    return found
+    """Whether the kernel runs here, by trying it. Warns with the reason when it does not."""
+    try:
+        from meta_reid.kernel import probe_and_norm
+
+        one = torch.ones(1, 16, device="cuda")
+        probe_and_norm(one.clone()[..., None, None], one, one)
+    except (
+        Exception
+    ) as error:  # Triton, a C compiler, Python's headers, the driver: each fails in its own way
+        warnings.warn(f"the experts' norms are slower, their kernel does not run: {error!r}", stacklevel=2)
+        return False
+    return True
 
 
 @dataclass(frozen=True)

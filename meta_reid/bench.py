@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from meta_reid.backbone import kernels
 from meta_reid.baselines import Plain
 from meta_reid.losses import backward, objective
 from meta_reid.metrics import rank
@@ -141,6 +142,8 @@ def main() -> None:
         )
     report("meta_reid", rows)
     fast, slow, _, resnet, step, slow_step = rates.values()
+    if gpu:
+        print("experts' probes and norms:", "one kernel" if kernels() else "PyTorch's operations")
     part = 4 * fast / resnet
     asked = f", asked: 0.9, {'reached' if part >= 0.9 else 'not reached'}" if gpu else ""
     print(f"evaluation: {fast / slow:.2f} x sequential, {part:.2f} x (plain ResNet-50) / 4{asked}")
