@@ -123,7 +123,7 @@ class DMM(nn.Module):
         block of each tile. T is a bound that needs no look at the data: n / TILE + K."""
         n = len(q)
         order = block.argsort(stable=True)
-        counts = torch.bincount(block, minlength=self.blocks)
+        counts = _counts(block, self.blocks)
         tiles_of_block = (counts + TILE - 1) // TILE
         last = tiles_of_block.cumsum(0)
         start, first = counts.cumsum(0) - counts, (last - tiles_of_block) * TILE
@@ -172,7 +172,7 @@ class DMM(nn.Module):
             largest = torch.full_like(memory[:, 0], -2.0).scatter_reduce(0, slot, similarity, "amax")
             alpha = (similarity - largest[slot]).exp()
         sums = _summed(torch.zeros_like(memory).index_add_(0, slot, alpha[:, None] * q))
-        counts = _summed(torch.bincount(slot, minlength=len(memory)).float())
+        counts = _summed(_counts(slot, len(memory)).float())
         used = counts > 0
         moved = F.normalize(self.decay * memory + (1 - self.decay) * F.normalize(sums, dim=-1), dim=-1)
         memory = torch.where(used[:, None], moved, self.memory.flatten(0, 1))
@@ -190,9 +190,9 @@ class DMM(nn.Module):
         """For every slot one random query of its part (K N, C), and for every part whether there is any
         (K,)."""
         order = block.argsort(stable=True)
-        counts = torch.bincount(block, minlength=self.blocks)
+        counts = _counts(block, self.blocks)
         start = (counts.cumsum(0) - counts).repeat_interleave(self.slots)
-        random = torch.rand(self.blocks * self.slots, generator=generator).to(q.device)
+        random = torch.rand(self.blocks * self.slots, generator=generator).to(q.device, non_blocking=True)
         pick = (random * counts.repeat_interleave(self.slots)).long() + start
         candidates = q[order[pick.clamp(max=len(q) - 1)]]
         exists = counts > 0
@@ -203,6 +203,11 @@ class DMM(nn.Module):
             torch.distributed.broadcast(exists, 0)
             exists = exists.bool()
         return candidates, exists
+
+
+def _counts(index: Tensor, length: int) -> Tensor:
+    """How often each of 0 .. length - 1 occurs in `index`, int64; a GPU's bincount would wait for the data."""
+    return index.new_zeros(length).index_add_(0, index, torch.ones_like(index))
 
 
 def _summed(value: Tensor) -> Tensor:

@@ -44,39 +44,43 @@ class MREM(nn.Module):
         count = h.sum(1)
         # Corrupted cells first. The number of rows depends on the masks, which costs one look at them.
         order = h.byte().argsort(dim=1, descending=True, stable=True)
-        most, least = int(count.max()), int(count.min())
+        least, most = torch.stack(count.aminmax()).tolist()
         if most == 0:
             return features
         rows, places = order[:, :most], h.shape[1]
         corrupted = _take(tokens, rows)
         valid = torch.arange(most, device=h.device) < count[:, None]  # (B, rows)
+        even = most == least  # no row is padding, every key counts
         query = F.normalize(self.theta(corrupted), dim=-1)
         key, value = F.normalize(self.phi(tokens), dim=-1), self.g(tokens)
         kept = order[:, least:]
         is_kept = torch.arange(least, places, device=h.device) >= count[:, None]
-        inter = self._read(query, _take(key, kept), _take(value, kept), is_kept)
-        intra = self._read(query, _take(key, rows), _take(value, rows), valid)
+        inter = self._read(query, _take(key, kept), _take(value, kept), None if even else is_kept)
+        intra = self._read(query, _take(key, rows), _take(value, rows), None if even else valid)
         delta = self.out(torch.cat((corrupted, inter, intra), -1)) * valid.unsqueeze(-1)
         index = rows.unsqueeze(-1).expand_as(delta)
         return features + torch.zeros_like(tokens).scatter(1, index, delta.to(tokens.dtype)).transpose(
             1, 2
         ).reshape(features.shape)
 
-    def _read(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
+    def _read(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
         """Attention of query (B, R, d) over the allowed (B, S) keys (B, S, d) and values (B, S, C) -> (B, R,
-        C).
+        C); allowed None: over all.
 
         The values are cut into heads as wide as the keys, because fused kernels want equal widths; all heads
         share the same weights. Without an allowed key the result is zero.
         """
         if key.shape[1] == 0:
             return torch.zeros_like(query).repeat(1, 1, self.heads)
-        any_key = allowed.any(1)
-        mask = None if bool(allowed.all()) else (allowed | ~any_key[:, None])[:, None, None]
+        any_key = mask = None
+        if allowed is not None:
+            any_key = allowed.any(1)
+            mask = (allowed | ~any_key[:, None])[:, None, None]
         query, key = (x.unsqueeze(1).expand(-1, self.heads, -1, -1) for x in (query, key))
         value = value.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         read = F.scaled_dot_product_attention(query, key, value.to(query.dtype), mask, scale=1 / self.tau)
-        return torch.where(any_key[:, None, None], read.transpose(1, 2).flatten(2), 0.0)
+        read = read.transpose(1, 2).flatten(2)
+        return read if any_key is None else torch.where(any_key[:, None, None], read, 0.0)
 
     def dense(self, features: Tensor, holes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same with the whole P x P correlation: F'' (B, C, h, w), and the weights of both reads (B, P,

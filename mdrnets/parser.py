@@ -63,8 +63,8 @@ def merge(
 ) -> Tensor:
     """Probabilities of 19 labels (B, 19, H, W) -> of K groups on the memory's grid (B, K, h, w), summing to
     1."""
-    grouped = torch.stack([probabilities[:, list(labels)].sum(1) for labels in groups.values()], 1)
-    grouped = F.adaptive_avg_pool2d(grouped, cells)
+    maps = F.adaptive_avg_pool2d(probabilities, cells).unbind(1)
+    grouped = torch.stack([sum(maps[label] for label in labels) for labels in groups.values()], 1)
     return grouped / grouped.sum(1, keepdim=True).clamp_min(1e-8)
 
 
