@@ -105,14 +105,17 @@ def evaluate(
     ratios: dict[str, float] = {}
     for name, masks in masks_by_bin(config).items():
         loader = DataLoader(
-            TestSet(pictures, masks, TEST_MASKS), settings.batch_size, num_workers=config.workers
+            TestSet(pictures, masks, TEST_MASKS),
+            settings.batch_size,
+            num_workers=config.workers,
+            pin_memory=device.type == "cuda",
         )
         runs = [(method, seed) for method, seeds in networks.items() for seed in seeds]
         runs += [(method, config.seed) for method in CLASSICAL]
         scores = {run: Scores(settings.protocol, *optional) for run in runs}
         shares = []
         for batch in progress(loader, f"holes of {name}"):
-            batch = {k: v.to(device) for k, v in batch.items()}
+            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             shares.append(batch["mask"].mean((1, 2, 3)))
             for (method, seed), score in scores.items():
                 if method in CLASSICAL:

@@ -120,8 +120,9 @@ def total_variation(comp: Tensor, m: Tensor) -> Tensor:
 
 
 def perceptual(of_y: list[Tensor], of_comp: list[Tensor], of_x: list[Tensor]) -> Tensor:
-    """sum_l mean |phi_l(y) - phi_l(x)| + mean |phi_l(comp y) - phi_l(x)|."""
+    """sum_l mean |phi_l(y) - phi_l(x)| + mean |phi_l(comp y) - phi_l(x)|, in fp32."""
     levels = zip(of_y, of_comp, of_x, strict=True)
+    levels = ((features.float() for features in level) for level in levels)
     return sum((a - x).abs().mean() + (b - x).abs().mean() for a, b, x in levels)
 
 
@@ -180,7 +181,7 @@ def inco2(
         distance = 1 - (out * x).sum(1, keepdim=True)
         return _mean_where(distance, ring), _mean_where(distance, h)
     out, x, h = out.flatten(2).transpose(1, 2), x.flatten(2).transpose(1, 2), h.flatten(1) > 0.5
-    draw = torch.rand(h.shape, generator=generator).to(h.device)
+    draw = torch.rand(h.shape, generator=generator).to(h.device, non_blocking=True)
     count_h, count_v = h.sum(1), (~h).sum(1)
     rows_h, in_h = _draw_cells(h, draw, samples)
     rows_v, in_v = _draw_cells(~h, draw, samples)

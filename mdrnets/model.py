@@ -271,11 +271,14 @@ class Discriminator(nn.Module):
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Activations of the four hidden layers (for feature matching), then the logits."""
+        with torch.autocast(x.device.type, enabled=False):
+            weights = [layer.weight for layer in self.layers]  # the spectral norm's products stay in fp32
         maps = []
-        for layer in self.layers[:-1]:
-            x = F.leaky_relu(layer(x), 0.2)
-            maps.append(x)
-        return [*maps, self.layers[-1](x)]
+        for layer, weight in zip(self.layers, weights, strict=True):
+            x = F.conv2d(x, weight, None, layer.stride, layer.padding)
+            maps.append(x if layer is self.layers[-1] else F.leaky_relu(x, 0.2))
+            x = maps[-1]
+        return maps
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_features(x)[-1]

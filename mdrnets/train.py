@@ -6,6 +6,8 @@ and schedule are a reconstruction, and no number of the paper's tables is known.
 """
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -190,18 +192,26 @@ PRESETS = {
 }
 
 
-def write_memory(net: MDRNet, batch: dict[str, Tensor], generator: torch.Generator) -> None:
+def write_memory(
+    net: MDRNet,
+    batch: dict[str, Tensor],
+    generator: torch.Generator,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
     """`ema`: encode the undamaged picture and write it into the blocks of its true parts: the labels where
-    there are any, otherwise what the parser sees in the undamaged picture."""
+    there are any, otherwise what the parser sees in the undamaged picture. autocast: arithmetic of the
+    networks; queries and memory stay in fp32."""
     x, dmm = batch["image"], net.refine.dmm
     with torch.no_grad():
         cells = (x.shape[-2] // net.stride, x.shape[-1] // net.stride)
-        parser_sees = net.parser(x, cells)
+        with autocast():
+            parser_sees = net.parser(x, cells)
         known = (batch["parts"] >= 0).flatten(1).all(1).view(-1, 1, 1, 1)
         truth = parts_on_grid(batch["parts"].clamp_min(0), parser_sees.shape[1], cells)
         parsing = torch.where(known, truth, parser_sees)
-        features = net.refine.features(x, torch.zeros_like(batch["mask"]), parsing)
-        dmm.write(dmm.queries(features).flatten(0, 1), parsing.argmax(1).flatten(), generator)
+        with autocast():
+            features = net.refine.features(x, torch.zeros_like(batch["mask"]), parsing)
+        dmm.write(dmm.queries(features.float()).flatten(0, 1), parsing.argmax(1).flatten(), generator)
 
 
 def update(optimiser: torch.optim.Optimizer, loss: Tensor, learning: list[nn.Parameter], processes: int):
@@ -220,7 +230,8 @@ def train_stage(
     refining = stage.name in VARIANTS
     inco = stage.name.endswith("+inco2") and bool(config.inter or config.intra)
     net = prepare(stage, config, run.folder, len(pictures.parts)).to(device)
-    phi = feature_network(config, net).to(device) if refining and needs_features(config, inco) else None
+    phi = feature_network(config, net) if refining and needs_features(config, inco) else None
+    phi = phi if phi is None else phi.to(device, memory_format=torch.channels_last)
     critic = Discriminator().to(device) if refining and config.adversarial else None
     average = copy.deepcopy(net).requires_grad_(False) if config.average else None
     models = {"net": net, "critic": critic, "average": average}
@@ -281,7 +292,7 @@ def train_stage(
 
         # Memory: written from clean features, or only observed.
         if writes and position.step % config.write_every == 0:
-            write_memory(net, batch, chance)
+            write_memory(net, batch, chance, accelerator.autocast)
         if dmm is not None:
             dmm.count_reads()
 
