@@ -206,7 +206,7 @@ class DMM(nn.Module):
 
 
 def _counts(index: Tensor, length: int) -> Tensor:
-    """How often each of 0 .. length - 1 occurs in `index`, int64; a GPU's bincount would wait for the data."""
+    """How often each of 0 .. length - 1 occurs in `index`, int64. A GPU's bincount waits for the data."""
     return index.new_zeros(length).index_add_(0, index, torch.ones_like(index))
 
 

@@ -443,3 +443,5 @@ def test_bench_compares_fast_and_plain_forms(tmp_path):
     assert "MREM, forward and backward:" in done.stdout and "x the memory of the plain form" in done.stdout
     rows = json.loads((tmp_path / "mdrnets" / "bench.json").read_text())["rows"]
     assert {row["form"] for row in rows} == {"fast", "plain"}
+    priced = {row["what"] for row in rows if row.get("gmacs") and row["per_second"] > 0}
+    assert priced == {"coarse network", "refinement network", "discriminator", "inference, all", "training step"}
