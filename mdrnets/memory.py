@@ -98,7 +98,7 @@ class DMM(nn.Module):
         return w if self.blocks == 1 else w * p.unsqueeze(-1)
 
     def _address(self, scores: Tensor) -> Tensor:
-        w = scores.softmax(-1)
+        w = scores.float().softmax(-1)
         if self.addressing == "shrink":
             w = F.relu(w - self.shrink) * w / ((w - self.shrink).abs() + 1e-12)
             w = F.normalize(w, p=1, dim=-1)

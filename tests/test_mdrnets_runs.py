@@ -71,6 +71,18 @@ def test_evaluation_prints_claims_and_writes_results(run_folder):
     assert (run_folder / "samples" / "test-faces.png").is_file()
 
 
+def test_every_form_of_the_memory_trains_in_bf16_and_logs_in_fp32(tmp_path):
+    forms = ("full+inco2", "full-hard", "full-ema", "full-shrink")
+    terms = {"adversarial": 0.1, "perceptual": 0.05, "style": 120.0, "tv": 0.1, "features": "random"}
+    folder = train(tiny(out=tmp_path, variants=forms, precision="bf16", image_size=32, log_every=1, **terms))
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    logged = [(name, value) for line in lines for name, value in line.items() if name != "step"]
+    assert {name.split("/")[1] for name, _ in logged} == {"coarse", *forms}
+    assert np.isfinite([value for _, value in logged]).all()
+    values = torch.tensor([value for name, value in logged if name.endswith("/perceptual")])
+    assert not torch.equal(values, values.bfloat16().float())  # bf16 has too few digits for sums
+
+
 def test_oracle_parsing_is_reported(run_folder, capsys):
     evaluation.main(evaluation.EvalConfig(run=run_folder, oracle_parsing=True, device="cpu"))
     results = json.loads((run_folder / "results.json").read_text())
@@ -444,4 +456,5 @@ def test_bench_compares_fast_and_plain_forms(tmp_path):
     rows = json.loads((tmp_path / "mdrnets" / "bench.json").read_text())["rows"]
     assert {row["form"] for row in rows} == {"fast", "plain"}
     priced = {row["what"] for row in rows if row.get("gmacs") and row["per_second"] > 0}
-    assert priced == {"coarse network", "refinement network", "discriminator", "inference, all", "training step"}
+    networks = {"coarse network", "refinement network", "discriminator", "inference, all"}
+    assert priced == networks | {"training step"}
