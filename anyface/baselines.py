@@ -31,13 +31,15 @@ def optimise_codes(
     steps: int = 200,
     lr: float = 0.1,
     lambda_l2: float = 0.008,
-    batch: int = 50,
+    batch: int | None = None,
 ) -> Tensor:
     """Codes (N, L, D) that make G's picture match each caption feature (N, F), each from the mean code.
 
     Minimises 1 - cos(CLIP(G(w)), f_t) + lambda_l2 |w - mean|^2 with Adam; 200 steps, lr 0.1 with a linear
-    ramp up and a cosine down, and 0.008 are StyleCLIP's (recalled).
+    ramp up and a cosine down, and 0.008 are StyleCLIP's (recalled). batch: captions at once; default: what
+    the activations of so large pictures allow, at most 50.
     """
+    batch = batch or max(4, min(50, 2**21 // generator.size**2))
     results = []
     for part in progress(texts.split(batch), "latent optimisation"):
         codes = mean.expand(len(part), -1, -1).clone().requires_grad_(True)

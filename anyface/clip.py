@@ -92,11 +92,20 @@ def clip_from_state(state: dict[str, Tensor]) -> CLIP:
 @lru_cache(maxsize=32)
 def _area_weights(size: int, target: int, device: torch.device) -> Tensor:
     """(target, size): weight of every source pixel in the mean over each target pixel's area."""
-    edges = torch.arange(target + 1, dtype=torch.float64) * size / target
-    left, right = edges[:-1, None], edges[1:, None]
-    pixel = torch.arange(size, dtype=torch.float64)
-    overlap = (torch.minimum(right, pixel + 1) - torch.maximum(left, pixel)).clamp_min(0)
-    return (overlap * target / size).float().to(device)
+    # A tensor made in inference mode would stay unusable for gradients.
+    with torch.inference_mode(False):
+        edges = torch.arange(target + 1, dtype=torch.float64) * size / target
+        left, right = edges[:-1, None], edges[1:, None]
+        pixel = torch.arange(size, dtype=torch.float64)
+        overlap = (torch.minimum(right, pixel + 1) - torch.maximum(left, pixel)).clamp_min(0)
+        return (overlap * target / size).float().to(device)
+
+
+@lru_cache(maxsize=8)
+def _mean_and_std(device: torch.device) -> Tensor:
+    """(2, 3, 1, 1), copied to a device once: every copy makes a GPU's queue wait."""
+    with torch.inference_mode(False):
+        return torch.tensor((MEAN, STD), device=device).view(2, 3, 1, 1)
 
 
 def area_resize(image: Tensor, target: int) -> Tensor:
@@ -120,7 +129,7 @@ def clip_pixels(image: Tensor, resolution: int, mode: ClipInput = "correct") -> 
     image = area_resize(image, resolution)
     if mode == "official":
         return image
-    mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = _mean_and_std(image.device).to(image.dtype)
     return ((image + 1) / 2 - mean) / std
 
 

@@ -137,6 +137,7 @@ def reconstruction_features(
     batch: int = 64,
 ) -> Tensor:
     """CLIP features f_i (N, F) of all reconstructions G(w)."""
+    batch = min(batch, max(4, 2**22 // generator.size**2))  # 64 of 256 px
     starts = progress(range(0, len(faces), batch), "reconstructions")
     made = (generator.synthesis(faces.codes[i : i + batch].to(device)) for i in starts)
     return torch.cat([image_features(clip, pictures, clip_input) for pictures in made])
@@ -192,22 +193,20 @@ def draw_pairs(
     other = (faces + jump) % n
     own_caption = choose_captions(cache.counts, faces, draws, seed, choice)
     other_caption = choose_captions(cache.counts, other, draws, seed + 1, choice)
-    device = cache.codes.device
-
-    def at(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
-
+    # One copy to the device that the loop does not wait for.
+    drawn = torch.from_numpy(np.stack((faces, own_caption, other, other_caption)))
+    face, own, other, others = drawn.to(cache.codes.device, non_blocking=True)
     batch = {
-        "w": cache.codes[at(faces)],
-        "f_i": cache.image[at(faces)],
-        "f_t": cache.text[at(faces), at(own_caption)],
-        "f_other": cache.text[at(other), at(other_caption)],
-        "face": at(faces),
-        "other": at(other),
+        "w": cache.codes[face],
+        "f_i": cache.image[face],
+        "f_t": cache.text[face, own],
+        "f_other": cache.text[other, others],
+        "face": face,
+        "other": other,
     }
     if cache.tokens is not None:
-        batch["tokens"] = cache.tokens[at(faces), at(own_caption)]
-        batch["tokens_other"] = cache.tokens[at(other), at(other_caption)]
+        batch["tokens"] = cache.tokens[face, own]
+        batch["tokens_other"] = cache.tokens[other, others]
     return batch
 
 

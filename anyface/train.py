@@ -15,6 +15,7 @@ import torch
 import tyro
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from anyface import losses
 from anyface.bundle import save_model
@@ -150,6 +151,9 @@ class Config(RunConfig):
     """Steps between pictures."""
 
 
+SHEET_SIDE = 256
+"""Largest side of a picture on the sheets of training."""
+
 PAPER = Config()
 SMALL = Config(
     data="world", size="tiny", test_faces=300, clip_steps=1000, half_steps=600, generator_steps=800,
@@ -258,7 +262,8 @@ def stream_learner(
     else:
         for net in models.values():
             net.transformer_encoder.requires_grad_(False)
-    optimiser = Ranger(groups) if config.optimiser == "ranger" else torch.optim.Adam(groups)
+    fused = accelerator.device.type == "cuda"
+    optimiser = Ranger(groups) if config.optimiser == "ranger" else torch.optim.Adam(groups, fused=fused)
     for net in models.values():
         maybe_compile(net, config.compile)
     pairs = iter(StepBatches(len(cache.codes), config.batch_size, stage.seed, stage.steps, step, draws=True))
@@ -272,7 +277,7 @@ def stream_learner(
         rng = step_generator(stage.seed, step, stream=12)
         batch["z"] = torch.randn(config.batch_size, constants.generator.style_dim, generator=rng)
         batch = cut(batch, rank, processes)
-        z = batch.pop("z").to(accelerator.device)
+        z = batch.pop("z").to(accelerator.device, non_blocking=True)
         return stream_terms(text, image, batch, z, cache, constants, config, accelerator.autocast)
 
     schedule = constant if config.schedule == "constant" else warm_cosine
@@ -333,10 +338,12 @@ def sheet(learner: Learner, faces: Faces, cache: Cache, constants: Constants, co
     w_i = image(cache.image[:8])[0]
     z = torch.randn(2, len(w_t), generator.style_dim, generator=step_generator(config.seed, 0, 14))
     draws = [assemble(generator.mapping(part.to(w_t)), w_t, config.noise_layers) for part in z]
-    rows = [generator.synthesis(code) for code in (cache.codes[:8], w_t, *draws, w_i)]
+    codes = (cache.codes[:8], w_t, *draws, w_i)
+    side = min(generator.size, SHEET_SIDE)
+    rows = [F.adaptive_avg_pool2d(generator.synthesis(code), side) for code in codes]
     text.train(), image.train()
     labels = ["G(w)", "caption", "noise 1", "noise 2", "image"]
-    scale = max(1, 96 // generator.size)
+    scale = max(1, 96 // side)
     return image_grid(torch.cat(rows) / 2 + 0.5, len(w_t), row_labels=labels, scale=scale)
 
 
