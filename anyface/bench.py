@@ -2,23 +2,32 @@
 
 Grouped: weights for each sample in one grouped convolution, and the filter over single channels in two
 dimensions, as public code without custom CUDA has it. One run measures both forms with the same weights.
+On a GPU generator, CLIP and IR-SE50 work in bf16 autocast and streams and losses in fp32, as in training.
 """
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from anyface.clip import vit_b32
+from anyface.data import Cache
 from anyface.encoder import IRSE50
 from anyface.losses import code_distance, diverse_triplet
 from anyface.model import Memory, Stream
-from anyface.parts import CHANNELS
+from anyface.parts import CHANNELS, small_clip
+from anyface.ranger import Ranger
+from anyface.stages import Constants, make_streams
 from anyface.stylegan2 import Generator
+from anyface.train import PRESETS, Config, stream_terms
 from shared.bench import count_macs, count_parameters, peak_memory, report, synchronize, throughput
 from shared.runtime import parse, pick_device, run_main
 
@@ -33,8 +42,11 @@ class BenchConfig:
     """Faces per call of the full-size networks; default 1 on the CPU and 8 on a GPU."""
     small_batch: int = 32
     """Faces per call of the demo's generator and of the losses."""
-    seconds: float = 1.0
-    """Shortest time that each speed is measured for; at least three calls are made."""
+    seconds: float | None = None
+    """Shortest time that each speed is measured for, default 1 on the CPU and 0.5 on a GPU; at least three
+    calls are made."""
+    compile: bool = False
+    """Measure StyleGAN2 of `size` once more in both forms under torch.compile, and nothing else."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
 
@@ -66,6 +78,38 @@ def both_forms(**sizes) -> dict[str, Generator]:
     return {"fast": fast.requires_grad_(False), "grouped": grouped.requires_grad_(False)}
 
 
+def training_steps(
+    config: Config, forms: dict[str, Constants], items: int, device: torch.device, autocast: Callable
+) -> dict[str, Callable[[], None]]:
+    """A training step of one pair of streams on random features, through the generator of each form."""
+    constants = next(iter(forms.values()))
+    generator, width = constants.generator, constants.clip.visual.output_dim
+    with device:
+        text, image = (net.train() for net in make_streams(config, constants, 0))
+        batch = {name: torch.randn(items, width) for name in ("f_t", "f_i", "f_other")}
+        batch |= {"w": torch.randn(items, generator.n_latent, generator.style_dim)}
+        batch |= {"face": torch.arange(items)}
+        mean, z = torch.randn_like(batch["w"][:1]), torch.randn(items, generator.style_dim)
+    cache = Cache(batch["w"], batch["f_i"], batch["f_t"][:, None], np.ones(items, int), mean)
+    parameters = [*text.parameters(), *image.parameters()]
+    optimiser = (Ranger if config.optimiser == "ranger" else torch.optim.Adam)(parameters, lr=1e-4)
+
+    def step(of: Constants) -> None:
+        terms = stream_terms(text, image, batch, z, cache, of, config, autocast)
+        optimiser.zero_grad(set_to_none=True)
+        sum(terms.values()).backward()
+        optimiser.step()
+
+    return {form: partial(step, of) for form, of in forms.items()}
+
+
+def count_step(step: Callable[[], None]) -> int:
+    """Multiply-accumulates of a call that goes forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() // 2
+
+
 def in_turn(
     functions: dict[str, Callable], items: int, device: torch.device, seconds: float
 ) -> dict[str, float]:
@@ -84,11 +128,53 @@ def in_turn(
     return {name: items / sorted(spent[1:])[len(spent[1:]) // 2] for name, spent in times.items()}
 
 
+def some_codes(generator: Generator, items: int, device: torch.device) -> Tensor:
+    """Random W+ codes that ask for a gradient."""
+    shape = (items, generator.n_latent, generator.style_dim)
+    return torch.randn(shape, device=device, requires_grad=True)
+
+
+def picture(synthesis: Callable[[Tensor], Tensor], codes: Tensor, autocast: Callable) -> Tensor:
+    """Codes to pictures."""
+    with torch.no_grad(), autocast():
+        return synthesis(codes)
+
+
+def gradient(synthesis: Callable[[Tensor], Tensor], codes: Tensor, autocast: Callable) -> tuple[Tensor, ...]:
+    """Codes to pictures and the way back, as losses on pictures need it."""
+    with autocast():
+        made = synthesis(codes)
+    return torch.autograd.grad(made.float().square().mean(), codes)
+
+
+def compiled(
+    size: int, items: int, device: torch.device, autocast: Callable, seconds: float, row: Callable
+) -> None:
+    """Rows of StyleGAN2 with gradient in both forms, as it is and under torch.compile."""
+    with device:
+        forms = both_forms(size=size)
+    codes = some_codes(forms["fast"], items, device)
+    functions = {}
+    for form, generator in forms.items():
+        functions[form] = partial(gradient, generator.synthesis, codes, autocast)
+        functions[f"{form}, compiled"] = partial(
+            gradient, torch.compile(generator.synthesis), codes, autocast
+        )
+    speeds = in_turn(functions, items, device, seconds)
+    macs = count_step(functions["fast"]) // items
+    for form, function in functions.items():
+        counted = macs if form.startswith("fast") else None
+        row(f"StyleGAN2 {size}, picture and gradient", form, items, function, None, counted, speeds[form])
+
+
 def main(config: BenchConfig) -> None:
     """Measure and print; bench.json keeps the numbers."""
     device = pick_device(config.device)
     gpu = device.type == "cuda"
-    batch, small = config.batch_size or (8 if gpu else 1), config.small_batch
+    paper, demo = PRESETS["paper"], PRESETS["demo"]
+    batch, small = config.batch_size or (paper.batch_size if gpu else 1), config.small_batch
+    seconds = config.seconds or (0.5 if gpu else 1.0)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=gpu)
     torch.manual_seed(0)
     rows: list[dict] = []
 
@@ -98,79 +184,96 @@ def main(config: BenchConfig) -> None:
         items: int,
         function: Callable,
         module: nn.Module | None = None,
-        one: Callable | None = None,
+        macs: int | None = None,
         speed: float | None = None,
+        fp32: bool = False,
     ) -> None:
         rows.append(
             {
                 "what": what,
                 "form": form,
                 "batch": items,
+                "arithmetic": "bf16" if gpu and not fp32 else "fp32",
                 "parameters": count_parameters(module) if module is not None else None,
-                "gmacs_per_item": count_macs(one) / 1e9 if one is not None else None,
-                "items_per_second": speed or throughput(function, items, device, config.seconds),
+                "gmacs": macs / 1e9 if macs is not None else None,
+                "per_second": speed or throughput(function, items, device, seconds),
                 "peak_mib": peak_memory(function, device) / 2**20,
             }
         )
 
-    def inference(what: str, module: nn.Module, call, *inputs: Tensor) -> None:
+    def inference(what: str, module: nn.Module, call, *inputs: Tensor, fp32: bool = False) -> None:
         def run(*given: Tensor):
-            with torch.no_grad():
+            with torch.no_grad(), nullcontext() if fp32 else autocast():
                 return call(*given)
 
-        one = [x[:1] for x in inputs]
-        row(what, "fast", len(inputs[0]), lambda: run(*inputs), module, lambda: run(*one))
+        # Attention's fused path for inference is unknown to the counter.
+        torch.backends.mha.set_fastpath_enabled(False)
+        macs = count_macs(run, *(x[:1] for x in inputs))
+        torch.backends.mha.set_fastpath_enabled(True)
+        row(what, "fast", len(inputs[0]), lambda: run(*inputs), module, macs, fp32=fp32)
 
-    # Full-size networks.
-    clip = vit_b32().to(device).eval().requires_grad_(False)
+    if config.compile:
+        compiled(config.size, batch, device, autocast, seconds, row)
+        report("anyface", rows)
+        compare(rows)
+        return
+
+    # Full-size networks, made where they are used: 300 million random numbers take a CPU a while.
+    with device:
+        clip = vit_b32().eval().requires_grad_(False)
     inference(
         "CLIP ViT-B/32, picture", clip, clip.encode_image, torch.randn(batch, 3, 224, 224, device=device)
     )
     tokens = torch.zeros(batch, 77, dtype=torch.long, device=device)
     tokens[:, :10] = 49407
     inference("CLIP ViT-B/32, caption", clip, clip.encode_text, tokens)
-    del clip
-    stream = Stream().to(device).eval().requires_grad_(False)
-    inference("text stream", stream, stream, torch.randn(batch, 512, device=device))
+    with device:
+        stream = Stream().eval().requires_grad_(False)
+    inference("text stream", stream, stream, torch.randn(batch, 512, device=device), fp32=True)
     del stream
-    identity = IRSE50().to(device).eval().requires_grad_(False)
+    with device:
+        identity = IRSE50().eval().requires_grad_(False)
     inference("IR-SE50", identity, identity, torch.randn(batch, 3, 112, 112, device=device))
     del identity
 
-    large = Generator(1024).to(device).eval().requires_grad_(False)
+    with device:
+        large = Generator(1024).eval().requires_grad_(False)
     inference("StyleGAN2 1024, picture", large, large.synthesis, torch.randn(batch, 18, 512, device=device))
     del large
 
     # StyleGAN2 in both forms: pictures, and the gradient to the codes that the streams' losses need.
     tiny = {"style_dim": 64, "n_mlp": 3, "lr_mlp": 1.0}
-    cases = {
-        f"StyleGAN2 {config.size}": (batch, both_forms(size=config.size)),
-        "demo's StyleGAN2 32": (small, both_forms(size=32, channels=CHANNELS, **tiny)),
-        "demo's StyleGAN2 64": (small, both_forms(size=64, channels=CHANNELS, **tiny)),
-    }
+    with device:
+        cases = {
+            f"StyleGAN2 {config.size}": (batch, both_forms(size=config.size)),
+            "demo's StyleGAN2 32": (small, both_forms(size=32, channels=CHANNELS, **tiny)),
+            "demo's StyleGAN2 64": (small, both_forms(size=64, channels=CHANNELS, **tiny)),
+        }
     for name, (items, forms) in cases.items():
         calls: dict[str, dict[str, Callable]] = {"picture": {}, "picture and gradient": {}}
         for form, generator in forms.items():
-            generator.to(device)
-            shape = (items, generator.n_latent, generator.style_dim)
-            codes = torch.randn(shape, device=device, requires_grad=True)
-
-            def picture(g=generator, c=codes) -> Tensor:
-                with torch.no_grad():
-                    return g.synthesis(c)
-
-            def gradient(g=generator, c=codes) -> tuple[Tensor, ...]:
-                return torch.autograd.grad(g.synthesis(c).square().mean(), c)
-
-            calls["picture"][form], calls["picture and gradient"][form] = picture, gradient
+            codes = some_codes(generator, items, device)
+            calls["picture"][form] = partial(picture, generator.synthesis, codes.detach(), autocast)
+            calls["picture and gradient"][form] = partial(gradient, generator.synthesis, codes, autocast)
         for what, functions in calls.items():
-            speeds = in_turn(functions, items, device, config.seconds)
+            speeds = in_turn(functions, items, device, seconds)
             for form, function in functions.items():
-                g, first = forms[form], codes.detach()[:1]
-                counted = form == "fast" and what == "picture"
-                one = (lambda g=g, c=first: g.synthesis(c)) if counted else None
-                module = g if what == "picture" else None
-                row(f"{name}, {what}", form, items, function, module, one, speeds[form])
+                macs = count_step(function) // items if form == "fast" else None
+                module = forms[form] if what == "picture" else None
+                row(f"{name}, {what}", form, items, function, module, macs, speeds[form])
+
+    # A training step of both streams: the demo's, and on a GPU, where it takes no minutes, the paper's.
+    small_networks = small_clip()[0].to(device).eval().requires_grad_(False)
+    trainings = {"training step, demo": (demo, small_networks, *cases["demo's StyleGAN2 32"])}
+    if gpu:
+        trainings[f"training step, {config.size} px"] = (paper, clip, *cases[f"StyleGAN2 {config.size}"])
+    for what, (preset, reader, items, forms) in trainings.items():
+        constants = {form: Constants(reader, None, generator) for form, generator in forms.items()}
+        steps = training_steps(preset, constants, items, device, autocast)
+        speeds = in_turn(steps, items, device, seconds)
+        for form, step in steps.items():
+            macs = count_step(step) // items if form == "fast" else None
+            row(what, form, items, step, None, macs, speeds[form])
 
     # Losses and memory, forward and backward.
     w, w_t, w_other = torch.randn(3, small, 18, 512, device=device)
@@ -183,9 +286,10 @@ def main(config: BenchConfig) -> None:
     triplets = {"fast": lambda: diverse_triplet(w, w_t, w_other, mean, negatives="official")}
     triplets["grouped"] = lambda: triplet_by_loops(w, w_t, w_other, mean)
     for form, function in triplets.items():
-        row("diverse triplet loss", form, small, lambda t=function: torch.autograd.grad(t(), (w_t, w_other)))
-    row("AnyFace++ memory", "fast", small, lambda: memory(f))
-    row("AnyFace++ memory", "grouped", small, lambda: read_by_loops(memory, f))
+        call = lambda t=function: torch.autograd.grad(t(), (w_t, w_other))  # noqa: E731
+        row("diverse triplet loss", form, small, call, fp32=True)
+    row("AnyFace++ memory", "fast", small, lambda: memory(f), fp32=True)
+    row("AnyFace++ memory", "grouped", small, lambda: read_by_loops(memory, f), fp32=True)
 
     report("anyface", rows)
     compare(rows)
@@ -199,7 +303,7 @@ def compare(rows: list[dict]) -> None:
     for what, form in found:
         if form == "grouped":
             fast, plain = found[what, "fast"], found[what, "grouped"]
-            speed = fast["items_per_second"] / plain["items_per_second"]
+            speed = fast["per_second"] / plain["per_second"]
             print(f"{what}: {speed:.2f} x the speed of the grouped or looped form")
 
 

@@ -1,6 +1,7 @@
 """AnyFace: training, its switches, resume, several processes and evaluation in miniature."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from anyface import bench
 from anyface import eval as evaluation
 from anyface import train as training
 from anyface.bundle import load_model
@@ -347,3 +349,14 @@ def test_the_demo_shows_the_claims(tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     failed = [claim["text"] for claim in results["claims"] if not claim["holds"]]
     assert not failed
+
+
+def test_bench_steps_train_both_streams_through_either_form():
+    tiny_generator = {"size": 32, "style_dim": 64, "n_mlp": 3, "lr_mlp": 1.0, "channels": bench.CHANNELS}
+    clip = small_clip()[0].requires_grad_(False)
+    forms = {name: Constants(clip, None, g) for name, g in bench.both_forms(**tiny_generator).items()}
+    steps = bench.training_steps(PRESETS["demo"], forms, 8, torch.device("cpu"), nullcontext)
+    fast, grouped = (bench.count_step(steps[form]) for form in ("fast", "grouped"))
+    # Per face: 82 million. Grouped weights depend on the sample, so they ask for a gradient too.
+    assert fast / 8 == pytest.approx(82.2e6, rel=0.01)
+    assert grouped > fast
