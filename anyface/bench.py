@@ -214,7 +214,7 @@ def main(config: BenchConfig) -> None:
 
     if config.compile:
         compiled(config.size, batch, device, autocast, seconds, row)
-        report("anyface", rows)
+        report("anyface", rows, device=device)
         compare(rows)
         return
 
@@ -291,7 +291,7 @@ def main(config: BenchConfig) -> None:
     row("AnyFace++ memory", "fast", small, lambda: memory(f), fp32=True)
     row("AnyFace++ memory", "grouped", small, lambda: read_by_loops(memory, f), fp32=True)
 
-    report("anyface", rows)
+    report("anyface", rows, device=device)
     compare(rows)
     if not gpu:
         print("GPU: not measured here; the same command measures it where there is one")

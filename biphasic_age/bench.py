@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from biphasic_age import naive
 from biphasic_age.frozen import AgeNet, IdentityNet, freeze
@@ -126,9 +125,7 @@ def step_gmacs(config: BenchConfig) -> dict[str, float]:
     for form in ("plain", "fast"):
         with meta:
             step = make_step(replace(config, batch_size=1), meta)
-            with FlopCounterMode(display=False) as counter:
-                getattr(step, form)()
-        counts[form] = counter.get_total_flops() / 2e9
+            counts[form] = count_macs(getattr(step, form), training=True) / 1e9
     return counts
 
 
@@ -159,7 +156,7 @@ def main(config: BenchConfig) -> None:
         row = {"what": "training step", "form": form, "batch": batch, "gmacs": gmacs[form.split()[0]]}
         row |= {"per_second": batch / median(times[form]), "peak_mib": peaks[form] / 2**20}
         rows.append(row)
-    report("biphasic_age", rows)
+    report("biphasic_age", rows, device=device)
     compare(rows)
     if device.type == "cpu":
         print("GPU: not measured here; the same command measures it where there is one")

@@ -16,8 +16,6 @@ from typing import Literal
 import imageio_ffmpeg
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from faceswapper import fusion, literal
 from faceswapper.align import DEMO_FRAMING, paste, to_arrays, to_tensor
@@ -139,31 +137,13 @@ class Players:
         return step
 
 
-class Counter(TorchDispatchMode):
-    """PyTorch's formulas for the cost of matrix products and convolutions, forward and backward, added up.
-
-    Its own counter also follows modules, which a gradient inside a forward pass (R1) does not allow.
-    """
-
-    total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        formula = flop_registry.get(function._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 def step_macs(size: Size) -> dict[str, int]:
     """Multiply-accumulates of one pair's training step, forward and backward, counted without computing."""
     counts = {}
     for form in ("fast", "official"):
         with torch.device("meta"):
             players = Players(size, 1, torch.device("meta"))
-            with Counter() as counter:
-                getattr(players, form)()()
-        counts[form] = counter.total // 2
+            counts[form] = count_macs(getattr(players, form)(), training=True)
     return counts
 
 
@@ -341,7 +321,7 @@ def main(config: BenchConfig) -> list[dict]:
         else:
             rows += video(size, config.frames, device, repeats)
     ratios = compare(rows)
-    report("faceswapper", rows)
+    report("faceswapper", rows, device=device)
     for row in ratios:
         said = [f"{row['speed']:.2f} x the speed"]
         said += [f"{row[k]:.2f} x the {k}" for k in ("memory", "cost") if k in row]

@@ -8,7 +8,6 @@ attention products (not FLOPs, which would be twice as many), of a training step
 """
 
 import copy
-import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from irisusformer.baselines import IrisParseNet, UNet
 from irisusformer.data import EyeWorld
@@ -27,7 +25,7 @@ from irisusformer.losses import objective
 from irisusformer.model import IrisUsformer, fold_batch_norm
 from irisusformer.naive import naive
 from irisusformer.train import PAPER
-from shared.bench import count_parameters, peak_memory, report, throughput
+from shared.bench import count_macs, count_parameters, peak_memory, report, throughput
 from shared.io import progress
 from shared.onnxfile import open_onnx
 from shared.runtime import parse, pick_device, run_main, seed_everything
@@ -57,16 +55,6 @@ class BenchConfig:
     """Also torch.compile (takes a minute or more to compile)."""
 
 
-def conv_backward_flops(gradient, x, weight, *options, out_shape) -> int:
-    """FLOPs of a (not transposed) convolution's gradients from its shapes.
-
-    PyTorch's own formula counts the weight's gradient as if there were no groups.
-    """
-    each = 2 * math.prod(gradient) * math.prod(weight[1:])
-    to_input, to_weight, _ = options[-1]
-    return each * (to_input + to_weight)
-
-
 def gmacs(model: nn.Module, height: int, width: int, training: bool = False) -> float:
     """Counted on a device without data, so that no kernel hides its work from the counter.
 
@@ -74,13 +62,13 @@ def gmacs(model: nn.Module, height: int, width: int, training: bool = False) -> 
     """
     shapes = copy.deepcopy(model).to("meta").train(training)
     image = torch.zeros(1, 3, height, width, device="meta")
-    formulas = {torch.ops.aten.convolution_backward: conv_backward_flops}
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with counter, torch.set_grad_enabled(training):
+
+    def call() -> None:
         out = shapes(image)
         if training:
             sum(value.sum() for value in out.values()).backward()
-    return counter.get_total_flops() / 2e9
+
+    return count_macs(call, training=training) / 1e9
 
 
 def ready(model: nn.Module) -> nn.Module:

@@ -197,7 +197,7 @@ def main(config: BenchConfig) -> None:
             peak_mib=peak_memory(lambda f=form: step(f), device) / 2**20,
         )
     compare(rows)
-    report("mdrnets", rows)
+    report("mdrnets", rows, device=device)
     if not gpu:
         print("GPU: not measured here; the same command measures it where there is one")
 

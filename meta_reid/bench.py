@@ -64,7 +64,6 @@ def main() -> None:
         ranking(device)
         return
     gpu = device.type == "cuda"
-    torch.backends.cudnn.benchmark = True
     batch = options.batch or (64 if gpu else 4)
     train_batch = options.train_batch or (64 if gpu else 8)
     torch.manual_seed(0)
@@ -128,8 +127,7 @@ def main() -> None:
             network.eval()
             cost = count_macs(function, images(1))
         else:
-            # The counter holds gradients back, which a step needs.
-            cost = count_macs(torch.enable_grad()(cases[name])) / train_batch
+            cost = count_macs(cases[name], training=True) / train_batch
         rows.append(
             {
                 "what": name,
@@ -140,7 +138,7 @@ def main() -> None:
                 "peak memory [MB]": memory[name],
             }
         )
-    report("meta_reid", rows)
+    report("meta_reid", rows, device=device)
     fast, slow, _, resnet, step, slow_step = rates.values()
     if gpu:
         print("experts' probes and norms:", "one kernel" if kernels() else "PyTorch's operations")

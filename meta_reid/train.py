@@ -386,7 +386,6 @@ def train(config: Config) -> Path:
             raise UserError(f"--{name} {value}: must be {least} or more")
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = start(config, kwargs_handlers=[parallel])
-    torch.backends.cudnn.benchmark = True  # all batches have the same shapes
     data = {seed: load_sources(config, seed) for seed in run_seeds(config)}
     rows = plan(config, {seed: labels.classes for seed, (_, labels) in data.items()})
     run = Run("meta_reid", config, accelerator.is_main_process)

@@ -119,8 +119,7 @@ def step_rows(
     rows = []
     for what, step in steps.items():
         speed = throughput(step, batch, device, config.seconds)
-        # The counter of `count_macs` holds gradients back, which a step needs.
-        cost = count_macs(torch.enable_grad()(step)) / batch / 1e9
+        cost = count_macs(step, training=True) / batch / 1e9
         memory = peak_memory(step, device) / 2**20
         rows.append({"what": what, "gmacs": cost, "per_second": speed, "peak MiB": memory})
     for row, column in zip(rows[1:], ("times the literal form", "times it in bf16"), strict=False):
@@ -161,11 +160,10 @@ def bench(config: Config) -> None:
     device = pick_device(config.device)
     accelerator = start(replace(PRESETS["demo"], device=device.type))
     batch = config.batch or (4 if device.type == "cuda" else 1)
-    torch.backends.cudnn.benchmark = True
     rows = metric_rows(config, device)
     rows += step_rows(config, accelerator, TINY, 32, 6, bf16=False)
     rows += step_rows(config, accelerator, FULL, 256, batch, bf16=True)
-    report("most_net", network_rows(config, device) + rows)
+    report("most_net", network_rows(config, device) + rows, device=device)
 
 
 if __name__ == "__main__":

@@ -316,7 +316,6 @@ def train_trial(
 def train(config: Config) -> Path:
     """Train every trial of the plan; returns the run folder."""
     accelerator = start(config, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    torch.backends.cudnn.benchmark = True  # all steps of a trial have the same shapes
     trials = plan(config)
     train_pairs, held_out, _ = split_data(config)
     run = Run("most_net", config, accelerator.is_main_process)

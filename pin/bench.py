@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from pin.attacks import Goal, gradient, pgd
 from pin.basis import Basis, CovarianceSolver
@@ -18,7 +17,7 @@ from pin.losses import exact, mask_cost, reinforce
 from pin.model import ESN, PIN, official
 from pin.protocol import attack_in_batches, in_batches
 from pin.recognizers import adapt
-from shared.bench import count_parameters, peak_memory, report, synchronize, throughput
+from shared.bench import count_macs, count_parameters, peak_memory, report, synchronize, throughput
 from shared.runtime import UserError, parse, pick_device, run_main
 
 SIZE, COMPONENTS, SAMPLES = 112, 2500, 30
@@ -80,18 +79,12 @@ def ours_costs(basis: Basis, x: Tensor, noisy: Tensor, masks: Tensor, lamb: floa
     return mask_cost(basis, x, noisy, lamb)(masks)
 
 
-def gmacs(function: Callable[[], Any]) -> float:
-    """Multiply-accumulates in 1e9 of one call's products and convolutions, its backward pass included."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops() / 2e9
-
-
 def measured(
     what: str, function: Callable[[], Any], items: int, device: torch.device, seconds: float, **more: float
 ) -> dict[str, Any]:
     """A row of the table: cost, speed and memory of a call that handles `items` of something."""
-    cost = gmacs(function) / items  # 0 of products with one vector, which PyTorch does not count
+    # 0 of products with one vector, which PyTorch does not count
+    cost = count_macs(function, training=True) / items / 1e9
     return {
         "what": what,
         **more,

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from shared.io import runs_root
 from shared.published import format_table
 from shared.records import write_json
 
+# As `runtime.start` sets it for training: what is measured repeats one shape.
+torch.backends.cudnn.benchmark = True
 # The profiler behind `peak_memory` otherwise prints that it found no GPU.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
@@ -25,15 +28,53 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def count_macs(function: Callable, *inputs: Any) -> int:
+def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *options: Any, out_val: Any) -> int:
+    # PyTorch's own formula counts the gradient of the weight as if there were no groups.
+    transposed, wanted = options[4], options[-1]
+    each = (x if transposed else gradient).numel() * weight[0].numel()
+    return 2 * each * (wanted[0] + wanted[1])
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_options: Any, out_val: Any, **_named: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+FORMULAS = {
+    # older versions of PyTorch have none for attention on a CPU
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    **flop_registry,
+    torch.ops.aten.convolution_backward: _convolution_backward,
+}
+
+
+class _Counter(TorchDispatchMode):
+    # PyTorch's FlopCounterMode follows modules too, and so allows no gradient inside a forward pass.
+    flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, formula = kwargs or {}, FORMULAS.get(function._overloadpacket)
+        if formula is None:
+            with self:  # what an operation is made of counts
+                out = function.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = function(*args, **kwargs)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+def count_macs(function: Callable, *inputs: Any, training: bool = False) -> int:
     """Multiply-accumulates of the matrix products and convolutions (attention included) of one call.
 
-    Half of what PyTorch's own FLOP counter says, which counts a multiply and an add separately.
+    By PyTorch's formulas, halved: they count a multiply and an add separately. training: the call runs
+    backward passes, which are counted. Networks and inputs may be on the meta device, where nothing is
+    computed.
     """
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    counter = _Counter()
+    with torch.set_grad_enabled(training), counter:
         function(*inputs)
-    return counter.get_total_flops() // 2
+    return counter.flops // 2
 
 
 def synchronize(device: torch.device | str) -> None:

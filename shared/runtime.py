@@ -173,6 +173,7 @@ def start(config: RunConfig, **accelerate_options) -> Accelerator:
         cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no", **accelerate_options
     )
     seed_everything(config.seed)
+    torch.backends.cudnn.benchmark = True  # batches of one shape: the fastest kernels are looked for once
     return accelerator
 
 

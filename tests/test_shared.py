@@ -273,6 +273,32 @@ def test_counters_closed_forms():
     assert bench.count_macs(attention, query, query, query) == 2 * (10 * 10 * 4) * 2
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_training_step_costs_three_forward_passes(kind, groups):
+    net = nn.Sequential(
+        kind(8, 8, 3, padding=1), kind(8, 16, 3, stride=2, groups=groups), nn.Conv2d(16, 4, 1)
+    )
+    x = torch.rand(2, 8, 10, 10, requires_grad=True)
+    forward = bench.count_macs(net, x)
+    assert bench.count_macs(lambda: net(x).sum().backward(), training=True) == 3 * forward
+    with torch.inference_mode():
+        assert bench.count_macs(net, x.detach()) == forward
+
+
+def test_a_gradient_inside_a_step_is_counted_too():
+    net = nn.Linear(6, 5)
+    x = torch.rand(4, 6, requires_grad=True)
+
+    def penalty() -> None:
+        (slope,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+
+    forward = 4 * 6 * 5
+    # y, the slope W'y; from it to W and to y, and from y to W and to x
+    assert bench.count_macs(penalty, training=True) == 6 * forward
+
+
 def test_peak_memory_sees_what_is_alive_at_once():
     def one_after_another():
         for _ in range(5):
