@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from anyface.clip import vit_b32
 from anyface.data import Cache
@@ -103,13 +102,6 @@ def training_steps(
     return {form: partial(step, of) for form, of in forms.items()}
 
 
-def count_step(step: Callable[[], None]) -> int:
-    """Multiply-accumulates of a call that goes forward and backward."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops() // 2
-
-
 def in_turn(
     functions: dict[str, Callable], items: int, device: torch.device, seconds: float
 ) -> dict[str, float]:
@@ -161,7 +153,7 @@ def compiled(
             gradient, torch.compile(generator.synthesis), codes, autocast
         )
     speeds = in_turn(functions, items, device, seconds)
-    macs = count_step(functions["fast"]) // items
+    macs = count_macs(functions["fast"], training=True) // items
     for form, function in functions.items():
         counted = macs if form.startswith("fast") else None
         row(f"StyleGAN2 {size}, picture and gradient", form, items, function, None, counted, speeds[form])
@@ -258,7 +250,7 @@ def main(config: BenchConfig) -> None:
         for what, functions in calls.items():
             speeds = in_turn(functions, items, device, seconds)
             for form, function in functions.items():
-                macs = count_step(function) // items if form == "fast" else None
+                macs = count_macs(function, training=True) // items if form == "fast" else None
                 module = forms[form] if what == "picture" else None
                 row(f"{name}, {what}", form, items, function, module, macs, speeds[form])
 
@@ -272,7 +264,7 @@ def main(config: BenchConfig) -> None:
         steps = training_steps(preset, constants, items, device, autocast)
         speeds = in_turn(steps, items, device, seconds)
         for form, step in steps.items():
-            macs = count_step(step) // items if form == "fast" else None
+            macs = count_macs(step, training=True) // items if form == "fast" else None
             row(what, form, items, step, None, macs, speeds[form])
 
     # Losses and memory, forward and backward.

@@ -4,14 +4,12 @@ Plain: the whole correlation matrix, a loop over memory slots, three VGG calls. 
 both. On a GPU networks work in bf16 autocast, as training does.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from mdrnets import losses
 from mdrnets.masks import StrokeMasks
@@ -88,13 +86,6 @@ def plain_losses(
         inter, intra = losses.inco2(of_comp[-1], of_x[-1], m, config.inco_samples)
     total = total + config.inter * inter + config.intra * intra
     return total + config.adversarial * losses.hinge_generator(critic(comp).float())
-
-
-def count_step(step: Callable[[], None], items: int) -> float:
-    """Multiply-accumulates in 1e9 per item of a call that goes forward and backward."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops() / 2e9 / items
 
 
 def main(config: BenchConfig) -> None:
@@ -192,7 +183,9 @@ def main(config: BenchConfig) -> None:
             "training step",
             form,
             # The plain form multiplies element by element, which the counter does not see.
-            gmacs=count_step(lambda f=form: step(f), batch_size) if form == "fast" else None,
+            gmacs=count_macs(lambda f=form: step(f), training=True) / batch_size / 1e9
+            if form == "fast"
+            else None,
             per_second=throughput(lambda f=form: step(f), batch_size, device, seconds),
             peak_mib=peak_memory(lambda f=form: step(f), device) / 2**20,
         )

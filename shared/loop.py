@@ -30,7 +30,7 @@ class Position(Standing):
     def add(self, terms: Mapping[str, Tensor]) -> None:
         """A step's losses, summed where they are: the loop does not wait for them."""
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.averaged += 1
 
     def means(self, accelerator: Accelerator, label: str) -> dict[str, float]:

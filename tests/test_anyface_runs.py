@@ -356,7 +356,7 @@ def test_bench_steps_train_both_streams_through_either_form():
     clip = small_clip()[0].requires_grad_(False)
     forms = {name: Constants(clip, None, g) for name, g in bench.both_forms(**tiny_generator).items()}
     steps = bench.training_steps(PRESETS["demo"], forms, 8, torch.device("cpu"), nullcontext)
-    fast, grouped = (bench.count_step(steps[form]) for form in ("fast", "grouped"))
+    fast, grouped = (bench.count_macs(steps[form], training=True) for form in ("fast", "grouped"))
     # Per face: 82 million. Grouped weights depend on the sample, so they ask for a gradient too.
     assert fast / 8 == pytest.approx(82.2e6, rel=0.01)
     assert grouped > fast
