@@ -5,6 +5,7 @@ both. On a GPU networks work in bf16 autocast, as training does.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -179,16 +180,11 @@ def main(config: BenchConfig) -> None:
         optimiser.step()
 
     for form in ("fast", "plain"):
-        row(
-            "training step",
-            form,
-            # The plain form multiplies element by element, which the counter does not see.
-            gmacs=count_macs(lambda f=form: step(f), training=True) / batch_size / 1e9
-            if form == "fast"
-            else None,
-            per_second=throughput(lambda f=form: step(f), batch_size, device, seconds),
-            peak_mib=peak_memory(lambda f=form: step(f), device) / 2**20,
-        )
+        run = partial(step, form)
+        # The plain form multiplies element by element, which is not counted.
+        macs = count_macs(run, training=True) / batch_size / 1e9 if form == "fast" else None
+        speed = throughput(run, batch_size, device, seconds)
+        row("training step", form, gmacs=macs, per_second=speed, peak_mib=peak_memory(run, device) / 2**20)
     compare(rows)
     report("mdrnets", rows, device=device)
     if not gpu:
