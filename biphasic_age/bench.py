@@ -125,7 +125,7 @@ def step_gmacs(config: BenchConfig) -> dict[str, float]:
     for form in ("plain", "fast"):
         with meta:
             step = make_step(replace(config, batch_size=1), meta)
-            counts[form] = count_macs(getattr(step, form), training=True) / 1e9
+        counts[form] = count_macs(getattr(step, form), training=True) / 1e9
     return counts
 
 

@@ -143,7 +143,7 @@ def step_macs(size: Size) -> dict[str, int]:
     for form in ("fast", "official"):
         with torch.device("meta"):
             players = Players(size, 1, torch.device("meta"))
-            counts[form] = count_macs(getattr(players, form)(), training=True)
+        counts[form] = count_macs(getattr(players, form)(), training=True)
     return counts
 
 
