@@ -38,6 +38,8 @@ class Config:
     """Where to compute. auto: CUDA when there is one."""
     seconds: float = 2.0
     """Least time of each measurement."""
+    parts: tuple[Literal["networks", "training", "metrics"], ...] = ("networks", "training", "metrics")
+    """What to measure. The literal loops and NLDA of `metrics` run on the CPU."""
     batch: int = 0
     """Photos at a time at 256x256. 0: 32 and, for training, 4 on a GPU; 1 and 1 on a CPU."""
 
@@ -160,10 +162,13 @@ def bench(config: Config) -> None:
     device = pick_device(config.device)
     accelerator = start(replace(PRESETS["demo"], device=device.type))
     batch = config.batch or (4 if device.type == "cuda" else 1)
-    rows = metric_rows(config, device)
-    rows += step_rows(config, accelerator, TINY, 32, 6, bf16=False)
-    rows += step_rows(config, accelerator, FULL, 256, batch, bf16=True)
-    report("most_net", network_rows(config, device) + rows, device=device)
+    rows = network_rows(config, device) if "networks" in config.parts else []
+    if "training" in config.parts:
+        rows += step_rows(config, accelerator, TINY, 32, 6, bf16=False)
+        rows += step_rows(config, accelerator, FULL, 256, batch, bf16=True)
+    if "metrics" in config.parts:
+        rows += metric_rows(config, device)
+    report("most_net", rows, device=device)
 
 
 if __name__ == "__main__":
