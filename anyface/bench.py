@@ -5,7 +5,6 @@ dimensions, as public code without custom CUDA has it. One run measures both for
 On a GPU generator, CLIP and IR-SE50 work in bf16 autocast and streams and losses in fp32, as in training.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from anyface.ranger import Ranger
 from anyface.stages import Constants, make_streams
 from anyface.stylegan2 import Generator
 from anyface.train import PRESETS, Config, stream_terms
-from shared.bench import count_macs, count_parameters, peak_memory, report, synchronize, throughput
+from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report, throughput
 from shared.runtime import parse, pick_device, run_main
 
 
@@ -102,24 +101,6 @@ def training_steps(
     return {form: partial(step, of) for form, of in forms.items()}
 
 
-def in_turn(
-    functions: dict[str, Callable], items: int, device: torch.device, seconds: float
-) -> dict[str, float]:
-    """Items per second of each function, called in turn, so that what else a machine does at the time slows
-    all of them alike: median over at least three rounds after one to warm up, `seconds` for each function."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    begin, rounds = time.perf_counter(), 0
-    while rounds < 4 or time.perf_counter() - begin < seconds * len(functions):
-        for name, function in functions.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            times[name].append(time.perf_counter() - start)
-        rounds += 1
-    return {name: items / sorted(spent[1:])[len(spent[1:]) // 2] for name, spent in times.items()}
-
-
 def some_codes(generator: Generator, items: int, device: torch.device) -> Tensor:
     """Random W+ codes that ask for a gradient."""
     shape = (items, generator.n_latent, generator.style_dim)
@@ -152,11 +133,19 @@ def compiled(
         functions[f"{form}, compiled"] = partial(
             gradient, torch.compile(generator.synthesis), codes, autocast
         )
-    speeds = in_turn(functions, items, device, seconds)
+    times = in_turn(functions, device, seconds)
     macs = count_macs(functions["fast"], training=True) // items
     for form, function in functions.items():
         counted = macs if form.startswith("fast") else None
-        row(f"StyleGAN2 {size}, picture and gradient", form, items, function, None, counted, speeds[form])
+        row(
+            f"StyleGAN2 {size}, picture and gradient",
+            form,
+            items,
+            function,
+            None,
+            counted,
+            items / times[form],
+        )
 
 
 def main(config: BenchConfig) -> None:
@@ -248,11 +237,11 @@ def main(config: BenchConfig) -> None:
             calls["picture"][form] = partial(picture, generator.synthesis, codes.detach(), autocast)
             calls["picture and gradient"][form] = partial(gradient, generator.synthesis, codes, autocast)
         for what, functions in calls.items():
-            speeds = in_turn(functions, items, device, seconds)
+            times = in_turn(functions, device, seconds)
             for form, function in functions.items():
                 macs = count_macs(function, training=True) // items if form == "fast" else None
                 module = forms[form] if what == "picture" else None
-                row(f"{name}, {what}", form, items, function, module, macs, speeds[form])
+                row(f"{name}, {what}", form, items, function, module, macs, items / times[form])
 
     # A training step of both streams: the demo's, and on a GPU, where it takes no minutes, the paper's.
     small_networks = small_clip()[0].to(device).eval().requires_grad_(False)
@@ -262,10 +251,10 @@ def main(config: BenchConfig) -> None:
     for what, (preset, reader, items, forms) in trainings.items():
         constants = {form: Constants(reader, None, generator) for form, generator in forms.items()}
         steps = training_steps(preset, constants, items, device, autocast)
-        speeds = in_turn(steps, items, device, seconds)
+        times = in_turn(steps, device, seconds)
         for form, step in steps.items():
             macs = count_macs(step, training=True) // items if form == "fast" else None
-            row(what, form, items, step, None, macs, speeds[form])
+            row(what, form, items, step, None, macs, items / times[form])
 
     # Losses and memory, forward and backward.
     w, w_t, w_other = torch.randn(3, small, 18, 512, device=device)

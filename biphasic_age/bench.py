@@ -5,12 +5,10 @@ Fast: `objective.py`, once in the same precision and once in bf16 with channels-
 measures all forms, which start with the same weights.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
 from typing import Literal
 
 import torch
@@ -22,7 +20,7 @@ from biphasic_age.layouts import CLASSES
 from biphasic_age.losses import Weights
 from biphasic_age.model import SIZES, Discriminator, Generator, SizeName
 from biphasic_age.objective import Guides, discriminator_backward, generator_backward
-from shared.bench import count_macs, count_parameters, peak_memory, report, synchronize, throughput
+from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report, throughput
 from shared.runtime import parse, pick_device, run_main
 
 GROUPS = 4
@@ -139,22 +137,11 @@ def main(config: BenchConfig) -> None:
     rows = networks(last if gpu else fast, config.seconds, device, bf16 if gpu else nullcontext)
     forms = {"plain fp32": plain.plain, "fast fp32": fast.fast, "fast bf16": partial(last.fast, bf16)}
     gmacs = step_gmacs(config)
-    peaks: dict[str, int] = {}
-    times: dict[str, list[float]] = {form: [] for form in forms}
-    for turn in range(1 + (config.rounds or (5 if gpu else 2))):
-        for form, call in forms.items():
-            if turn == 0:  # the first call warms up as well
-                peaks[form] = peak_memory(call, device)
-                continue
-            synchronize(device)
-            began = time.perf_counter()
-            call()
-            synchronize(device)
-            times[form].append(time.perf_counter() - began)
+    times = in_turn(forms, device, rounds=config.rounds or (5 if gpu else 2))
     batch = len(last.image)
-    for form in forms:
+    for form, call in forms.items():
         row = {"what": "training step", "form": form, "batch": batch, "gmacs": gmacs[form.split()[0]]}
-        row |= {"per_second": batch / median(times[form]), "peak_mib": peaks[form] / 2**20}
+        row |= {"per_second": batch / times[form], "peak_mib": peak_memory(call, device) / 2**20}
         rows.append(row)
     report("biphasic_age", rows, device=device)
     compare(rows)

@@ -7,8 +7,6 @@ video is handled frame by frame. Whole steps are compared with their optimisers 
 
 import copy
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,7 +31,7 @@ from faceswapper.model import Discriminator, Generator, Size, initialise
 from faceswapper.pipeline import Blending, Photo, Source, Swapper
 from faceswapper.recognizer import IRSE50, Recogniser
 from faceswapper.video import VideoReader, VideoWriter
-from shared.bench import count_macs, count_parameters, peak_memory, report, synchronize, throughput
+from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report, throughput
 from shared.faces import draw
 from shared.loop import follow
 from shared.runtime import parse, pick_device, run_main
@@ -58,7 +56,7 @@ class BenchConfig:
     """Shortest time that the speed of a network is measured for; at least three calls are made."""
     repeats: int | None = None
     """Times that whole steps and whole videos are measured, which take seconds to minutes on a CPU; the
-    fastest counts. Default 2 on the CPU and 5 on a GPU."""
+    median counts. Default 2 on the CPU and 5 on a GPU."""
     parts: tuple[Literal["networks", "training", "video"], ...] = ("networks", "training", "video")
     """What to measure."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -188,31 +186,16 @@ def networks(size: Size, device: torch.device, seconds: float, pairs: int) -> li
     return rows
 
 
-def fastest(calls: dict[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Seconds of the fastest of several calls of each form, taken in turn: on a shared machine others make a
-    call slower, never faster, and both forms should meet the same disturbance."""
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(repeats):
-        for form, call in calls.items():
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            best[form] = min(best[form], time.perf_counter() - start)
-    return best
-
-
 def training(size: Size, pairs: int, device: torch.device, repeats: int) -> list[dict]:
     """Whole training steps."""
     macs, steps, rows = step_macs(size), {}, []
     for form in ("fast", "official"):
-        step = steps[form] = getattr(Players(size, pairs, device), form)()
-        step()  # the optimisers' states are there before memory is looked at
+        steps[form] = getattr(Players(size, pairs, device), form)()
+    times = in_turn(steps, device, rounds=repeats)
+    for form, step in steps.items():
         row = {"what": "training step", "form": form, "batch": pairs, "gmacs": macs[form] / 1e9}
-        rows.append(row | {"per_second": 0.0, "peak_mib": peak_memory(step, device) / 2**20})
-    best = fastest(steps, device, repeats)
-    for row in rows:
-        row["per_second"] = pairs / best[row["form"]]
+        row |= {"per_second": pairs / times[form], "peak_mib": peak_memory(step, device) / 2**20}
+        rows.append(row)
     return rows
 
 
@@ -276,9 +259,9 @@ def video(size: Size, frames: int, device: torch.device, repeats: int) -> list[d
                 for frame in reader:
                     writer.write(one.frame(frame))
 
-        best = fastest({"fast": batched, "official": singly}, device, repeats)
+        times = in_turn({"fast": batched, "official": singly}, device, rounds=repeats)
         return [
-            {"what": "video", "form": form, "batch": batch, "per_second": frames / best[form]}
+            {"what": "video", "form": form, "batch": batch, "per_second": frames / times[form]}
             for form, batch in (("fast", min(16, frames)), ("official", 1))
         ]
 

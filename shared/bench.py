@@ -3,8 +3,9 @@
 import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -104,6 +105,29 @@ def throughput(
     return items / sorted(times)[len(times) // 2]
 
 
+def in_turn(
+    functions: Mapping[str, Callable[[], Any]],
+    device: torch.device | str = "cpu",
+    seconds: float = 0.0,
+    rounds: int = 3,
+) -> dict[str, float]:
+    """Seconds that one call of each function takes, called in turn, so that what else the machine does slows
+    all of them alike: the median over `rounds` rounds, or as many as `seconds` for each function allow, after
+    one to warm up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    begin, done = time.perf_counter(), 0
+    while done <= rounds or time.perf_counter() - begin < seconds * len(functions):
+        for name, function in functions.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+        done += 1
+    return {name: median(spent[1:]) for name, spent in times.items()}
+
+
 def peak_memory(function: Callable[[], Any], device: torch.device | str = "cpu") -> int:
     """Largest number of bytes of tensors alive at once that one call adds to what was there.
 
@@ -130,12 +154,14 @@ def peak_memory(function: Callable[[], Any], device: torch.device | str = "cpu")
 
 
 def peak_rate(device: torch.device | str = "cpu") -> float:
-    """Multiply-accumulates per second of one large matrix product, the most that a network could reach:
-    bf16 on CUDA, fp32 on the CPU."""
-    cuda = torch.device(device).type == "cuda"
-    side, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return throughput(lambda: torch.mm(a, b), side**3, device, seconds=0.3)
+    """Multiply-accumulates per second of one large matrix product, the most that a network could reach: in
+    bf16, or in fp32 where a CPU is faster in it."""
+    side = 8192 if torch.device(device).type == "cuda" else 2048
+    rates = []
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        rates.append(throughput(lambda a=a, b=b: torch.mm(a, b), side**3, device, seconds=0.3))
+    return max(rates)
 
 
 def report(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -316,6 +317,16 @@ def test_throughput_counts_items():
 
 
 # --- report ---------------------------------------------------------------------------------------
+
+
+def test_forms_are_timed_in_turn():
+    order = []
+    calls = {
+        name: lambda name=name: (order.append(name), time.sleep(0.002 * len(name))) for name in ("a", "bbbb")
+    }
+    times = bench.in_turn(calls, rounds=2)
+    assert order == ["a", "bbbb"] * 3
+    assert 0.002 <= times["a"] < times["bbbb"] < 0.1
 
 
 def test_share_of_peak_is_arithmetic_done_over_arithmetic_possible(tmp_path, capsys):
