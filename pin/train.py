@@ -312,10 +312,9 @@ def train_esn(job: Job, variant: str, faces: Dataset, basis: Basis) -> None:
             kept, spread = everyone.sum(1).mean(), everyone.std(0).mean()
             values = {"cost": value, "oracle": best, "kept": kept, "sd": spread}
             job.log(step, total, **{f"{stage}/{name}": number for name, number in values.items()})
-    if kept < 0.02 * config.components:
-        warn(
-            f"{stage} keeps only {kept:.1f} of {config.components} eigenfaces: lambda {lamb:.3g} is too high"
-        )
+            if step == total - 1 and kept < 0.02 * config.components:
+                few = f"{kept:.1f} of {config.components} eigenfaces"
+                warn(f"{stage} keeps only {few}: lambda {lamb:.3g} is too high")
     job.finish(stage, total)
     job.run.picture(
         stage, purification_sheet(PIN(basis, dae if config.dae else None, esn.eval(), "threshold"), faces)

@@ -47,6 +47,15 @@ def test_a_trained_run_is_skipped_stage_by_stage(run):
     assert before == after and "esn-distill.safetensors" in after
 
 
+def test_stages_of_no_steps_leave_networks_as_they_begin(tmp_path):
+    options = [*TINY]
+    for stage in ("--dae-steps", "--esn-steps"):
+        options[options.index(stage) + 1] = "0"
+    out = tmp_path / "untrained"
+    script("train", "demo", *options, "--variants", "pin", "--recognizers", "--out", out)
+    assert (out / "checkpoint" / "esn-pin.safetensors").is_file()
+
+
 def test_a_killed_run_ends_the_same(run, tmp_path):
     out = tmp_path / "killed"
 
