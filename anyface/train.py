@@ -1,6 +1,8 @@
 """Train AnyFace's two streams on captions, codes and CLIP features of faces.
 
-The demo first teaches its own small CLIP and StyleGAN2 on drawn faces.
+`demo` first teaches its own small CLIP and StyleGAN2 on drawn faces; `differences` adds a row for each place
+where paper and released code differ, `study` more rows, steps and seeds. `paper` is the full size, `official`
+the same with the released behaviour.
 
 Several GPUs: torchrun --nproc-per-node 8 train.py paper --data-root DIR.
 """

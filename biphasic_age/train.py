@@ -1,7 +1,8 @@
 """Train biphasic facial age translation: one generator that makes faces older and younger.
 
 The abstract alone of the paper was available to us and it has no public code: networks, losses and schedule
-are a reconstruction. Several GPUs: torchrun --nproc-per-node 8 train.py paper --data-root DIR.
+are a reconstruction. `demo` and `study` (every row, two seeds) draw their faces; `paper` is the full size,
+`ablation` the rows at that size. Several GPUs: torchrun --nproc-per-node 8 train.py paper --data-root DIR.
 """
 
 import copy

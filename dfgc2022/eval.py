@@ -1,8 +1,10 @@
 """Score detectors and creators as the contest did.
 
-python eval.py                                    the newest run on its embedded contest, claims included
-python eval.py --dfgc /datasets/DFGC-2022 --preds a.txt b.txt c.txt --weights 0.2 0.3 0.5
-python eval.py --dfgc /datasets/DFGC-2022 --run ../runs/dfgc2022/paper-0 --boxes mtcnn
+    python eval.py                                    the newest run on its embedded contest, claims included
+    python eval.py --dfgc /datasets/DFGC-2022 --preds a.txt b.txt c.txt --weights 0.2 0.3 0.5
+    python eval.py --dfgc /datasets/DFGC-2022 --run ../runs/dfgc2022/paper-0 --boxes mtcnn
+
+Prints the tables and writes results.json and pictures into the run folder, or --out.
 """
 
 import time

@@ -1,7 +1,9 @@
-"""Export a detector as ONNX (normalised crops in, probability of fake out) and check it with onnxruntime.
+"""Export a detector as ONNX (face crops in, probability of fake out) and check it with onnxruntime.
 
-python export.py --out detector.onnx
-python export.py --official swin_large_patch4_window12_384_in22k --weights swin_40.pth --out swin.onnx
+    python export.py --out detector.onnx
+    python export.py --official swin_large_patch4_window12_384_in22k --weights swin_40.pth --out swin.onnx
+
+The file takes RGB crops (N, 3, S, S) in 0..255 and returns N probabilities.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,10 @@
 """Cut face crops out of videos: `<out>/<video file name>/NNNN.png` and a list file for training.
 
-python extract.py --videos clips/ --out crops/ --boxes mtcnn
-python extract.py --dataset celeb-df-v2 --videos /datasets/celeb-df-v2 --split train --out crops/ \\
-    --boxes mtcnn
+    python extract.py --videos clips/ --out crops/ --boxes mtcnn
+    python extract.py --dataset celeb-df-v2 --videos /datasets/celeb-df-v2 --split train --out crops/ \\
+        --boxes mtcnn
+
+A video whose crops are there is not read again.
 """
 
 import shutil

@@ -1,10 +1,12 @@
 """Score your own videos: a number per video, a timeline with face thumbnails, JSON beside it.
 
-python predict.py --input clip.mp4                          the newest run
-python predict.py --input folder/ --run ../runs/dfgc2022/paper-0 --boxes mtcnn
-python predict.py --input clip.mp4 --official convnext_xlarge_384_in22ft1k --weights convnext_30.pth
-python predict.py --input clip.mp4 --weights swin_40.pth convnext_10.pth convnext_30.pth --official \\
-    swin_large_patch4_window12_384_in22k convnext_xlarge_384_in22ft1k convnext_xlarge_384_in22ft1k
+    python predict.py --input clip.mp4                          the newest run
+    python predict.py --input folder/ --run ../runs/dfgc2022/paper-0 --boxes mtcnn
+    python predict.py --input clip.mp4 --official convnext_xlarge_384_in22ft1k --weights convnext_30.pth
+    python predict.py --input clip.mp4 --weights swin_40.pth convnext_10.pth convnext_30.pth --official \\
+        swin_large_patch4_window12_384_in22k convnext_xlarge_384_in22ft1k convnext_xlarge_384_in22ft1k
+
+Everything goes into --out: scores.jsonl, submission.txt, and a .json and a .png for each video.
 """
 
 import json

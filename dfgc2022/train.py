@@ -2,8 +2,9 @@
 
 A preset names the members to train. `demo` draws its own contest (people, creators of fakes, video files),
 cuts the faces out through the pipeline and trains two teams of three: on diverse fakes and on a single
-method. `paper` and `paper-swin` are the winner's recipes, to be started with --lists. Several GPUs:
-torchrun --nproc-per-node 4 train.py paper --lists ...
+method; `study` trains every member. `paper` and `paper-swin` are the winner's recipes, `xception21` and
+`winner21` those of the 2021 baseline and winner, all to be started with --lists. Several GPUs: torchrun
+--nproc-per-node 4 train.py paper --lists ...
 """
 
 import dataclasses

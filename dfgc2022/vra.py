@@ -1,6 +1,6 @@
 """Realism of face swaps predicted on the DFGC-VRA clips, the 1,400 rated ones of the creation track.
 
-python vra.py --root /datasets/DFGC-VRA --run ../runs/dfgc2022/paper-0
+    python vra.py --root /datasets/DFGC-VRA --run ../runs/dfgc2022/paper-0
 
 Trains on the 700 training clips of the 2023 split, tests on its three test sets (new people, new methods,
 both new) and prints the agreement with the raters, per clip and per submission. All values are predictions.

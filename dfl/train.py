@@ -1,8 +1,8 @@
 """Train Disentangled Federated Learning, its baselines and its ablations.
 
-A preset names the federation and the trials (rows of the result table) to run on it. The default, `demo`,
-needs nothing but scikit-learn's handwritten digits. Several processes: torchrun --nproc-per-node 2 train.py
-demo.
+A preset names the federation and the trials (rows of the result table) to run on it. `demo` needs nothing
+but scikit-learn's handwritten digits; `study` runs every trial on them; the others are called after their
+data. Several processes: torchrun --nproc-per-node 2 train.py demo.
 """
 
 import dataclasses

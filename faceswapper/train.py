@@ -1,6 +1,7 @@
 """Train FaceSwapper and its ablations.
 
-Without a preset: the demo, on drawn faces. At the paper's size: python train.py paper --data celeba
+Without a preset: the demo, on drawn faces; `study` trains more ablations of it for longer. `official` is
+`paper` with what the released code does otherwise. At the paper's size: python train.py paper --data celeba
 --data-root DIR --recogniser-weights model_ir_se50.pth. Several GPUs: torchrun --nproc-per-node 8 train.py
 paper ...
 """

@@ -1,7 +1,9 @@
 """Evaluate a run: masks, uncertainty, calibration, the paper's claims, beside the published numbers.
 
-python eval.py                 # the newest run
-python eval.py --run RUN
+    python eval.py                 # the newest run
+    python eval.py --run RUN
+
+Prints the tables and writes results.json and pictures into the run folder.
 """
 
 import time
@@ -333,8 +335,7 @@ def main() -> None:
     print(format_table(["network", "ECE", "ECE, temperature-scaled", "temperature"], calibration))
     print_beside(config, results, published, options.nice_compat)
     print()
-    if claims:
-        print_claims(claims)
+    print_claims(claims)
     notes = findings(results)
     for note in notes:
         print(f"finding: {note}")

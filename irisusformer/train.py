@@ -1,9 +1,12 @@
 """Train IrisUsformer: iris masks and an uncertainty map learned from the prediction's discrepancy.
 
-python train.py                      # demo: procedural eyes, 2 CPU cores, minutes
-python train.py study                # the whole comparison of the README, over its seeds
-python train.py paper --dataset ubiris --data-root /datasets/ubiris
-python train.py paper --init RUN_OR_FILE --labels 20 --steps 500 ...   # fine-tune with few labels
+    python train.py                      # demo: procedural eyes, 2 CPU cores, minutes
+    python train.py study                # the whole comparison of the README, over its seeds
+    python train.py study-simple         # the same on flat discs and parabolas
+    python train.py paper --dataset ubiris --data-root /datasets/ubiris
+    python train.py paper --init RUN_OR_FILE --labels 20 --steps 500 ...   # fine-tune with few labels
+
+A run that was killed continues with the same command.
 """
 
 import copy

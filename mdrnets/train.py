@@ -1,8 +1,9 @@
 """Train the coordinated face inpainting of ShowFace (MDRNets): coarse network and parser, then refinement.
 
 Only the abstract and the opening of the paper were available to us and it has no public code: sizes, weights
-and schedule are a reconstruction, and no number of the paper's tables is known. Several GPUs: torchrun
---nproc-per-node 8 train.py paper --data-root DIR.
+and schedule are a reconstruction, and no number of the paper's tables is known. `demo` and `study` (every
+variant, two seeds) draw their faces; `paper` is the full size, `table-a` the ablations at that size. Several
+GPUs: torchrun --nproc-per-node 8 train.py paper --data-root DIR.
 """
 
 import copy

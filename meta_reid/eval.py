@@ -327,8 +327,7 @@ def main() -> None:
         metrics = protocol_metrics(config, rows, options, folder)
     published = load_published("meta_reid")
     print_metrics([m for m in metrics if m.metric in ("mAP", "Rank-1")], published)
-    if claims:
-        print_claims(claims)
+    print_claims(claims)
     table = markdown(metrics, published["rows"])
     (folder / "table.md").write_text(table)
     (folder / "table.tex").write_text(latex(table))

@@ -1,7 +1,9 @@
 """Find persons in your own pictures: index a gallery folder, then search it with query images.
 
-python predict.py --gallery DIR --index site.safetensors builds an index; with --query it is searched, and
-ranked lists are written as pictures and JSON, with the source domain that each query looks like most.
+    python predict.py --gallery DIR --index site.safetensors     # build an index
+    python predict.py --query person.jpg --index site.safetensors     # search it; both in one call do too
+
+Ranked lists are written as pictures and JSON, with the source domain that each query looks like most.
 """
 
 from dataclasses import dataclass

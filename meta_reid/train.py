@@ -1,8 +1,9 @@
 """Train META, its ablations and plain baselines for generalizable person re-identification.
 
-The default preset, `demo`, draws its own walkers and needs nothing else. `paper` is Protocol 2 or 3 with
-three sources (--protocol, --target), `protocol1` the one with four. The paper's four GPUs: torchrun
---nproc-per-node 4 train.py paper --data-root DIR; the same on one GPU: train.py paper --shares 4 ...
+`demo` draws its own walkers and needs nothing else, `study` trains every row on them. `paper` is Protocol 2
+or 3 with three sources (--protocol, --target), `protocol1` the one with four, `manifest` your own domains.
+The paper's four GPUs: torchrun --nproc-per-node 4 train.py paper --data-root DIR; the same on one GPU:
+train.py paper --shares 4 ...
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """Train MOST-Net, its ablations and the pix2pix baseline.
 
-Without a preset: the demo, on procedural faces. The full size on real pairs, on one GPU or with torchrun on
-several: python train.py paper --dataset cufs --data-root DIR
+Without a preset: the demo, on procedural faces; `study` has three seeds, more sizes and baselines, `cuhk` is
+the demo's network on a small folder of real pairs. The full size on real pairs, on one GPU or with torchrun
+on several: python train.py paper --dataset cufs --data-root DIR
 """
 
 from collections.abc import Callable

@@ -1,5 +1,9 @@
 """Train PIN: eigenfaces, denoising autoencoder, eigenvector selection network; and the demo's recognisers.
 
+`demo` draws its own people. `study` is the demo with every variant, `two-populations` the demo with half of
+the people transposed, `real` the demo's recipe on a small folder of real faces. `paper` has the official
+values, `calibrated` a lambda of ours and the exact gradient; both need --data-root and train no recogniser.
+
 Stages, each resumable and skipped when its result is there: basis, dae, one ESN per variant, recognisers.
 """
 
@@ -32,7 +36,7 @@ DAE_NOISE, ESN_NOISE, LAMBDA_IMAGES, LAMBDA_NOISE = 1, 2, 3, 4  # streams of ran
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """Perturbation inactivation on embedded faces, with the recognisers that it defends."""
+    """Settings of the data, the defence and the demo's recognisers."""
 
     # --- data ---
     data: Literal["simple", "faces", "folder", "celeba"] = "simple"

@@ -83,7 +83,9 @@ def _cell(value: Any) -> str:
 
 
 def print_claims(claims: list[Claim]) -> None:
-    """Each claim with its numbers and whether it held; then how many did."""
+    """Each claim with its numbers and whether it held; then how many did. Without claims, nothing."""
+    if not claims:
+        return
     for claim in claims:
         verdict = "holds" if claim.holds else "DOES NOT HOLD"
         numbers = ", ".join(f"{name} {_cell(float(value))}" for name, value in claim.measured.items())

@@ -60,14 +60,12 @@ def parse_presets(presets: dict[str, T], doc: str, argv: list[str] | None = None
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     named = {name: dataclasses.replace(config, preset=name) for name, config in presets.items()}
+    default = next(iter(named))
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
-        argv.insert(0, next(iter(named)))
-    described = {name: (_first_line(config, name), config) for name, config in named.items()}
+        argv.insert(0, default)
+    # What a preset is for stands in the script's docstring: the presets share one class and its docstring.
+    described = {name: ("The default." * (name == default), config) for name, config in named.items()}
     return tyro.extras.overridable_config_cli(described, description=doc, args=argv)
-
-
-def _first_line(config: object, name: str) -> str:
-    return f"{name}: {(type(config).__doc__ or '').strip().splitlines()[0]}"
 
 
 def parse(config_class: type[T], doc: str, argv: list[str] | None = None) -> T:

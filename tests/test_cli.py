@@ -94,6 +94,15 @@ def test_every_option_is_documented(paper, script):
                     assert documented, f"{paper}/{script}: {ast.unparse(field.target)} has no docstring"
 
 
+def test_commands_in_a_scripts_help_keep_their_lines():
+    """--help joins the lines of a docstring, but for indented ones."""
+    for path in [path for paper in (*HERE, "shared") for path in (REPOSITORY / paper).glob("*.py")]:
+        source = path.read_text()
+        if "run_main" in source:
+            text = ast.get_docstring(ast.parse(source)) or ""
+            assert not re.search(r"^python .*\n\w", text, re.M), path
+
+
 def test_the_project_speaks_of_itself_alone():
     """No path of a machine it was written on in anything that is shipped."""
     files = subprocess.run(
