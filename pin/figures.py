@@ -31,20 +31,23 @@ def eigenface_picture(vectors: Tensor, size: int) -> Tensor:
 
 
 def picture_row(
-    basis: Basis, x: Tensor, attacked: Tensor, purified: Tensor, q: Tensor, shown: int = 4
+    basis: Basis, clean: Tensor | None, x: Tensor, purified: Tensor, q: Tensor, shown: int = 4
 ) -> list[Tensor]:
-    """One image (1, H, W): input, attacked, purified, perturbation x10 before and after, eigenfaces it kept
-    most of.
+    """One image (1, H, W), as ROW or, when its unattacked original is not known, UNKNOWN_ROW names its parts.
 
-    purified: of the attacked image. q: (K,) its mask. Returns 5 + `shown` pictures (1, H, W) in [0, 1].
+    clean: the original. purified: of x, the attacked image. q: (K,) its mask; `shown` eigenfaces that it kept
+    most of come last. All pictures are (1, H, W) in [0, 1], differences enlarged about 0.5.
     """
-    weight = (basis.coefficients(attacked[None])[0].abs() * q).topk(min(shown, len(q))).indices
+    weight = (basis.coefficients(x[None])[0].abs() * q).topk(min(shown, len(q))).indices
     faces = eigenface_picture(basis.eig_vec[:, weight], x.shape[-1])
-    change, left = 10 * (attacked - x) / 2 + 0.5, 10 * (purified - x) / 2 + 0.5
-    return [to_unit(x), to_unit(attacked), to_unit(purified), change.clamp(0, 1), left.clamp(0, 1), *faces]
+    if clean is None:
+        return [to_unit(x), to_unit(purified), to_unit(10 * (x - purified)), *faces]
+    change, left = to_unit(10 * (x - clean)), to_unit(10 * (purified - clean))
+    return [to_unit(clean), to_unit(x), to_unit(purified), change, left, *faces]
 
 
 ROW = ["input", "attacked", "purified", "change x10", "left x10", "kept:", "", "", ""]
+UNKNOWN_ROW = ["input", "purified", "removed x10", *ROW[5:]]
 
 
 def purification_rows(pin: PIN, x: Tensor, attacked: Tensor) -> Tensor:

@@ -1,4 +1,10 @@
-"""Purify your own face images with a trained PIN, and say which of them look attacked."""
+"""Purify your own face images with a trained PIN, and score how attacked each of them looks.
+
+Writes the purified images, rows.png (what was kept and what was taken away) and scores.csv / scores.json:
+`distance` is the length of what was taken away, `kept` the number of eigenfaces kept, and `cosine_distance`
+how far the recogniser's feature moved. The two distances are higher for attacked images; what is normal is
+learnt from clean images of the same camera.
+"""
 
 import csv
 from collections import Counter
@@ -11,7 +17,7 @@ import torch
 from pin.basis import Basis, load_basis
 from pin.data import preprocess, read_landmarks
 from pin.experiments import WITHOUT_DAE
-from pin.figures import ROW, picture_row, to_unit
+from pin.figures import ROW, UNKNOWN_ROW, picture_row, to_unit
 from pin.model import ESN, PIN, load_official
 from pin.protocol import attack_scores
 from pin.recognizers import adapt
@@ -36,7 +42,7 @@ class Options:
     mode: Literal["sample", "threshold", "mean", "expected", "topk"] = "threshold"
     """How probabilities become a mask. sample is the official default."""
     k: int | None = None
-    """Eigenfaces kept in mode topk."""
+    """Eigenfaces kept in mode topk, which needs it."""
     seed: int = 0
     """Seed of mode sample."""
     landmarks: Path | None = None
@@ -52,7 +58,7 @@ class Options:
     pca_layer: Path | None = None
     """Official pca_layer_*.pth."""
     recognizer: Path | None = None
-    """Official recogniser weights for the cosine score; default: the run's own recogniser."""
+    """Official recogniser weights for the cosine distance; default: the run's own recogniser."""
     recognizer_name: str = "arcface_ir_se50"
     """Which network they belong to."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -61,6 +67,8 @@ class Options:
 
 def load_defense(options: Options, device: torch.device) -> tuple[PIN, torch.nn.Module | None]:
     """The defence and, where there is one, a recogniser. UserError when the parts are incomplete."""
+    if (options.mode == "topk") != (options.k is not None) or (options.k is not None and options.k < 1):
+        raise UserError("--mode topk and --k (at least 1) belong together")
     official = (options.eigenfaces, options.dae, options.encoder, options.pca_layer)
     recognizer = None
     if any(part is not None for part in official):
@@ -126,16 +134,14 @@ def predict(options: Options) -> Path:
         purified = pin.project(x, q)
         scores = {"distance": (purified - x).norm().item(), "kept": q.sum().item()}
         if recognizer is not None:
-            scores["cosine"] = attack_scores(recognizer, lambda _, result=purified: result, x)[
-                "cosine"
-            ].item()
+            both = attack_scores(recognizer, lambda _, result=purified: result, x)
+            scores["cosine_distance"] = both["cosine_distance"].item()
         records.append({"image": str(path), "purified": f"{name}.png", **scores})
         write_image(options.output / f"{name}.png", to_unit(purified[0]), synthetic="purified by PIN")
-        clean = x if options.clean is None else preprocess(options.clean / path.name, size)[None].to(device)
-        # Without the clean image the perturbation is unknown: "left" then shows what PIN took away.
-        tiles += picture_row(pin.basis, clean[0], x[0], purified[0], q[0])
-    columns = len(tiles) // len(records)
-    sheet = image_grid(tiles, columns=columns, column_labels=ROW[:columns], scale=max(1, 96 // size))
+        clean = None if options.clean is None else preprocess(options.clean / path.name, size).to(device)
+        tiles += picture_row(pin.basis, clean, x[0], purified[0], q[0])
+    columns, labels = len(tiles) // len(records), UNKNOWN_ROW if options.clean is None else ROW
+    sheet = image_grid(tiles, columns=columns, column_labels=labels[:columns], scale=max(1, 96 // size))
     write_image(options.output / "rows.png", sheet)
     write_json(options.output / "scores.json", {"mode": options.mode, "images": records})
     with open(options.output / "scores.csv", "w", newline="") as file:

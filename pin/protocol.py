@@ -133,7 +133,7 @@ def attack_scores(recognizer: Images, defense: Images, x: Tensor) -> dict[str, T
     plain, defended = in_batches(recognizer, x), in_batches(recognizer, purified)
     return {
         "distance": (purified - x).flatten(1).norm(dim=1),
-        "cosine": 1 - F.cosine_similarity(plain, defended),
+        "cosine_distance": 1 - F.cosine_similarity(plain, defended),
     }
 
 

@@ -82,9 +82,15 @@ def test_prediction(run, tmp_path):
         write_image(tmp_path / "faces" / f"{number}.png", torch.rand(3, 20, 24))
     script("predict", "--run", run, "--images", tmp_path / "faces", "--output", tmp_path / "out")
     scores = json.loads((tmp_path / "out/scores.json").read_text())["images"]
-    assert len(scores) == 2 and set(scores[0]) == {"image", "purified", "distance", "kept", "cosine"}
+    assert len(scores) == 2 and set(scores[0]) == {"image", "purified", "distance", "kept", "cosine_distance"}
     assert (tmp_path / "out/rows.png").exists() and (tmp_path / "out/0.png").exists()
     assert (tmp_path / "out/scores.csv").read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("options", [{"mode": "topk"}, {"k": 5}, {"mode": "topk", "k": 0}])
+def test_top_k_and_its_k_belong_together(run, options):
+    with pytest.raises(UserError, match="--mode topk and --k"):
+        predict(Purify(images=(), run=run, device="cpu", **options))
 
 
 def test_images_of_one_name_are_all_written(run, tmp_path):
