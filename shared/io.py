@@ -179,8 +179,9 @@ def runs_root() -> Path:
 class Run:
     """A run folder: config.json, log.jsonl and TensorBoard events, checkpoint/, samples/.
 
-    Opening it again with the same configuration continues it. Only the main process writes; every process
-    reads. Raises UserError when the folder holds a run with other settings, is in use, or is something else.
+    Opening it again with the same configuration continues it; a run that has written nothing yet takes a new
+    one. Only the main process writes; every process reads. Raises UserError when the folder holds a run with
+    other settings, is in use, or is something else.
     """
 
     def __init__(self, paper: str, config: RunConfig, is_main: bool = True):
@@ -416,13 +417,20 @@ def _read_record(folder: Path) -> dict:
 _MAY_DIFFER = {"out", "restart", "device", "compile", "workers"}
 
 
+def _is_blank(folder: Path) -> bool:
+    """Whether a run ended before it wrote anything but its settings, for a mistake in them perhaps, so that
+    it may begin again with others."""
+    made = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
+    return all(path.name in ("config.json", ".lock") or path.match("events.out.*") for path in made)
+
+
 def _check_same(folder: Path, before: dict, now: dict) -> None:
     if before["paper"] != now["paper"]:
         raise UserError(f"{folder}: a run of {before['paper']}, not of {now['paper']}; give another --out")
     old, new = before["config"], now["config"]
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in changed if key not in _MAY_DIFFER]
-    if changed:
+    if changed and not _is_blank(folder):
         raise UserError(
             f"{folder}: holds a run with other settings ({'; '.join(changed)}). "
             "Give another --out, or --restart to delete it"

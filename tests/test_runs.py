@@ -148,6 +148,20 @@ def test_other_settings_are_refused_and_restart_deletes(tmp_path):
     assert len((config.out / "log.jsonl").read_text().splitlines()) == 7
 
 
+def test_settings_may_be_mended_until_a_run_has_written_something(tmp_path):
+    config = Config(out=tmp_path / "run")
+    for steps in (5, 6):  # each ends before its first step, as for data that are not there
+        run = Run("toy", replace(config, steps=steps))
+        run.load({}, {})
+        run.close()
+    (config.out / "basis.safetensors").write_bytes(b"of these settings")
+    with pytest.raises(UserError, match="other settings .steps 6 -> 7"):
+        Run("toy", replace(config, steps=7))
+    Run("toy", config).close()
+    with pytest.raises(UserError, match="a run of toy, not of pin"):
+        Run("pin", config)
+
+
 def test_a_run_may_be_saved_before_anything_was_loaded(tmp_path):
     run = Run("toy", Config(out=tmp_path / "run"))
     run.save({"model": nn.Linear(4, 1)}, {}, {"step": 0})
