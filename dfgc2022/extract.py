@@ -1,10 +1,11 @@
-"""Cut face crops out of videos: `<out>/<video file name>/NNNN.png` and a list file for training.
+"""Cut face crops out of videos: `<out>/<video>/NNNN.png` and a list file for training.
 
     python extract.py --videos clips/ --out crops/ --boxes mtcnn
     python extract.py --dataset celeb-df-v2 --videos /datasets/celeb-df-v2 --split train --out crops/ \\
         --boxes mtcnn
 
-A video whose crops are there is not read again.
+<video> is the file's name or, with --dataset, its path in the set, where names may repeat. A video whose
+crops are there is not read again.
 """
 
 import shutil
@@ -47,15 +48,15 @@ class Config:
     """Videos that are read at once."""
 
 
-def extract(path: Path, out: Path, boxes: str, every: int, crop: Rule) -> tuple[int, str]:
-    """Crops of one video below out/<file name>/; (number of crops, what is wrong with the video or "").
+def extract(video: tuple[Path, Path], boxes: str, every: int, crop: Rule) -> tuple[int, str]:
+    """Crops of one video (its file, their folder); (number of crops, what is wrong with the video or "").
 
     A finished folder is left as it is: crops are written under a temporary name that is renamed at the end.
     """
-    folder = out / path.name
+    path, folder = video
     if folder.is_dir():
         return sum(1 for _ in folder.glob("*.png")), ""
-    part = out / f".{path.name}.part"
+    part = folder.parent / f".{folder.name}.part"
     shutil.rmtree(part, ignore_errors=True)  # of a call that was killed, perhaps with other settings
     part.mkdir(parents=True)
     source, count, note = box_source(boxes), 0, ""
@@ -82,33 +83,33 @@ def extract_all(
     every: int,
     crop: Rule = "winner",
     workers: int = 1,
+    root: Path | None = None,
 ) -> list[str]:
-    """Crops of many videos and list.txt of those with a label and a face; returns the notes on bad ones."""
+    """Crops of many videos and list.txt of those with a label and a face; returns the notes on bad ones.
+
+    root: a folder whose structure the crops repeat; None: they lie side by side.
+    """
     box_source(boxes)  # reports a wrong choice once
-    names = [path.name for path, _ in videos]
+    names = [path.relative_to(root).as_posix() if root else path.name for path, _ in videos]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"two videos are called {twice}; extract them into different folders")
     out.mkdir(parents=True, exist_ok=True)
-    work = partial(_extract_one, out=out, boxes=boxes, every=every, crop=crop)
-    paths = [path for path, _ in videos]
+    work = partial(extract, boxes=boxes, every=every, crop=crop)
+    jobs = [(path, out / name) for (path, _), name in zip(videos, names, strict=True)]
     if workers > 1:
         with get_context("spawn").Pool(workers) as pool:
-            results = list(progress(pool.imap(work, paths), "extracting", len(paths)))
+            results = list(progress(pool.imap(work, jobs), "extracting", len(jobs)))
     else:
-        results = [work(path) for path in progress(paths, "extracting")]
+        results = [work(job) for job in progress(jobs, "extracting")]
     lines = [
-        f"{path.name} {label}\n"
-        for (path, label), (count, _) in zip(videos, results, strict=True)
+        f"{name} {label}\n"
+        for name, (_, label), (count, _) in zip(names, videos, results, strict=True)
         if label is not None and count
     ]
     if lines:
         (out / "list.txt").write_text("".join(lines))
     return [note for _, note in results if note]
-
-
-def _extract_one(path: Path, out: Path, boxes: str, every: int, crop: Rule) -> tuple[int, str]:
-    return extract(path, out, boxes, every, crop)
 
 
 def main(config: Config) -> None:
@@ -119,7 +120,8 @@ def main(config: Config) -> None:
             raise UserError(f"{config.videos}: no video of split {config.split}")
     else:
         videos = [(path, config.label) for path in list_videos(config.videos)]
-    notes = extract_all(videos, config.out, config.boxes, config.every, config.crop, config.workers)
+    root = config.videos if config.dataset else None
+    notes = extract_all(videos, config.out, config.boxes, config.every, config.crop, config.workers, root)
     for note in notes:
         print(f"warning: {note}")
     print(f"{len(videos) - len(notes)} of {len(videos)} videos without a remark, crops in {config.out}")

@@ -321,8 +321,8 @@ def flower(config: Config, record: Callable[[Federation, dict[str, float]], None
         from dfl.flower_app import simulate
     except ModuleNotFoundError as error:
         raise UserError(
-            f"--engine flower: {error}; install it with `pip install -r dfl/requirements-flower.txt`, in an "
-            "environment of its own (README.md, 'Flower')"
+            f"--engine flower: {error}; `make setup-flower` makes an environment that has it (README.md, "
+            "'Flower')"
         ) from None
     return simulate(config, record)
 

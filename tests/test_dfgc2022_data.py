@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from dfgc2022 import losses
+from dfgc2022 import extract, losses
 from dfgc2022.data import (
+    FF_METHODS,
     CropFolders,
     Middle,
     celeb_df,
@@ -198,6 +199,20 @@ def test_extraction_leaves_no_crops_of_an_earlier_call_and_loses_none(tmp_path):
     assert extract_all(videos, tmp_path / "out", "crops", every=10, crop="frame") == []
     names = sorted(path.name for path in (tmp_path / "out" / "a.mp4").iterdir())
     assert names == ["0000.png", "0010.png"]
+
+
+def test_forgeries_of_one_name_by_several_methods_are_all_extracted(tmp_path):
+    places = ["original_sequences/youtube/c23/videos/000.mp4"]
+    places += [f"manipulated_sequences/{method}/c23/videos/000_003.mp4" for method in FF_METHODS]
+    for place in places:
+        (tmp_path / place).parent.mkdir(parents=True)
+        write_clips([tmp_path / place], [np.full((2, 48, 64, 3), 90, np.uint8)], 10)
+    extract.main(
+        extract.Config(tmp_path, tmp_path / "crops", "faceforensics-c23", boxes="crops", crop="frame")
+    )
+    folders, empty = read_list(tmp_path / "crops" / "list.txt")
+    found = {(folder.folder.relative_to(tmp_path / "crops").as_posix(), folder.label) for folder in folders}
+    assert found == {(place, int("manipulated" in place)) for place in places} and empty == 0
 
 
 def test_a_crop_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
