@@ -82,9 +82,8 @@ def find_pairs(dataset: str, root: Path | None, split: str, operator: str = "A")
         raise UserError(f"data set {dataset!r} is none of {', '.join(DATASETS)}")
     if root is None or not root.exists():
         where = f"; get it: {WHERE[family]}" if family in WHERE else ""
-        raise UserError(
-            f"{dataset}: --data-root {root} does not exist{where}. Layouts: irisusformer/datasets.py"
-        )
+        lacking = "--data-root is missing" if root is None else f"--data-root {root} does not exist"
+        raise UserError(f"{dataset}: {lacking}{where}. Layouts: README.md, 'Data sets'")
     if family == "all":
         return all_pairs(root, split, operator)
     if family == "csv":
@@ -102,7 +101,7 @@ def find_pairs(dataset: str, root: Path | None, split: str, operator: str = "A")
     if family == "folder":
         return split_list(folder_pairs(dataset, root), root, split)
     raise UserError(
-        f"{dataset}: no folder {root / split}; get it: {WHERE[family]}. Layout: irisusformer/datasets.py"
+        f"{dataset}: no folder {root / split}; get it: {WHERE[family]}. Layout: README.md, 'Data sets'"
     )
 
 

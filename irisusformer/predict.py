@@ -7,7 +7,8 @@
 Per image: NAME_mask.png, NAME_overlay.png (mask, ellipses, contour of the high-uncertainty region),
 NAME_uncertainty.png (heat map over the image), NAME_polar.png, NAME_polar_mask.png and
 NAME_polar_reliability.png (64x512) and NAME.json; for a video NAME.json with one record a frame, and
-NAME_overlay.mp4. summary.csv has a line per image or frame.
+NAME_overlay.mp4. summary.csv has a line per image or frame: `score` is 1 less the mean uncertainty inside
+the mask, `usable` the share of the iris ring that the mask leaves.
 """
 
 import csv

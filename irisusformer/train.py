@@ -182,20 +182,14 @@ PRESETS = {
 }
 
 
+SHAPE = ("size", "arch", "position_sensitive", "aux_at", "mixer", "pos_embed", "boundaries", "fast_up")
+"""Settings that decide which weights a network has."""
+
+
 def build(config: Config) -> IrisUsformer:
     """The network that a configuration describes."""
-    return IrisUsformer(
-        config.size,
-        config.mode,
-        arch=config.arch,
-        position_sensitive=config.position_sensitive,
-        aux_at=config.aux_at,
-        mixer=config.mixer,
-        pos_embed=config.pos_embed,
-        boundaries=config.boundaries,
-        fast_up=config.fast_up,
-        dropout=config.dropout,
-    )
+    shape = {name: getattr(config, name) for name in SHAPE}
+    return IrisUsformer(mode=config.mode, dropout=config.dropout, **shape)
 
 
 def variants(config: Config) -> dict[str, Config]:
@@ -243,14 +237,20 @@ def test_set(config: Config) -> Dataset:
     return IrisFiles(find_pairs(config.dataset, config.data_root, "test", config.operator))
 
 
-def load_init(path: Path, model: nn.Module, name: str) -> None:
-    """Weights to begin with: a file, or the same (otherwise the first) network of a run folder."""
+def load_init(path: Path, model: nn.Module, name: str, config: Config) -> None:
+    """Weights to begin with: a file, or the same (otherwise the first) network of a run folder. UserError
+    where that is of another shape than `config` describes."""
     if path.is_file():
         load_safetensors(path, model)
         return
     folder = find_run(PAPER, path)
-    names = variants(load_config(folder, Config))
-    load_weights(folder, {name if name in names else next(iter(names)): model})
+    named = variants(load_config(folder, Config))
+    chosen = name if name in named else next(iter(named))
+    pairs = {key: (getattr(named[chosen], key), getattr(config, key)) for key in SHAPE}
+    other = [f"{key} {its}, not {ours}" for key, (its, ours) in pairs.items() if its != ours]
+    if other:
+        raise UserError(f"--init {path}: its network has {', '.join(other)}; train one of the same shape")
+    load_weights(folder, {chosen: model})
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -266,7 +266,7 @@ class Learner:
         self.name, self.config = name, config
         self.model = build(config)
         if config.init:
-            load_init(config.init, self.model, name)
+            load_init(config.init, self.model, name, config)
         self.model = as_one(self.model.to(device, memory_format=torch.channels_last), device)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
         decayed = [p for p in self.model.parameters() if p.ndim > 1]

@@ -263,9 +263,9 @@ def test_training_sets_tau_from_the_training_images(tmp_path):
 def test_fine_tuning_begins_with_the_given_weights_and_few_labels(tmp_path):
     folder = train(replace(SMALL, out=tmp_path / "first"))
     model = build(SMALL)
-    load_init(folder, model, "learned")
+    load_init(folder, model, "learned", SMALL)
     other = build(SMALL)
-    load_init(folder / "checkpoint" / "learned.safetensors", other, "learned")
+    load_init(folder / "checkpoint" / "learned.safetensors", other, "learned", SMALL)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
     config = replace(SMALL, init=folder, labels=3, out=tmp_path / "second")
@@ -274,6 +274,8 @@ def test_fine_tuning_begins_with_the_given_weights_and_few_labels(tmp_path):
         Learner("learned", config, torch.device("cpu")).model.state_dict(), model.state_dict()
     )
     train(config)
+    with pytest.raises(UserError, match="its network has size tiny, not lite; train one of the same shape"):
+        Learner("learned", replace(config, size="lite"), torch.device("cpu"))
 
 
 def test_training_on_files_with_boundary_heads(tmp_path, capsys):
