@@ -68,12 +68,17 @@ class Basis(nn.Module):
                 f"eigenface k means something else there, so load the basis that came with it"
             )
 
+    def require_fit(self, x: Tensor) -> None:
+        """UserError when images (B, 1, H, W) are of another size."""
+        if x[0].numel() != self.avg_face.numel():
+            side = round(self.avg_face.numel() ** 0.5)
+            raise UserError(
+                f"images of {tuple(x.shape[1:])} do not fit eigenfaces of {side} x {side} pixels; resize them"
+            )
+
     def center(self, x: Tensor) -> Tensor:
         """(B, 1, H, W) -> x - m as (B, D), in float32."""
-        if x[0].numel() != self.avg_face.numel():
-            raise UserError(
-                f"images of {tuple(x.shape[1:])} do not fit a basis of {self.avg_face.numel()} pixels"
-            )
+        self.require_fit(x)
         return x.flatten(1).float() - self.avg_face
 
     def coefficients(self, x: Tensor) -> Tensor:

@@ -177,7 +177,8 @@ class PIN(nn.Module):
         self.mode, self.k, self.gradient, self.clamp, self.generator = mode, k, gradient, clamp, generator
 
     def probabilities(self, x: Tensor) -> Tensor:
-        """Keep-probabilities p (B, K)."""
+        """Keep-probabilities p (B, K). UserError for images of another size than the eigenfaces'."""
+        self.basis.require_fit(x)
         return self.esn(x if self.dae is None else self.dae(x)[1])
 
     def mask(self, p: Tensor) -> Tensor:

@@ -304,8 +304,10 @@ def test_defended_averages_draws_of_unit_features(small, x):
 
 def test_wrong_size_and_short_basis_are_clear(small, x):
     basis, dae, esn = small
-    with pytest.raises(UserError, match="do not fit a basis"):
+    with pytest.raises(UserError, match="do not fit eigenfaces of 8 x 8 pixels"):
         basis.coefficients(torch.zeros(1, 1, 9, 9))
+    with pytest.raises(UserError, match="do not fit eigenfaces of 8 x 8 pixels"):
+        PIN(basis, dae, esn)(torch.zeros(1, 1, 9, 9))
     with pytest.raises(UserError, match="20 eigenfaces and 30 are asked"):
         Basis(basis.avg_face, basis.eig_vec, components=30)
     with pytest.raises(UserError, match="unit length"):
