@@ -49,7 +49,8 @@ def ranking_lists(
 
 def weight_bars(weights: dict[str, Tensor], experts: list[str], path: Path) -> None:
     """Mean weight of each expert on the images of each domain, domain name -> (K,), as bars."""
-    figure, axes = plt.subplots(figsize=(1.5 + 1.2 * len(weights), 3), layout="constrained")
+    wide = max(1.5 + 1.2 * len(weights), 1 + 1.5 * len(experts))  # bars; the legend's names
+    figure, axes = plt.subplots(figsize=(wide, 3), layout="constrained")
     width = 0.8 / len(experts)
     for k, name in enumerate(experts):
         places = [i + (k - (len(experts) - 1) / 2) * width for i in range(len(weights))]
@@ -57,7 +58,7 @@ def weight_bars(weights: dict[str, Tensor], experts: list[str], path: Path) -> N
     axes.set_xticks(range(len(weights)), [f"images of {name}" for name in weights])
     axes.set_ylabel("mean weight")
     axes.set_ylim(0, 1.15)
-    axes.legend(loc="upper center", ncols=len(experts))
+    axes.legend(loc="upper center", ncols=len(experts), fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -75,6 +75,6 @@ def faiss_module() -> ModuleType:
         import faiss
     except ModuleNotFoundError:
         raise UserError(
-            "--faiss: FAISS is not installed (pip install faiss-cpu); exact search needs it not"
+            "--faiss: FAISS is not installed (pip install faiss-cpu); the search without it is exact too"
         ) from None
     return faiss
