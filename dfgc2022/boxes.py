@@ -115,7 +115,8 @@ class MtcnnBoxes:
     def __init__(self, device: str = "cpu"):
         if importlib.util.find_spec("facenet_pytorch") is None:
             raise UserError(
-                "--boxes mtcnn needs facenet-pytorch (pip install facenet-pytorch), or give --boxes CSV"
+                "--boxes mtcnn needs facenet-pytorch: pip install --no-deps facenet-pytorch (otherwise it "
+                "brings an old PyTorch), or give --boxes CSV"
             )
         from facenet_pytorch import MTCNN
 

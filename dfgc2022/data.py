@@ -56,7 +56,9 @@ def read_list(path: Path) -> tuple[list[CropFolder], int]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as a list of crop folders ({error})") from None
+        raise UserError(
+            f"{path}: not readable as a list of crop folders, which extract.py writes ({error})"
+        ) from None
     found, empty = [], 0
     for number, line in enumerate(lines, 1):
         if not line.strip() or "landmarks" in line:
@@ -203,8 +205,14 @@ FF_METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "FaceShifter", "NeuralTextur
 def faceforensics(root: Path, compression: str = "c23", methods: Sequence[str] = FF_METHODS) -> list[Video]:
     """FaceForensics++: `original_sequences/youtube/<c>/videos/`,
     `manipulated_sequences/<method>/<c>/videos/`, and the official `splits/{train,val,test}.json` where
-    present. DeepFakeDetection is a method; its reals are under `original_sequences/actors`.
+    present. DeepFakeDetection is a method; its reals are under `original_sequences/actors`. Methods that are
+    not there are named in a warning; UserError when all are absent.
     """
+    here = [method for method in methods if (root / "manipulated_sequences" / method).is_dir()]
+    if here and len(here) < len(methods):
+        absent = ", ".join(method for method in methods if method not in here)
+        print(f"warning: {root}: goes without {absent}, no folder of manipulated_sequences/")
+    methods = here or methods
     splits = {}
     for split in ("train", "val", "test"):
         path = root / "splits" / f"{split}.json"

@@ -91,11 +91,13 @@ def test_one_random_crop_per_video_and_draw(tmp_path):
         CropFolders(folders, 16, seed=0)[1, 0]
 
 
-def test_faceforensics(tmp_path):
+def test_faceforensics(tmp_path, capsys):
     touch(tmp_path / "original_sequences/youtube/c23/videos/071.mp4")
     touch(tmp_path / "manipulated_sequences/Deepfakes/c23/videos/071_054.mp4")
     touch(tmp_path / "splits/test.json", json.dumps([["054", "071"]]).encode())
     found = faceforensics(tmp_path, "c23", ["Deepfakes"])
+    assert not capsys.readouterr().out and faceforensics(tmp_path, "c23") == found
+    assert "without Face2Face, FaceSwap, FaceShifter, NeuralTextures" in capsys.readouterr().out
     assert [(v.path.name, v.label, v.split) for v in found] == [
         ("071.mp4", 0, "test"),
         ("071_054.mp4", 1, "test"),
