@@ -7,14 +7,17 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # must stand before OpenCV is imported
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-
 import cv2
 import imageio_ffmpeg
 import numpy as np
 
 from shared.runtime import UserError
+
+# What is wrong with a video is said once, in our words. OpenCV reads its own variable when it is imported,
+# which may have been long ago, and ffmpeg's when a file is opened.
+if "OPENCV_LOG_LEVEL" not in os.environ:
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 

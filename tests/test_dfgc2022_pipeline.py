@@ -55,6 +55,13 @@ def test_sampled_frames_are_those_of_a_full_decode(tmp_path):
     assert np.abs(every[20].astype(int) - film(23)[20]).mean() < 6
 
 
+def test_libraries_say_nothing_of_a_bad_video(tmp_path, capfd):
+    (tmp_path / "bad.mp4").write_bytes(b"no film")
+    with pytest.raises(VideoError, match="not a video"):
+        list(read_frames(tmp_path / "bad.mp4"))
+    assert not capfd.readouterr().err
+
+
 def test_many_clips_through_one_encoder_are_their_own_files(tmp_path):
     clips = [film(9, seed=seed) for seed in range(3)]
     paths = [tmp_path / f"{name}.mp4" for name in "abc"]
