@@ -6,11 +6,13 @@ Inputs of the file: `image` (1, 3, S, S) in [-1, 1] and `mask` (1, 1, S, S) with
 """
 
 import copy
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
 from mdrnets.data import DataName
@@ -83,7 +85,11 @@ def main(config: ExportConfig) -> Path:
     print(f"{config.out}: {model.name}, largest difference to the network {difference:.1e}")
     if config.int8:
         small = config.out.with_suffix(".int8.onnx")
-        quantize_dynamic(config.out, small, weight_type=QuantType.QUInt8)
+        with tempfile.TemporaryDirectory() as folder:
+            # Without shapes and folded constants the quantiser leaves layers out and warns about each.
+            prepared = Path(folder) / "prepared.onnx"
+            quant_pre_process(config.out, prepared, skip_symbolic_shape=True)
+            quantize_dynamic(prepared, small, weight_type=QuantType.QUInt8)
         error = distance(model, small).mean().item()
         print(f"{small}: 8-bit weights, mean difference to the network {error:.1e}")
     return config.out

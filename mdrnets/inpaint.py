@@ -14,7 +14,7 @@ from mdrnets.data import DataName
 from mdrnets.masks import Polarity, ratio, read_mask, to_mask, warn_inverted
 from mdrnets.model import MDRNet
 from mdrnets.mrem import hole_cells
-from mdrnets.parser import GLASSES, GROUPS, HAT, BiSeNetParser
+from mdrnets.parser import GLASSES, GROUPS, HAT, BiSeNetParser, likely_cells
 from mdrnets.simple import PARTS
 from mdrnets.stages import VARIANTS, build, plan, stage_file
 from mdrnets.train import Config
@@ -119,14 +119,11 @@ def hiding_mask(model: Model, image: Tensor, hide: Hide, box: tuple[int, int, in
             found = (parser.labels(x.to(model.device)).argmax(1) == {"glasses": GLASSES, "hat": HAT}[hide])[0]
         else:
             cells = (model.size // model.net.stride,) * 2
-            part = parser(x.to(model.device), cells).argmax(1)[0]
-            eyes = part == next(i for i, name in enumerate(model.parts) if name.startswith("eyes"))
-            if not eyes.any():
-                raise UserError(f"--hide {hide}: no eyes found in the picture; use --hide box or --mask")
-            found = eyes
+            likely = likely_cells(parser(x.to(model.device), cells)[0])
+            found = likely[next(i for i, name in enumerate(model.parts) if name.startswith("eyes"))]
             if hide == "hat":
-                above = torch.arange(len(part), device=part.device) < eyes.any(1).nonzero().min()
-                found = (part == model.parts.index("hair")) & above[:, None]
+                above = torch.arange(len(found), device=found.device) < found.any(1).nonzero().min()
+                found = likely[model.parts.index("hair")] & above[:, None]
         if not found.any():
             raise UserError(f"--hide {hide}: none found in the picture; use --hide box or --mask")
         small = found.float().cpu()[None, None]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from mdrnets.data import DataName, Pictures, open_pictures
 from mdrnets.inpaint import Model, load_model
 from mdrnets.mechanism import usage_table
+from mdrnets.parser import likely_cells
 from mdrnets.train import Config
 from shared.io import find_run, image_grid, load_config, progress, write_image
 from shared.published import format_table
@@ -60,7 +61,7 @@ def nearest_patches(model: Model, pictures: Pictures, config: ViewConfig) -> tup
         parsing = net.parser(x, cells)
         q = dmm.queries(net.refine.features(x, torch.zeros_like(x[:, :1]), parsing))[0]  # (P, C)
         likeness = torch.einsum("ksc,pc->ksp", memory, q)
-        own = F.one_hot(parsing[0].flatten(1).argmax(0), len(model.parts)).T.bool()  # (K, P)
+        own = likely_cells(parsing[0]).flatten(1)  # (K, P)
         value, place = likeness.masked_fill(~own.unsqueeze(1), -2.0).max(-1)
         padded = F.pad(image[None], (reach,) * 4, mode="replicate")[0]
         for k, s in (value > best[..., -1]).nonzero().tolist():

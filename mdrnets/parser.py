@@ -73,6 +73,15 @@ def parts_on_grid(parts: Tensor, count: int, cells: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(F.one_hot(parts.long(), count).movedim(-1, 1).float(), cells)
 
 
+def likely_cells(parsing: Tensor) -> Tensor:
+    """(..., K, h, w) probabilities -> bool: cells where a part has at least a quarter of its largest share.
+
+    On a coarse grid a small part (brows, eyes, mouth) shares its cells with skin and is the most probable one
+    in hardly any.
+    """
+    return parsing >= 0.25 * parsing.amax((-2, -1), keepdim=True)
+
+
 def paint_parts(parsing: Tensor) -> Tensor:
     """Soft parsing (B, K, h, w) -> picture (B, 3, h, w) in [0, 1]."""
     return torch.einsum("bkhw,kc->bchw", parsing, PART_COLOURS[: parsing.shape[1]].to(parsing))

@@ -1,9 +1,11 @@
 """MDRNets: training, resume, several processes, evaluation and prediction in miniature."""
 
 import json
+import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
@@ -16,11 +18,12 @@ from mdrnets import eval as evaluation
 from mdrnets import predict
 from mdrnets.app import to_tensor
 from mdrnets.claims import copy_claim, make_claims
-from mdrnets.inpaint import Model, attention_of, complete, crop_box, load_model
+from mdrnets.data import open_pictures
+from mdrnets.inpaint import Model, attention_of, complete, crop_box, hiding_mask, load_model
 from mdrnets.model import SIZES, CoarseNet, MDRNet, RefineNet
 from mdrnets.parser import GROUPS, TinyParser
 from mdrnets.stages import TABLE_A, VARIANTS, plan
-from mdrnets.train import PRESETS, train
+from mdrnets.train import PRESETS, Config, train
 from shared.io import load_config, read_image, write_image
 from shared.onnxfile import run_onnx
 from shared.runtime import UserError, parse_presets
@@ -345,6 +348,19 @@ def test_hiding_a_box_and_its_mistakes(run_folder, tmp_path):
         run_predict(run_folder, tmp_path, picture=face, hide="box", box=(5, 6, 10, 8), pixel=(50, 40))
 
 
+def test_hiding_glasses_takes_both_eyes_though_skin_is_more_probable(model):
+    probable = torch.full((1, 8, 8, 8), 0.01)
+    skin, eyes, hair = (model.parts.index(name) for name in ("skin", "eyes", "hair"))
+    probable[:, skin], probable[:, hair, :2] = 0.6, 0.8
+    probable[:, eyes, 4, 2], probable[:, eyes, 4, 6] = 0.3, 0.1
+    net = SimpleNamespace(parser=lambda x, cells: probable, stride=2)
+    small = Model(net, model.parts, 16, "test", torch.device("cpu"))
+    glasses = hiding_mask(small, picture(16, 16), "glasses", None)
+    assert glasses[0, 8, 5] == glasses[0, 8, 13] == 1 and glasses[0, :6].sum() == glasses[0, 12:].sum() == 0
+    hat = hiding_mask(small, picture(16, 16), "hat", None)
+    assert hat[0, :4].all() and not hat[0, 8:].any()
+
+
 def test_a_folder_of_pictures_needs_a_mask_for_each(run_folder, tmp_path):
     for name in ("a", "b"):
         save(tmp_path / "in" / f"{name}.png", picture())
@@ -421,17 +437,24 @@ def test_memory_view_shows_patches_of_every_part(run_folder):
     record = json.loads((run_folder / "memory.json").read_text())
     assert len(record) == 6 and all(len(entry["most_used"]) == 4 for entry in record.values())
     assert (run_folder / "samples" / "memory.png").is_file()
+    faces_of_run = replace(config, data="faces")
+    model = load_model(run_folder, "faces", "full", None, torch.device("cpu"))
+    pictures = open_pictures(load_config(run_folder, Config), "faces", "train", 0)
+    patches, _ = memory_view.nearest_patches(model, pictures, faces_of_run)
+    assert (patches.flatten(3).amax(-1) > 0).all()  # none left empty, of small parts neither
     with pytest.raises(UserError, match="no memory for each part"):
         memory_view.main(replace(config, variant="none"))
 
 
-def test_exported_file_gives_what_the_network_gives(run_folder, tmp_path, model):
+def test_exported_file_gives_what_the_network_gives(run_folder, tmp_path, model, caplog):
     from mdrnets import export
 
     config = export.ExportConfig(
         run=run_folder, data="faces", variant="full", out=tmp_path / "net.onnx", int8=True
     )
-    export.main(config)
+    with caplog.at_level(logging.WARNING):
+        export.main(config)
+    assert not caplog.messages
     image, mask = export.example(model.size, seed=5)
     (output,) = run_onnx(config.out, image=image, mask=mask)
     kept = (mask < 0.5).expand_as(image)
