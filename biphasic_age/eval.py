@@ -69,6 +69,8 @@ class EvalConfig:
     """Steps of each judge."""
     judge_batch: int = 64
     """Pictures in each of those steps."""
+    scene_judge_steps: int = 1200
+    """Steps of the two-head scene's judge, 32 pictures each."""
     far: float | None = None
     """False accept rate at the identity judge's threshold; default 1e-2 on drawn faces, elsewhere 1e-5. Where
     the impostor pairs are too few for it, the smallest that they support."""
@@ -114,7 +116,9 @@ def evaluate_scene(
     settings: EvalConfig, config: Config, folder: Path, device: torch.device
 ) -> tuple[list[Claim], Table]:
     """Table, claims and a picture of the two-head scene."""
-    test = open_scene_test(min(config.test_images, 100), config.scene_size, settings.judge_steps, device)
+    test = open_scene_test(
+        min(config.test_images, 100), config.scene_size, settings.scene_judge_steps, device
+    )
     nets = trained_nets(config, folder, "scene", device)
     table: Table = {"copy": {config.seed: measure_scene(copy, test, device)}}
     for name, seeds in progress(nets.items(), "scene"):

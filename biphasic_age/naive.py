@@ -80,8 +80,10 @@ def training_losses(
     weights: Weights,
 ) -> tuple[Tensor, Tensor]:
     """The sum of all terms, and y."""
-    x_s, logits = generate(net, image, labels, source)
-    y, _ = generate(net, image, labels, target)
+    both, logits = generate(
+        net, image.repeat(2, 1, 1, 1), labels.repeat(2, 1, 1), torch.cat((source, target))
+    )
+    (x_s, y), logits = both.chunk(2), logits[: len(image)]
     x_c, _ = generate(net, y, labels, source)
     seen = guides.age(y)
     total = (

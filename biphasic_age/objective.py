@@ -6,12 +6,13 @@ is known, down to the image or the features where branches meet: its activations
 branch needs memory.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from biphasic_age import losses
 from biphasic_age.constraint import Disentangled
@@ -76,11 +77,21 @@ def generator_backward(
         features = generator.features(image)
     shared, meeting = _leaves(features)
 
-    restored = None
-    if weights.reconstruction or weights.perceptual or weights.detail or weights.adversarial_self:
+    # Both strategies are painted in one batch. If each had its own, batch norm would tell the decoder for
+    # which of them it paints; in use, where there is one average of both, it would do half of each.
+    alone = weights.reconstruction or weights.perceptual or weights.detail or weights.adversarial_self
+    ages = ([source] if alone else []) + ([target] if condition else [])
+    painted: tuple[Tensor, ...] = ()
+    if ages:
         with autocast():
-            x_s = generator.paint(shared, generator.maps(shared, layout, source), image).float()
-            branch = {}
+            painted = _paint(generator, shared, image, layout, ages)
+    outputs = [output.detach().requires_grad_() for output in painted]
+
+    restored = None
+    if alone:
+        restored = outputs[0].detach()
+        with autocast():
+            x_s, branch = outputs[0], {}
             if weights.reconstruction:
                 branch["reconstruction"] = weights.reconstruction * losses.reconstruction(x_s, image)
             if weights.detail:
@@ -96,33 +107,34 @@ def generator_backward(
                     critic(x_s, layout, source), 1.0
                 )
         backward(**branch)
-        restored = x_s.detach()
 
     translated = None
     if condition:
-        with autocast():
-            y = generator.paint(shared, generator.maps(shared, layout, target), image).float()
-        y_leaf = y.detach().requires_grad_()
+        y = outputs[-1]
+        translated = y.detach()
         with autocast():
             if weights.adversarial:
-                scores = critic(y_leaf, layout, target)
+                scores = critic(y, layout, target)
                 backward(adversarial=weights.adversarial * losses.least_squares(scores, 1.0))
             if weights.age:
-                seen = guides.age(y_leaf)
+                seen = guides.age(y)
                 loss = losses.age(seen.groups, target, seen.years, guides.means, weights.expectation)
                 backward(age=weights.age * loss)
             if weights.identity:
                 with torch.no_grad():
                     of_image = guides.identity.embed(image)
-                loss = losses.identity(guides.identity.embed(y_leaf), of_image)
+                loss = losses.identity(guides.identity.embed(y), of_image)
                 backward(identity=weights.identity * loss)
             if weights.cycle:
-                back_layout = layout if guides.parse is None else guides.parse(y_leaf.detach())
-                x_c = generator(y_leaf, back_layout, source).float()
+                back_layout = layout if guides.parse is None else guides.parse(translated)
+                with unmeasured(generator):
+                    x_c = generator(y, back_layout, source).float()
                 backward(cycle=weights.cycle * losses.reconstruction(x_c, image))
-        if y_leaf.grad is not None:
-            y.backward(y_leaf.grad)
-        translated = y.detach()
+
+    arrived = [(output, leaf.grad) for output, leaf in zip(painted, outputs, strict=True)]
+    arrived = [(output, gradient) for output, gradient in arrived if gradient is not None]
+    if arrived:
+        torch.autograd.backward(*map(list, zip(*arrived, strict=True)))
 
     # Where the branches meet: what they sent to the features, and the terms on the features themselves.
     ends: list[Tensor] = []
@@ -144,6 +156,34 @@ def generator_backward(
     if ends:
         torch.autograd.backward(ends, gradients)
     return {name: term.detach() for name, term in terms.items()}, Made(translated, restored)
+
+
+def _paint(
+    generator: Generator, features: Disentangled, image: Tensor, layout: Tensor, ages: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """The images at each of `ages`, (B,) groups, decoded in one batch: (B, 3, H, W) each."""
+    maps = [
+        torch.cat(level)
+        for level in zip(*(generator.maps(features, layout, age) for age in ages), strict=True)
+    ]
+    count = len(ages)
+    age, identity = (value.repeat(count, 1, 1, 1) for value in (features.age, features.identity))
+    made = generator.paint(Disentangled(age, identity, None, None), maps, image.repeat(count, 1, 1, 1))
+    return made.float().chunk(count)
+
+
+@contextmanager
+def unmeasured(network: nn.Module) -> Iterator[None]:
+    """Batch norm as in training, but what it measures does not enter the running statistics: those are of
+    photographs, which is what the network gets in use, and not of its own pictures on their way back."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def _leaves(features: Disentangled) -> tuple[Disentangled, list[tuple[Tensor, Tensor]]]:

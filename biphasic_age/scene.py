@@ -62,9 +62,10 @@ def draw_scenes(count: int, seed: int, size: int = 32, heads: int = 2) -> Scenes
             "eyes": (((x - cx).abs() - 0.42 * rx).abs() < 0.032) & ((y - cy + 0.06).abs() < 0.032),
             "mouth": ((x - cx).abs() < 0.4 * rx) & ((y - cy - 0.13).abs() < 0.024),
         }
-        # The cap of hair is what the skin leaves of a larger ellipse, above the eyes.
+        # The cap of hair is what the face leaves of a larger ellipse; the forehead begins below its fringe.
         where["hair"] = where["hair"] & (y < cy + 0.05)
         where["skin"] = where["skin"] & ~(where["hair"] & (y < cy - 0.5 * ry))
+        where["hair"] = where["hair"] & ~where["skin"]
         ageing = (subject == head).view(-1, 1) * years  # (n, 4); the poster stays young
         grey = torch.tensor(GREY)
         for part in PARTS[1:]:

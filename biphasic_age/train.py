@@ -148,21 +148,19 @@ class Config(RunConfig):
 
 SMALL = Config(
     data=("scene", "faces"), limits=DRAWN_LIMITS, image_size=32, flip=False, age_width=24, age_stages=3,
-    identity_width=16, guide_steps=250, guide_batch=32, guide_lr=2e-3, batch_size=8, warmup=0, average=0.95,
+    identity_width=16, guide_steps=400, guide_batch=32, guide_lr=2e-3, batch_size=8, warmup=0, average=0.95,
     recompute=False, log_every=25, checkpoint_every=200, sample_every=200,
     recipe=Recipe(
         size="tiny", output="residual", steps=600, lr=2e-3, critic_lr=2.0, mismatch=True, jitter=0.0,
         weights=Weights(adversarial=4.0, age=0.3, expectation=0.0, reconstruction=4.0, cycle=4.0),
     ),
-    scene=replace(
-        SCENE_RECIPE, size="keen", output="gated", variants=("full", "no-layout"), steps=400, lr=2e-3
-    ),
+    scene=replace(SCENE_RECIPE, size="keen", output="residual", variants=("full", "no-layout"), lr=1e-3),
 )  # fmt: skip
 STUDY = replace(
     SMALL,
     seeds=2,
     recipe=replace(SMALL.recipe, variants=TABLE),
-    scene=replace(SMALL.scene, variants=TABLE, steps=600),
+    scene=replace(SMALL.scene, variants=TABLE),
 )
 PAPER = Config(workers=8)
 

@@ -358,6 +358,15 @@ def test_age_changes_only_the_subjects_hair_and_skin_in_a_scene():
     assert set(scenes.layout.unique().tolist()) == set(range(len(PARTS)))
 
 
+def test_hair_leaves_the_face_of_a_scene_free():
+    layout = draw_scenes(50, 2).layout
+    eyes = layout == PARTS.index("eyes")
+    beside = (eyes.roll(1, 2) | eyes.roll(-1, 2)) & ~eyes
+    assert (layout[beside] == PARTS.index("skin")).all()
+    areas = torch.bincount(layout.flatten().long(), minlength=len(PARTS))
+    assert areas[PARTS.index("skin")] > 0.8 * areas[PARTS.index("hair")]
+
+
 def test_signs_of_age_are_read_without_a_network():
     scenes = draw_scenes(30, 1)
     signs = [ageing_signs(scenes.image[:, k], scenes.layout, scenes.skin_y) for k in range(4)]

@@ -31,7 +31,10 @@ from shared.records import plain, revive
 from shared.runtime import UserError, parse_presets
 
 TINY = (*helpers.TINY["biphasic_age"], "--device", "cpu")
-JUDGES = {"judge_people": 8, "judge_steps": 4, "judge_batch": 8, "judge_width": 4, "device": "cpu"}
+JUDGES = {
+    "judge_people": 8, "judge_steps": 4, "judge_batch": 8, "judge_width": 4, "scene_judge_steps": 4,
+    "device": "cpu",
+}  # fmt: skip
 script = partial(helpers.script, "biphasic_age")
 
 
