@@ -163,7 +163,7 @@ def test_branch_by_branch_gradients_are_those_of_one_sum(output, switches):
         if p.grad is None:
             assert gradient is None, name
         else:
-            # A bias in front of a norm has rounding alone, below 1e-6; all others are a thousand times larger.
+            # Biases in front of a norm have rounding alone, below 1e-6; all others are far larger.
             assert torch.allclose(p.grad, gradient, rtol=1e-3, atol=1e-5 * p.grad.abs().max() + 1e-6), name
     assert torch.allclose(made.translated, y, atol=1e-5) and torch.allclose(made.restored, x_s, atol=1e-5)
 
