@@ -7,6 +7,7 @@ UserError that says what was looked for, where to get it and how to lay it out.
 import re
 from pathlib import Path
 
+from meta_reid.cuhk03 import extract
 from meta_reid.items import (
     DISTRACTOR,
     Item,
@@ -88,22 +89,26 @@ def msmt17(root: Path, validation: bool = True) -> ReID:
 
 
 def cuhk03(root: Path) -> ReID:
-    """CUHK03, labelled boxes, new protocol (767/700 identities), from the extracted images.
+    """CUHK03, labelled boxes, new protocol (767/700 identities).
 
-    The split comes from `splits_new_labeled.json` or from `cuhk03_new_protocol_config_labeled.mat`.
+    Reads `images_labeled`, and writes it at the first use from the release's `cuhk-03.mat`. The split comes
+    from `splits_new_labeled.json` or from `cuhk03_new_protocol_config_labeled.mat`.
     """
     name = "CUHK03"
     base = find_folder(
         root,
         name,
-        "cuhk03/images_labeled/{pair}_{identity:03d}_{view}_{image:02d}.png (see the README for extracting "
-        "cuhk-03.mat) with splits_new_labeled.json or cuhk03_new_protocol_config_labeled.mat beside it",
+        "cuhk03/cuhk03_release/cuhk-03.mat or cuhk03/images_labeled/{pair}_{identity:03d}_{view}_{image:02d}"
+        ".png, with cuhk03_new_protocol_config_labeled.mat or splits_new_labeled.json in cuhk03",
         "its authors (www.ee.cuhk.edu.hk/~xgwang/CUHK_identification.html)",
         "cuhk03",
     )
     images = base / "images_labeled"
     if not images.is_dir():
-        raise UserError(f"{name}: no folder {images}; extract cuhk-03.mat first (see README.md)")
+        release = base / "cuhk03_release" / "cuhk-03.mat"
+        if not release.is_file():
+            raise UserError(f"{name}: neither a folder {images} nor the release's file {release}")
+        extract(release, images)
     listing, config = base / "splits_new_labeled.json", base / "cuhk03_new_protocol_config_labeled.mat"
     if listing.is_file():
         split = read_json(listing, name)

@@ -12,7 +12,8 @@ from scipy.io import savemat
 from torch.utils.data import DataLoader
 
 from meta_reid import datasets, small_sets
-from meta_reid.data import Files, Target, Tensors, batches, file_target, label
+from meta_reid.cuhk03 import extract
+from meta_reid.data import Files, Target, Tensors, batches, file_target, label, resize
 from meta_reid.figures import ranking_lists
 from meta_reid.items import Item, Split, manifest
 from meta_reid.metrics import ordered_keys, rank
@@ -264,6 +265,81 @@ def test_cuhk03_from_either_list(tmp_path):
     savemat(tmp_path / "cuhk03" / "cuhk03_new_protocol_config_labeled.mat", {"labels": np.array([1])})
     with pytest.raises(UserError, match="config_labeled.mat holds no new protocol"):
         datasets.cuhk03(tmp_path)
+
+
+def released_cuhk03(path, pictures, people=(2, 1, 1, 1, 1)):
+    """cuhk-03.mat as MATLAB 7.3 writes it: cells are references, dimensions reversed, [] a marked vector."""
+    import h5py
+
+    path.parent.mkdir(parents=True)
+    with h5py.File(path, "w") as file:
+
+        def cell(name, rows, columns):
+            return file.create_dataset(name, (columns, rows), h5py.ref_dtype)
+
+        for boxes in ("detected", "labeled"):
+            pairs = cell(boxes, 5, 1)
+            for pair, count in enumerate(people):
+                table = cell(f"#refs#/{boxes}{pair}", count, 10)
+                pairs[0, pair] = table.ref
+                for person in range(count):
+                    for number in range(10):
+                        name = f"#refs#/{boxes}{pair}-{person}-{number}"
+                        picture = pictures.get((boxes, pair + 1, person + 1, number + 1))
+                        if picture is None:
+                            value = file.create_dataset(name, data=np.zeros(2, "uint64"))
+                            value.attrs["MATLAB_empty"] = np.uint8(1)
+                        else:
+                            value = file.create_dataset(name, data=picture.transpose(2, 1, 0))
+                        table[number, person] = value.ref
+
+
+def test_cuhk03_from_the_release(tmp_path):
+    rng = np.random.default_rng(0)
+    keys = [(pair, person, number) for pair, person in ((1, 1), (1, 2), (4, 1)) for number in (1, 5, 6, 10)]
+    shown = {("labeled", *key): rng.integers(0, 256, (9, 4 + key[2], 3), dtype=np.uint8) for key in keys}
+    base = tmp_path / "cuhk03"
+    with pytest.raises(UserError, match="no folder .*cuhk-03.mat or cuhk03/images_labeled"):
+        datasets.cuhk03(tmp_path)
+    release = base / "cuhk03_release" / "cuhk-03.mat"
+    released_cuhk03(release, shown | {("detected", 1, 1, 1): np.zeros((3, 3, 3), np.uint8)})
+    lists = {"train": [["1_002_1_05.png", 0, 0]], "query": [["1_001_1_01.png", 0, 0]]}
+    lists["gallery"] = [["1_001_2_06.png", 0, 1], ["4_001_2_10.png", 1, 1]]
+    (base / "splits_new_labeled.json").write_text(json.dumps([lists]))
+    found = datasets.cuhk03(tmp_path)
+    names = {f"{a}_{b:03d}_{1 if c <= 5 else 2}_{c:02d}.png": (a, b, c) for a, b, c in keys}
+    assert {path.name for path in (base / "images_labeled").iterdir()} == names.keys()
+    items = found.train + found.splits[0].query + found.splits[0].gallery
+    for (image, _), item in zip((Files(items, (9, 9))[i] for i in range(4)), items, strict=True):
+        exact = torch.from_numpy(shown["labeled", *names[item.path.name]]).permute(2, 0, 1)
+        assert torch.equal(resize(exact, (9, 9)).float(), image)
+    extract(release, base / "images_labeled")  # as a second process does, which comes too late
+    assert {path.name for path in base.iterdir()} == {
+        "cuhk03_release",
+        "images_labeled",
+        "splits_new_labeled.json",
+    }
+    release.unlink()
+    assert datasets.cuhk03(tmp_path) == found  # from the folder, which is written once
+
+
+@pytest.mark.parametrize("content", [None, b"MATLAB 5.0 MAT-file", {"detected": 1}, {"labeled": [[1, 2]]}])
+def test_a_release_of_cuhk03_that_cannot_be_read(content, tmp_path):
+    import h5py
+
+    base = tmp_path / "cuhk03"
+    release = base / "cuhk03_release" / "cuhk-03.mat"
+    release.parent.mkdir(parents=True)
+    if isinstance(content, bytes):
+        release.write_bytes(content)
+    elif content:
+        with h5py.File(release, "w") as file:
+            for name, value in content.items():
+                file[name] = value
+    message = "CUHK03: cannot extract .*cuhk-03.mat" if content else "neither a folder .*images_labeled nor"
+    with pytest.raises(UserError, match=message):
+        datasets.cuhk03(tmp_path)
+    assert [path.name for path in base.iterdir()] == ["cuhk03_release"]
 
 
 def test_cuhk_sysu_and_cuhk02(tmp_path):
