@@ -14,13 +14,14 @@ from meta_reid.figures import embedding_plot, ranking_lists, weight_bars
 from meta_reid.items import Split, manifest
 from meta_reid.model import META
 from meta_reid.protocols import SETTINGS, Result, average, embed, evaluate, prepare, targets_of
-from meta_reid.tables import latex, markdown
+from meta_reid.tables import SHOWN, latex, markdown, summary
 from meta_reid.train import Config, Row, load_sources, plan, run_seeds
 from shared.io import find_run, load_config, load_weights, write_image
 from shared.published import (
     Claim,
     Metric,
     environment,
+    format_table,
     load_published,
     print_claims,
     print_metrics,
@@ -123,12 +124,13 @@ def walker_claims(
     metrics: list[Metric] = []
     m_ap: dict[str, float] = {}
 
-    def record(row: str, part: str, seed: int, result: Result) -> None:
-        m_ap[f"{row} {part} {seed}".replace("  ", " ")] = result.mean["mAP"]
+    def record(row: str, part: str, seed: int, result: Result, site: str = "T") -> None:
+        method = f"{row} {part}".strip()
+        if site == "T":
+            m_ap[f"{method} {seed}"] = result.mean["mAP"]
         for name in ("mAP", "Rank-1", "mINP"):
-            setting = f"unseen T, seed {seed}"
-            method = f"{row} {part}".strip()
-            metrics.append(Metric("walkers", setting, name, "%", result.mean[name], "walkers", False, method))
+            value, where = result.mean[name], f"walkers at {site}"
+            metrics.append(Metric("walkers", f"seed {seed}", name, "%", value, where, False, method))
 
     for name, row in rows.items():
         seed, variant = row.config.seed, name.rsplit("-", 1)[0]
@@ -142,6 +144,8 @@ def walker_claims(
         if variant == "meta":
             for site in "ABC":
                 at_sources[site, seed] = measure(row, walker_target(site, seed), options, device)
+                for part, result in at_sources[site, seed].results.items():
+                    record(variant, part, seed, result, site)
     seeds = [seed for seed in run_seeds(config) if f"meta-{seed}" in rows]
     pictures(config, everywhere, at_sources, seeds[0] if seeds else None, folder)
     return claims_from(m_ap, everywhere, at_sources, seeds), metrics
@@ -307,6 +311,21 @@ def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, fol
     return metrics
 
 
+def show(metrics: list[Metric], published: dict, config: Config) -> None:
+    """Print means over seeds and splits: the first row with all its aggregations, of the others the parts
+    without one; then what may stand beside published numbers."""
+    first = config.variants[0]
+    names = {first, *(f"{first}-{seed}" for seed in run_seeds(config))}
+    shown = [m for m in metrics if ":" not in m.method or m.method.split()[0] in names]
+    header, *rows = summary(shown)
+    print(format_table(header, rows))
+    print("mAP / Rank-1 in percent, means ± deviations between seeds or splits.")
+    print("All rows: table.md beside the published ones, results.json with every seed and metric.")
+    comparable = [m for m in metrics if m.comparable and m.metric in SHOWN]
+    if comparable:
+        print_metrics(comparable, published)
+
+
 def main() -> None:
     """Evaluate one run and print its folder."""
     options, begin = parse(Options, __doc__), time.perf_counter()
@@ -326,10 +345,10 @@ def main() -> None:
     else:
         metrics = protocol_metrics(config, rows, options, folder)
     published = load_published("meta_reid")
-    print_metrics([m for m in metrics if m.metric in ("mAP", "Rank-1")], published)
+    show(metrics, published, config)
     print_claims(claims)
-    table = markdown(metrics, published["rows"])
-    (folder / "table.md").write_text(table)
+    table = summary(metrics, published["rows"])
+    (folder / "table.md").write_text(markdown(table))
     (folder / "table.tex").write_text(latex(table))
     write_results(folder, claims, metrics, environment(config, time.perf_counter() - begin, options.device))
     print(folder)

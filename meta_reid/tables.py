@@ -9,22 +9,18 @@ from shared.published import Metric
 SHOWN = ("mAP", "Rank-1")
 
 
-def markdown(metrics: Sequence[Metric], published: Sequence[dict[str, Any]] = ()) -> str:
-    """mAP / Rank-1 of every method and data set.
+def summary(metrics: Sequence[Metric], published: Sequence[dict[str, Any]] = ()) -> list[list[str]]:
+    """mAP / Rank-1 of every method and data set: a header, then a row for each method.
 
     A cell is the mean over seeds and splits, with the deviation between the splits (one seed) or between the
     seeds (several) where there is one. Published rows of the same table and setting follow, named with their
     source (see `published.json`); they are comparable only with the row of their own method and aggregation.
     """
     sets = list(dict.fromkeys(metric.dataset for metric in metrics))
-    lines = ["| method | " + " | ".join(sets) + " |", "|---" * (len(sets) + 1) + "|"]
-
-    def row(name: str, cells: list[str]) -> None:
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-
+    rows = [["method", *sets]]
     for method in dict.fromkeys(metric.method for metric in metrics):
         own = [metric for metric in metrics if metric.method == method]
-        row(method, [" / ".join(cell(own, data, name) for name in SHOWN) for data in sets])
+        rows.append([method] + [" / ".join(cell(own, data, name) for name in SHOWN) for data in sets])
     here = {(metric.table, metric.setting) for metric in metrics}
     values: dict[str, dict[tuple[str, str], float]] = {}
     for known in published:
@@ -33,8 +29,8 @@ def markdown(metrics: Sequence[Metric], published: Sequence[dict[str, Any]] = ()
             values.setdefault(name, {})[known["dataset"], known["metric"]] = known["value"]
     for name, known in values.items():
         pairs = [[known.get((data, metric)) for metric in SHOWN] for data in sets]
-        row(name, [" / ".join("-" if v is None else f"{v:.1f}" for v in pair) for pair in pairs])
-    return "\n".join(lines) + "\n"
+        rows.append([name] + [" / ".join("-" if v is None else f"{v:.1f}" for v in pair) for pair in pairs])
+    return rows
 
 
 def cell(metrics: Sequence[Metric], data: str, name: str) -> str:
@@ -47,10 +43,14 @@ def cell(metrics: Sequence[Metric], data: str, name: str) -> str:
     return f"{mean(values):.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
 
 
-def latex(table: str) -> str:
-    """A Markdown table for LaTeX."""
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
-    body = [" & ".join(cell.replace("_", r"\_").replace("±", r"$\pm$") for cell in row) + r" \\"
-            for row in rows[:1] + rows[2:]]  # fmt: skip
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A `summary` in Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
+
+
+def latex(rows: Sequence[Sequence[str]]) -> str:
+    """A `summary` for LaTeX."""
+    body = [" & ".join(row).replace("_", r"\_").replace("±", r"$\pm$") + r" \\" for row in rows]
     columns = "l" + "c" * (len(rows[0]) - 1)
     return "\n".join([rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}"]) + "\n"

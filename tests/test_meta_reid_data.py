@@ -19,7 +19,7 @@ from meta_reid.items import Item, Split, manifest
 from meta_reid.metrics import ordered_keys, rank
 from meta_reid.protocols import average, evaluate, manifest_sources, source_items, sources_of
 from meta_reid.samplers import DomainBatches, IdentityStream
-from meta_reid.tables import latex, markdown
+from meta_reid.tables import latex, markdown, summary
 from meta_reid.walkers import draw
 from shared.io import write_image
 from shared.published import Metric, load_published
@@ -543,8 +543,8 @@ def test_tables_show_deviations_and_the_published_rows_of_the_same_protocol():
     metrics = [metric("mAP", 50.0), metric("mAP std", 2.0), metric("Rank-1", 40.0), metric("Rank-1 std", 3.0)]
     metrics += [metric("mAP", 10.0, "average"), metric("Rank-1", 5.0, "average")]
     metrics += [metric("mAP", value, "average", "seeds") for value in (10.0, 12.0)]
-    table = markdown(metrics, load_published("meta_reid")["rows"])
-    lines = table.splitlines()
+    table = summary(metrics, load_published("meta_reid")["rows"])
+    lines = markdown(table).splitlines()
     assert lines[0] == "| method | GRID | average |" and len({line.count("|") for line in lines}) == 1
     assert "| meta-0 global | 50.0 ± 2.0 / 40.0 ± 3.0 | 10.0 / 5.0 |" in lines
     assert "| seeds | - / - | 11.0 ± 1.4 / - |" in lines

@@ -95,7 +95,10 @@ def test_train_evaluate_and_search_from_the_folder(tmp_path):
     assert folder == (tmp_path / "meta_reid" / "demo-0").resolve()
     evaluated = script("eval.py", runs=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
-    assert evaluated.stdout.splitlines()[-1] == str(folder)
+    printed = evaluated.stdout.splitlines()
+    assert printed[-1] == str(folder) and len(printed) < 50
+    assert sum(line.startswith("meta ") for line in printed) == 11  # global, five mixtures, five whole ones
+    assert [line.split()[0] for line in printed if "holds" in line.lower()] == [f"{c}:" for c in "abcdef"]
     results = json.loads((folder / "results.json").read_text())
     assert [claim["id"] for claim in results["claims"]] == list("abcdef")
     assert results["claims"][-1]["measured"]["official, seed 0"] == 0
