@@ -1,9 +1,7 @@
 """The shared trunk with one set of batch normalisations per source domain, and the global branch's tail."""
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 
 import torch
@@ -11,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meta_reid.aggregation import moments
+from meta_reid.norms import Unit, fused, image_by_image, in_parts, probe_and_norm_in_parts, stacked
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,6 @@ ARCHITECTURES = {
         False, (1, 1, 1, 1), planes=(12, 24, 48, 96), strides=(1, 2, 1, 1), stem=3, pool=False
     ),
 }
-
-
-@dataclass(eq=False)
-class Unit:
-    """A convolution and the norms that may follow it: one per expert, then, where shared, the global one."""
-
-    conv: nn.Conv2d
-    norms: list[nn.Module]
 
 
 Norm = Callable[[Unit, Tensor], Tensor]
@@ -269,11 +260,13 @@ class Trunk(Stem):
                 probed.append((mean[:k], variance[:k]))
                 return x
             x = x.unflatten(0, (len(scale), -1))  # (S, B, C, H, W)
-            if unit is self.stem:  # whose input is the same for all
-                probed.append(tuple(m.expand(k, -1, -1) for m in moments(stem)))
+            different = 1 if unit is self.stem else k  # the stem's output is the same for all
+            if in_parts(x):
+                found = probe_and_norm_in_parts(x, scale, shift, different)
             else:
-                probed.append(moments(x[:k]))
-            return x.mul_(scale).add_(shift).flatten(0, 1)
+                found, x = moments(x[:different]), x.mul_(scale).add_(shift)
+            probed.append(tuple(m.expand(k, -1, -1) for m in found))
+            return x.flatten(0, 1)
 
         x = self.pool(norm(self.stem, torch.cat([stem] * len(sets))).relu_())
         for block in self.blocks[: self.shared_blocks]:
@@ -291,57 +284,6 @@ class Trunk(Stem):
             torch.cat([mean for mean, _ in probed], -1),
             torch.cat([variance for _, variance in probed], -1),
         )
-
-
-def fused(x: Tensor) -> bool:
-    """Whether `kernel.py` probes and norms these maps, (N, C, H, W): on CUDA, channels last, no gradient."""
-    fits = x.is_cuda and not torch.is_grad_enabled() and x.is_contiguous(memory_format=torch.channels_last)
-    return fits and not torch.compiler.is_compiling() and kernels()
-
-
-@cache
-def kernels() -> bool:
-    """Whether the kernel runs here, by trying it. Warns with the reason when it does not."""
-    try:
-        from meta_reid.kernel import probe_and_norm
-
-        one = torch.ones(1, 16, device="cuda")
-        probe_and_norm(one.clone()[..., None, None], one, one)
-    except (
-        Exception
-    ) as error:  # Triton, a C compiler, Python's headers, the driver: each fails in its own way
-        warnings.warn(f"the experts' norms are slower, their kernel does not run: {error!r}", stacklevel=2)
-        return False
-    return True
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """Statistics and parameters of S sets of BN, each (S, sum of C over the units)."""
-
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    var: Tensor
-    eps: float
-
-    def affine(self, channels: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Scale and shift of each unit, (S, 1, C, 1, 1)."""
-        scale = self.weight * (self.var + self.eps).rsqrt()
-        shift = self.bias - self.mean * scale
-        for pair in zip(scale.split(channels, 1), shift.split(channels, 1), strict=True):
-            yield tuple(tensor[:, None, :, None, None] for tensor in pair)
-
-
-@torch.no_grad()
-def stacked(units: Sequence[Unit], sets: Sequence[int]) -> Stacked:
-    """Collect the chosen sets of all units with one concatenation per kind of tensor."""
-
-    def gather(name: str) -> Tensor:
-        return torch.cat([getattr(unit.norms[s], name) for s in sets for unit in units]).view(len(sets), -1)
-
-    eps = units[0].norms[0].eps
-    return Stacked(gather("weight"), gather("bias"), gather("running_mean"), gather("running_var"), eps)
 
 
 class GlobalTail(nn.Module):
@@ -365,10 +307,5 @@ class GlobalTail(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C', H', W') where the branch leaves the trunk -> (B, C, H', W')."""
         for block in self.blocks:
-            x = block(x, first_norm)
+            x = block(x, image_by_image)
         return x
-
-
-def first_norm(unit: Unit, x: Tensor) -> Tensor:
-    """The norm of a unit that has one set only."""
-    return unit.norms[0](x)

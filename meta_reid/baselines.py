@@ -5,8 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from meta_reid.backbone import ARCHITECTURES, Architecture, Stem, add_blocks, first_norm
+from meta_reid.backbone import ARCHITECTURES, Architecture, Stem, add_blocks
 from meta_reid.model import PIXEL_MEAN, PIXEL_STD, Head, gem
+from meta_reid.norms import first_norm
 
 
 class IBN(nn.Module):

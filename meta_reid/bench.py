@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from meta_reid.backbone import kernels
 from meta_reid.baselines import Plain
 from meta_reid.losses import backward, objective
 from meta_reid.metrics import rank
 from meta_reid.model import META
+from meta_reid.norms import kernels
 from meta_reid.sequential import Sequential
 from shared.bench import count_macs, count_parameters, peak_memory, report, throughput
 from shared.runtime import parse, pick_device, run_main

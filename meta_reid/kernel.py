@@ -1,6 +1,6 @@
 """Probe and norm of several experts in one pass over the memory of a GPU.
 
-Needs Triton, which comes with PyTorch's builds for CUDA; `backbone.fused` says whether it is to be had.
+Needs Triton, which comes with PyTorch's builds for CUDA; `norms.fused` says whether it is to be had.
 """
 
 import torch

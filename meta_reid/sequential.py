@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from meta_reid.aggregation import mix, weights
-from meta_reid.backbone import Unit, first_norm
 from meta_reid.model import META, Description, Training, gem
+from meta_reid.norms import Unit, first_norm
 
 
 class Sequential:
@@ -46,12 +46,16 @@ class Sequential:
             x = block(x, norm)
         return x, distances
 
+    def tail(self, x: Tensor) -> Tensor:
+        """The global branch after it leaves the trunk."""
+        for block in self.model.backbone_agg.blocks:
+            x = block(x, first_norm)
+        return x
+
     def describe(self, images: Tensor) -> Description:
         """As `META.describe`, one pass after the other."""
         passes = [self.one_pass(images, k, learn=False) for k in range(self.model.K + 1)]
-        universal = passes.pop()[0]
-        for block in self.model.backbone_agg.blocks:
-            universal = block(universal, first_norm)
+        universal = self.tail(passes.pop()[0])
         distances = torch.stack([torch.stack(r, 1) for _, r in passes], 1)
         return Description(torch.stack([x for x, _ in passes]), universal, distances)
 
@@ -66,7 +70,7 @@ class Sequential:
         for k in range(model.K):
             x, r = self.one_pass(images, k, learn=k == domain)
             maps.append(x), distances.append(torch.stack(r, 1))
-        universal = model.backbone_agg(self.one_pass(images, model.K, learn=True)[0])
+        universal = self.tail(self.one_pass(images, model.K, learn=True)[0])
         others = [k for k in range(model.K) if k != domain]
         r = torch.stack([distances[k] for k in others], 1)
         mixtures = {}

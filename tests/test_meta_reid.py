@@ -55,6 +55,14 @@ def pictures(batch: int = 6) -> torch.Tensor:
     return torch.rand(batch, 3, 48, 24, generator=torch.Generator().manual_seed(1)).double() * 255
 
 
+@pytest.fixture(params=["whole", "parts"])
+def sizes(request, monkeypatch):
+    """Small maps are normalised as a whole on a CPU, large ones part by part; "parts" treats all so."""
+    if request.param == "parts":
+        monkeypatch.setattr("meta_reid.norms.PART", 2**13)
+        monkeypatch.setattr("meta_reid.norms.IMAGE", 0)
+
+
 def expected_keys() -> dict[str, list[int]]:
     """keys.json folds numbers that run: name with {k} -> shape and the numbers."""
     return {name.replace("#", number): shape for name, numbers, shape in KEYS for number in numbers}
@@ -97,7 +105,7 @@ def test_depths(name, units):
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])
-def test_batched_experts_equal_the_plain_loop_in_evaluation(k):
+def test_batched_experts_equal_the_plain_loop_in_evaluation(k, sizes):
     model = tiny(k).eval()
     with torch.no_grad():
         fast, plain = model.describe(pictures()), Sequential(model).describe(pictures())
@@ -109,7 +117,7 @@ def test_batched_experts_equal_the_plain_loop_in_evaluation(k):
         torch.testing.assert_close(model(pictures()), single)
 
 
-def test_batched_experts_equal_the_plain_loop_in_single_precision():
+def test_batched_experts_equal_the_plain_loop_in_single_precision(sizes):
     model = tiny().float().eval()
     images = pictures().float().contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -119,12 +127,12 @@ def test_batched_experts_equal_the_plain_loop_in_single_precision():
 
 
 @pytest.mark.parametrize("domain", [0, 1, 2])
-def test_batched_training_step_equals_the_plain_loop_forward_and_gradients(domain):
+def test_batched_training_step_equals_the_plain_loop_forward_and_gradients(domain, sizes):
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     found = []
     for form in (lambda m: m.forward, lambda m: Sequential(m).train_step):
         model = tiny().train()
-        out = form(model)(pictures(), domain)
+        out = form(model)(pictures().contiguous(memory_format=torch.channels_last), domain)
         sum(objective(out, labels, labels).values()).backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
         statistics = {name: b for name, b in model.named_buffers() if "running" in name}
