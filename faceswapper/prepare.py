@@ -132,6 +132,7 @@ def prepare(config: PrepareConfig) -> Path:
     with open(config.out / "index.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *sisters.rows])
     print(f"{len(sisters.rows)} crops in {sisters.folders[0]}, {len(left_out)} left out")
+    print(f"train on them: python train.py paper --data folder --data-root {sisters.folders[0]} ...")
     return config.out
 
 
