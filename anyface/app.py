@@ -18,7 +18,7 @@ from anyface import use
 from anyface.bundle import Model, load_model
 from anyface.gallery import labelled_row, scale_for
 from shared.io import image_grid, write_image
-from shared.runtime import UserError, parse, pick_device, run_main
+from shared.runtime import REPOSITORY, UserError, parse, pick_device, run_main
 
 MOST = 16
 """Faces per click."""
@@ -79,7 +79,8 @@ def build_page(model: Model, folder: Path, steps: int):
         import gradio as gr
     except ImportError:
         raise UserError(
-            "the page needs gradio: python -m pip install -r anyface/requirements-app.txt, in an environment "
+            f"the page needs gradio: install {REPOSITORY / 'requirements.txt'}, then "
+            f"{Path(__file__).with_name('requirements-app.txt')}, with python -m pip install -r in an environment "
             "of its own (gradio asks for an older Pillow than this project)"
         ) from None
 

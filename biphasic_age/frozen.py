@@ -246,8 +246,8 @@ def require_face(labels: Tensor, name: str, share: float = 0.05, looks_like_one:
     a face to a parser that can tell: no face was found."""
     found = (labels == CLASSES.index("skin")).float().mean().item()
     if found < share or not looks_like_one:
+        why = f"{100 * found:.1f} % skin" if found < share else "unlike the run's training faces"
         raise UserError(
-            f"{name}: the parser found no face ({100 * found:.1f} % skin); give a picture in which the face "
-            "is large and upright"
+            f"{name}: the parser found no face ({why}); give a picture in which the face is large and upright"
             + ("" if looks_like_one else ", cropped like the training faces, or use --parser-weights")
         )

@@ -19,7 +19,7 @@ from mdrnets.inpaint import Completed, Crop, Model, attention_of, complete, load
 from mdrnets.parser import paint_parts
 from mdrnets.predict import heat
 from shared import faces
-from shared.runtime import UserError, parse, pick_device, run_main
+from shared.runtime import REPOSITORY, UserError, parse, pick_device, run_main
 
 EXAMPLE_SIZE = 256
 
@@ -68,7 +68,8 @@ def build_page(model: Model):
         import gradio as gr
     except ImportError:
         raise UserError(
-            "the page needs gradio: python -m pip install -r mdrnets/requirements-app.txt, in an environment "
+            f"the page needs gradio: install {REPOSITORY / 'requirements.txt'}, then "
+            f"{Path(__file__).with_name('requirements-app.txt')}, with python -m pip install -r in an environment "
             "of its own (gradio asks for an older Pillow than this project)"
         ) from None
 
