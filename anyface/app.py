@@ -80,8 +80,8 @@ def build_page(model: Model, folder: Path, steps: int):
     except ImportError:
         raise UserError(
             f"the page needs gradio: install {REPOSITORY / 'requirements.txt'}, then "
-            f"{Path(__file__).with_name('requirements-app.txt')}, with python -m pip install -r in an environment "
-            "of its own (gradio asks for an older Pillow than this project)"
+            f"{Path(__file__).with_name('requirements-app.txt')}, with python -m pip install -r in an "
+            "environment of its own (gradio asks for an older Pillow than this project)"
         ) from None
 
     layers = model.generator.n_latent
