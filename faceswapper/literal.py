@@ -18,6 +18,8 @@ from faceswapper.model import AttributeEncoder, Decoder, Discriminator, Generato
 from faceswapper.recognizer import IRSE50
 
 EPS, SLOPE = 1e-5, 0.2
+Levels = dict[int, Tensor]
+"""A picture at every resolution of the decoder."""
 
 
 def _aligned(x: Tensor, side: int) -> Tensor:
@@ -47,21 +49,20 @@ def layer(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def modulation(norm: MaskedModulation, x: Tensor, code: Tensor, picture: Tensor, mask: Tensor) -> Tensor:
-    """Masked identity and landmark modulation; picture and mask at their sizes of the level above."""
+    """Masked identity and landmark modulation; picture and mask at the size of x."""
     gamma, beta = norm.fc(code)[..., None, None].chunk(2, 1)
     y = (1 + gamma) * F.instance_norm((1 - mask) * x, eps=EPS) + beta
-    drawn = _aligned(picture, x.shape[-1])
-    y = y * (1 + norm.conv_weight(drawn)) + norm.conv_bias(drawn)
+    y = y * (1 + norm.conv_weight(picture)) + norm.conv_bias(picture)
     return mask * x + (1 - mask) * y
 
 
-def adain_res_blk(block: AdainResBlk, x: Tensor, code: Tensor, picture: Tensor, masks: dict[int, Tensor]):
+def adain_res_blk(block: AdainResBlk, x: Tensor, code: Tensor, pictures: Levels, masks: Levels):
     """`AdainResBlk`, enlarging before its first convolution."""
-    x = F.leaky_relu(modulation(block.norm1, x, code, picture, masks[x.shape[-1]]), SLOPE)
+    x = F.leaky_relu(modulation(block.norm1, x, code, pictures[x.shape[-1]], masks[x.shape[-1]]), SLOPE)
     if block.up:
         x = F.interpolate(x, scale_factor=2, mode="nearest")
     x = block.conv1(x)
-    x = F.leaky_relu(modulation(block.norm2, x, code, picture, masks[x.shape[-1]]), SLOPE)
+    x = F.leaky_relu(modulation(block.norm2, x, code, pictures[x.shape[-1]], masks[x.shape[-1]]), SLOPE)
     return block.conv2(x)
 
 
@@ -86,13 +87,20 @@ def decoder(
     net: Decoder, x: Tensor, code: Tensor, picture: Tensor, cache: dict[int, Tensor], mask: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Picture, features after every block, side pictures."""
-    masks, level = {}, mask
-    for r in net.resolutions:
-        level = _aligned(level if net.mask_pyramid == "cascade" else mask, r)
-        masks[r] = level
+    if net.mask_pyramid == "direct":
+        masks, pictures = (
+            {r: F.interpolate(whole, (r, r), mode="area") for r in net.resolutions}
+            for whole in (mask, picture)
+        )
+    else:
+        masks, level = {}, mask
+        for r in net.resolutions:
+            level = _aligned(level, r)
+            masks[r] = level
+        pictures = {r: _aligned(picture, r) for r in net.resolutions}
     features, side = [], []
     for block in net.model:
-        x = adain_res_blk(block, x, code, picture, masks)
+        x = adain_res_blk(block, x, code, pictures, masks)
         r = x.shape[-1]
         if block.up and r in net.restored:
             n = net.restored.index(r)

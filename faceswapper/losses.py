@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from faceswapper.blocks import Guide
-from faceswapper.model import Cache, Decoded, Discriminator, Generator, MaskPyramid, swapped
+from faceswapper.model import Cache, Decoded, Discriminator, Generator, MaskPyramid, averaged, swapped
 
 # --- terms ------------------------------------------------------------------------------------------
 
@@ -57,11 +57,13 @@ def mask_levels(mask: Tensor, sides: list[int], pyramid: MaskPyramid = "cascade"
     """Mask (B, 1, S, S) at the side of every feature, corners not aligned (unlike in the decoder).
 
     `cascade`, official: each level from the former, in the features' order, so that all carry 8x8 cells.
+    `direct`: the mean of the mask over each feature's cell, as in the decoder.
     """
+    if pyramid == "direct":
+        return [averaged(mask, side) for side in sides]
     levels, level = [], mask
     for side in sides:
-        source = level if pyramid == "cascade" else mask
-        level = F.interpolate(source, (side, side), mode="bilinear", align_corners=False)
+        level = F.interpolate(level, (side, side), mode="bilinear", align_corners=False)
         levels.append(level)
     return levels
 

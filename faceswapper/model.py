@@ -182,11 +182,14 @@ class Decoder(nn.Module):
         """Landmark picture (B, 3, S, S) and mask (B, 1, S, S) at every resolution of the decoder.
 
         `cascade` is the official pyramid: the mask is reduced to 8x8 and each level enlarged from the former,
-        so no level knows more than 8x8 cells; released weights expect it. `direct` reduces the mask itself.
+        so no level knows more than 8x8 cells, and reducing takes single pixels; released weights expect it.
+        `direct` averages both pictures over the pixels that a cell of each resolution covers.
         """
+        if self.mask_pyramid == "direct":
+            return {r: Guide(averaged(mask, r), averaged(landmarks, r), {}) for r in self.resolutions}
         found, level = {}, mask
         for r in self.resolutions:
-            level = _resize(level if self.mask_pyramid == "cascade" else mask, r)
+            level = _resize(level, r)
             found[r] = Guide(level, _resize(landmarks, r), {})
         return found
 
@@ -237,6 +240,12 @@ class Decoder(nn.Module):
 def _rgb(channels: int, norm: bool) -> nn.Sequential:
     first = AffineInstanceNorm(channels) if norm else nn.Identity()
     return nn.Sequential(first, nn.LeakyReLU(SLOPE), nn.Conv2d(channels, 3, 1))
+
+
+def averaged(x: Tensor, r: int) -> Tensor:
+    """(B, C, S, S) -> (B, C, r, r), r a divisor of S: means over the S / r x S / r pixels of every cell, the
+    cells of which the networks' own averaging and doubling make features."""
+    return F.avg_pool2d(x, int(x.shape[-1]) // r) if x.shape[-1] != r else x
 
 
 def _resize(x: Tensor, r: int) -> Tensor:

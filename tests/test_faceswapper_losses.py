@@ -101,7 +101,9 @@ def test_mask_levels():
     for side, found in zip(sides, cascade, strict=True):
         level = F.interpolate(level, (side, side), mode="bilinear", align_corners=False)
         assert torch.equal(found, level)
-    assert torch.equal(losses.mask_levels(mask, sides, "direct")[-1], mask)
+    direct = losses.mask_levels(mask, sides, "direct")
+    assert torch.equal(direct[-1], mask)
+    torch.testing.assert_close(direct[0], mask.unflatten(3, (8, 4)).unflatten(2, (8, 4)).mean((3, 5)))
 
 
 # --- against the official step ----------------------------------------------------------------------

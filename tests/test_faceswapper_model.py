@@ -171,7 +171,11 @@ def test_mask_pyramids():
     for r in cascade:
         level = F.interpolate(level, (r, r), mode="bilinear", align_corners=True)
         assert torch.equal(cascade[r].mask, level)
-    assert torch.equal(direct[64].mask, mask)
+    assert torch.equal(direct[64].mask, mask) and torch.equal(direct[64].landmarks, drawn)
+    assert direct[32].mask[0, 0, 0, 14:17].tolist() == [0, 0.5, 1], "the mean over a cell of 2x2 pixels"
+    torch.testing.assert_close(
+        direct[8].landmarks, drawn.unflatten(3, (8, 8)).unflatten(2, (8, 8)).mean((3, 5))
+    )
     assert ((cascade[64].mask > 0.1) & (cascade[64].mask < 0.9)).float().mean() > 0.05
 
 
