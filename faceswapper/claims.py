@@ -6,14 +6,12 @@ The margins are those that held in a smaller, simpler world of ellipses; they ar
 from shared.published import Claim
 
 Scores = dict[str, dict[str, float]]
-"""method -> metric -> value. Methods: baselines by their names, generators by variant: full, no-mask, ...;
-`full, short`: the method after as many iterations as the ablations had."""
+"""method -> metric -> value. Methods: baselines by their names, generators by variant: full, no-mask, ..."""
 
 
 def judge(scores: Scores) -> list[Claim]:
     """The claims that the methods which are there allow to test."""
     claims: list[Claim] = []
-    reference = "full, short" if "full, short" in scores else "full"
 
     def claim(text: str, measured: dict[str, float], margin: str, holds: bool) -> None:
         claims.append(Claim(f"C{len(claims) + 1}", text, measured, margin, bool(holds)))
@@ -34,9 +32,9 @@ def judge(scores: Scores) -> list[Claim]:
     if without is not None:
         claim(
             "The identity loss moves it: without, the result does not resemble the source.",
-            {"with": scores[reference]["cos source"], "without": without},
+            {"with": full["cos source"], "without": without},
             "without < 0.25, with > without + 0.3",
-            without < 0.25 and scores[reference]["cos source"] > without + 0.3,
+            without < 0.25 and full["cos source"] > without + 0.3,
         )
     claim(
         "The face is the true swap's more than the target's or a pasted source's (L1 inside the face).",
@@ -64,13 +62,13 @@ def judge(scores: Scores) -> list[Claim]:
     if blind is not None:
         claim(
             "The landmark picture is what places them: without it the position error rises.",
-            {"with": scores[reference]["position"], "without": blind},
+            {"with": full["position"], "without": blind},
             "without > 1.2 x with",
-            blind > 1.2 * scores[reference]["position"],
+            blind > 1.2 * full["position"],
         )
     loose, open_ = (get(v, "background L1") for v in ("no-attribute-losses", "no-mask"))
     if loose is not None and open_ is not None:
-        mine = scores[reference]["background L1"]
+        mine = full["background L1"]
         claim(
             "Mask and attribute losses keep the background (L1 outside the face).",
             {"full": mine, "no attribute losses": loose, "no mask": open_},

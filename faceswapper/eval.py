@@ -21,7 +21,7 @@ from faceswapper.gallery import methods_sheet, swap_grid
 from faceswapper.losses import Batch
 from faceswapper.model import Generator, load_official
 from faceswapper.train import Config as TrainConfig
-from faceswapper.trials import Trial, load_generators, main_name, names_of, plan
+from faceswapper.trials import Trial, load_generators, main_name, plan
 from shared.io import find_run, load_config, write_image
 from shared.published import (
     Claim,
@@ -60,14 +60,6 @@ class Config(FaceForensicsConfig):
     """Drawn faces: unseen people, each once as source and once as target."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
-
-
-def variant_name(name: str, trials: list[Trial]) -> str:
-    """Name of a generator without its seed: `full-0` -> full, `full-0-at-200` -> `full, short`."""
-    for trial in trials:
-        if name in names_of(trial):
-            return trial.variant if name == trial.name else f"{trial.variant}, short"
-    raise ValueError(name)
 
 
 @torch.inference_mode()
@@ -118,7 +110,7 @@ def evaluate_drawn(config: Config, folder: Path) -> tuple[list[Claim], list[Metr
         raise UserError(f"{folder}: trained on {data}, so there is no known truth; give --faceforensics DIR")
     generators, tools, settings = load_generators(folder, TrainConfig)
     device = pick_device(config.device)
-    trials = {name: trial for trial in plan(settings) for name in names_of(trial)}
+    trials = {trial.name: trial for trial in plan(settings)}
     size, values = settings.size.img_size, settings.landmark_values
     source_set, target_set = unseen_pairs(size, config.test_people, TEST_SEED, values)
     truth_set = DrawnFaces(true_swap(source_set.params, target_set.params), source_set.person, size, values)
@@ -141,9 +133,7 @@ def evaluate_drawn(config: Config, folder: Path) -> tuple[list[Claim], list[Metr
     }
     groups: dict[str, list[dict[str, float]]] = {}
     for name, row in by_name.items():
-        groups.setdefault(variant_name(name, list(trials.values())) if name in trials else name, []).append(
-            row
-        )
+        groups.setdefault(trials[name].variant if name in trials else name, []).append(row)
     scores: Scores = {
         name: {metric: sum(r[metric] for r in rows) / len(rows) for metric in rows[0]}
         for name, rows in groups.items()

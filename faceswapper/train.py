@@ -87,19 +87,20 @@ class Config(RunConfig):
     batch_size: int = 8
     """Pairs per iteration, over all processes."""
     iterations: int = 60_000
-    """Iterations of the method."""
-    ablation_iterations: int | None = None
-    """Iterations of every other variant; default: as many. The method is then also kept as it was after so
-    many, to be compared with them."""
+    """Iterations of the method and of every other variant."""
     warmup: int = 0
     """First iterations, in which only the reconstruction is trained. Variants that differ from the method in
     the losses alone go on from the method's own warm-up."""
     warmup_lr: float = 1e-4
     """Learning rate of these iterations."""
+    warmup_betas: tuple[float, float] = (0.9, 0.99)
+    """Betas of Adam in these iterations: without a discriminator, momentum helps."""
     lr: float = 1e-4
     """Learning rate of Adam."""
     id_lr: float = 1e-4
     """Learning rate of the identity encoder."""
+    decay: float = 0.0
+    """Share of the iterations, at their end, over which the learning rates fall to 0 in a straight line."""
     betas: tuple[float, float] = (0.0, 0.99)
     """Betas of Adam."""
     weight_decay: float = 1e-4
@@ -128,12 +129,12 @@ DEMO = Config(
     weights=Weights(adversarial=0.3, identity=5.0, reconstruction=15.0, attribute_background=5.0),
     r1_every=4,
     batch_size=4,
-    iterations=900,
-    ablation_iterations=450,
+    iterations=800,
     warmup=400,
     warmup_lr=2e-3,
     lr=1e-3,
     id_lr=2e-3,
+    decay=0.25,
     ema=0.99,
     sample_every=200,
     checkpoint_every=100,
@@ -150,8 +151,7 @@ PRESETS = {
         ),
         seeds=2,
         warmup=1000,
-        iterations=5000,
-        ablation_iterations=3000,
+        iterations=4000,
     ),
     "paper": PAPER,
     "official": replace(PAPER, mask_pyramid="cascade", ema_start="official", precision="fp32"),
@@ -286,6 +286,7 @@ def train_trial(
             learner.begin(saved.done[trial.warm] if trial.begins else None)
             if trial.keeps:
                 saved.done[trial.warm] = deepcopy(learner.generator).cpu()
+        learner.schedule(config, iteration)
         terms = update(config, learner, embed, batch, iteration, accelerator)
         count = iteration + 1
         last = count == trial.iterations
@@ -293,8 +294,6 @@ def train_trial(
             run.log(before + iteration, **means({f"{trial.name}/{name}": v for name, v in terms.items()}))
         if run.is_main and (count % config.sample_every == 0 or last):
             run.picture(f"{trial.name}-train", training_sheet(learner.average, batch))
-        if count == trial.snapshot:
-            saved.done[f"{trial.name}-at-{count}"] = deepcopy(learner.average).cpu()
         if last:
             saved.done[trial.name] = learner.average.cpu()
             saved.save(number + 1, 0)

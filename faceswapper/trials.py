@@ -43,9 +43,6 @@ class Trial:
     variant: Variant
     seed: int
     iterations: int
-    snapshot: int | None = None
-    """Iteration at which the average is also kept under `<name>-at-<iteration>`, to be compared with shorter
-    trials."""
     begins: int = 0
     """Iteration at which it begins, with the generator that the method had then; 0: from nothing."""
     keeps: int = 0
@@ -78,19 +75,13 @@ class Trial:
 def plan(config: "Config") -> list[Trial]:
     """The generators of a run, in order."""
     trials = []
-    short = config.ablation_iterations
-    if short is not None and not 0 < short <= config.iterations:
-        raise UserError(f"--ablation-iterations {short}: use 1 to --iterations {config.iterations}")
     for seed in range(config.seed, config.seed + config.seeds):
         for variant in config.variants:
-            whole = variant == "full" or short is None
-            cut = short if whole and short not in (None, config.iterations) else None
-            iterations = config.iterations if whole else short
-            shares = config.warmup and config.variants[0] == "full" and iterations > config.warmup
+            shares = config.warmup and config.variants[0] == "full" and config.iterations > config.warmup
             begins = config.warmup if shares and variant in SHARED else 0
             needed = variant == "full" and set(SHARED) & set(config.variants)
             keeps = config.warmup if shares and needed else 0
-            trials.append(Trial(f"{variant}-{seed}", variant, seed, iterations, cut, begins, keeps))
+            trials.append(Trial(f"{variant}-{seed}", variant, seed, config.iterations, begins, keeps))
     if not trials:
         raise UserError("--variants: name at least one")
     return trials
@@ -100,8 +91,6 @@ def names_of(trial: Trial, iteration: int | None = None) -> list[str]:
     """Names of the generators that a trial has left behind after so many iterations; None: when finished."""
     finished = iteration is None
     names = [trial.name] if finished else []
-    if trial.snapshot and (finished or iteration >= trial.snapshot):
-        names.append(f"{trial.name}-at-{trial.snapshot}")
     if trial.keeps and (finished or iteration > trial.keeps):  # kept when the next iteration begins
         names.append(trial.warm)
     return names
@@ -135,29 +124,33 @@ class Learner:
             self.discriminator = initialise(critic).to(device)
         own = list(self.generator.id_encoder.parameters())
         rest = [p for n, p in self.generator.named_parameters() if not n.startswith("id_encoder.")]
-        self.rates = (config.lr, config.id_lr)
-        first = (config.warmup_lr, config.warmup_lr) if config.warmup else self.rates
-        groups = [{"params": rest, "lr": first[0]}, {"params": own, "lr": first[1]}]
-        settings = {
-            "betas": config.betas, "eps": 1e-8, "weight_decay": config.weight_decay, "fused": True
-        }  # fmt: skip
-        self.optimisers = {"adam_g": torch.optim.Adam(groups, config.lr, **settings)}
+        settings = {"eps": 1e-8, "weight_decay": config.weight_decay, "fused": True}
+        groups = [{"params": rest}, {"params": own}]
+        self.optimisers = {"adam_g": torch.optim.Adam(groups, **settings)}
         self.models: dict[str, nn.Module] = {"generator": self.generator, "average": self.average}
         if self.discriminator is not None:
-            self.optimisers["adam_d"] = torch.optim.Adam(
-                self.discriminator.parameters(), config.lr, **settings
-            )
+            self.optimisers["adam_d"] = torch.optim.Adam(self.discriminator.parameters(), **settings)
             self.models["discriminator"] = self.discriminator
+        self.schedule(config, 0)
 
     def begin(self, generator: nn.Module | None = None) -> None:
-        """Start the objective proper, from another generator's weights or one's own, with a fresh optimiser
-        and the average at the generator."""
+        """Start the objective proper, from another generator's weights or one's own, with fresh moments and
+        the average at the generator."""
         if generator is not None:
             self.generator.load_state_dict(generator.state_dict())
         self.average.load_state_dict(self.generator.state_dict())
         self.optimisers["adam_g"].state.clear()
-        for group, rate in zip(self.optimisers["adam_g"].param_groups, self.rates, strict=True):
-            group["lr"] = rate
+
+    def schedule(self, config: "Config", iteration: int) -> None:
+        """Learning rates and betas of an iteration."""
+        warm = iteration < config.warmup
+        falling = config.decay * self.trial.iterations
+        share = min(1.0, (self.trial.iterations - iteration) / falling) if falling else 1.0
+        rates = (config.warmup_lr, config.warmup_lr) if warm else (config.lr, config.id_lr)
+        for optimiser in self.optimisers.values():  # the discriminator's has the first group only
+            for group, rate in zip(optimiser.param_groups, rates, strict=False):
+                group["lr"] = share * rate
+                group["betas"] = config.warmup_betas if warm else config.betas
 
 
 class PaperRecogniser(Recogniser):

@@ -29,8 +29,7 @@ TINY = {
         "--guide-batch 4 --batch-size 4 --steps 4 --scene.steps 4 --log-every 2 --checkpoint-every 2 "
         "--scene.size unit --sample-every 100",
         "faceswapper": "--size.img-size 32 --size.channel-base 128 --size.max-channels 8 --size.id-dim 8 "
-        "--train-people 4 --judge-people 6 --judge-steps 2 --warmup 1 --iterations 3 "
-        "--ablation-iterations 2",
+        "--train-people 4 --judge-people 6 --judge-steps 2 --warmup 1 --iterations 3",
         "most_net": "--variants most --pairs 4 --seeds 1 --extras --artists",
         "meta_reid": "--seeds 1 --steps 40 --people 4 --save-every 20",
         "irisusformer": "--train-images 12 --test-images 6 --batch-size 2 --log-every 1",

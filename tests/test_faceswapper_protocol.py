@@ -14,11 +14,9 @@ from faceswapper.data import DrawnFaces, world
 from faceswapper.drawing import to_file
 from faceswapper.eval import Config as EvalConfig
 from faceswapper.eval import main as evaluate
-from faceswapper.eval import variant_name
 from faceswapper.faceforensics import FaceForensicsConfig, as_metrics, measure_swaps
 from faceswapper.landmarks import FAN
 from faceswapper.model import Generator, Size
-from faceswapper.trials import Trial
 from shared.io import read_image, write_image
 from shared.published import load_published
 from shared.runtime import REPOSITORY, UserError
@@ -212,11 +210,7 @@ def test_a_claim_fails_when_its_number_does(method, changes, claim):
     assert not judge(scores)[claim].holds
 
 
-def test_ablations_are_compared_at_equal_length():
-    scores = good() | {"full, short": row(**{"background L1": 0.29, "position": 1.2})}
-    found = {claim.id: claim for claim in judge(scores)}
-    assert not found["C6"].holds and not found["C7"].holds and found["C4"].holds
-    assert variant_name("full-0-at-2", [Trial("full-0", "full", 0, 4, 2)]) == "full, short"
+def test_nothing_is_claimed_without_the_method():
     assert judge({"copy target": row()}) == []
 
 

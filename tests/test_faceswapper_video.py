@@ -289,7 +289,7 @@ def test_export_computes_the_same(tmp_path, swapper):
 def run_folder(tmp_path_factory):
     """A run of the real training script, a few steps long."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    options = "--variants full --iterations 2 --ablation-iterations 2 --warmup 1 --judge-steps 2 "
+    options = "--variants full --iterations 2 --warmup 1 --judge-steps 2 "
     options += "--judge-people 16 --train-people 8 --per-person 2 --size.channel-base 256"
     arguments = ["demo", *options.split(), "--out", folder]
     helpers.script("faceswapper", "train.py", *arguments, code=0)
