@@ -261,7 +261,7 @@ def test_prepare_writes_what_the_loader_reads(tmp_path):
     assert item["landmarks"].min() >= -0.01 and item["landmarks"].max() == 1
     with pytest.raises(UserError, match="no face was found"):
         prepare(PrepareConfig(photos / "b.png", tmp_path / "none"))
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such picture or folder"):
         prepare(PrepareConfig(tmp_path / "nowhere"))
 
 
