@@ -11,8 +11,9 @@ from PIL import Image
 
 from biphasic_age import augment, bench, parse, predict
 from biphasic_age.data import drawn_faces
+from biphasic_age.train import PRESETS, train
 from shared.io import SYNTHETIC_SOURCE, read_image, write_image
-from shared.runtime import UserError
+from shared.runtime import UserError, parse_presets
 
 
 def portrait(size: int, seed: int = 11) -> torch.Tensor:
@@ -29,12 +30,13 @@ def call(script: str, *arguments: str, runs=None) -> subprocess.CompletedProcess
 def runs(tmp_path_factory):
     """A run of very few steps, with a parser that has learned what skin is."""
     root = tmp_path_factory.mktemp("runs")
-    done = call(
-        "train.py", "demo", "--data", "faces", "--variants", "full", "--image-size", "32", "--size", "unit",
+    options = (
+        "demo", "--data", "faces", "--variants", "full", "--image-size", "32", "--size", "unit",
         "--train-images", "120", "--test-images", "8", "--steps", "2", "--guide-steps", "60",
-        "--batch-size", "4", runs=root,
+        "--age-width", "4", "--age-stages", "2", "--identity-width", "4", "--batch-size", "4",
+        "--device", "cpu", "--out", str(root / "biphasic_age" / "demo-0"),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    train(parse_presets(PRESETS, "", options))
     return root
 
 
