@@ -83,7 +83,7 @@ def test_predictions_for_own_pictures(run, tmp_path, mode):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing here"], "nothing here: no such file or folder"),
+        (["nothing here"], "nothing here: no such picture or folder"),
         ([".", "--client", "9"], "--client 9: the clients are client0, client1, client2, client3"),
         ([".", "--trial", "moon"], "moon-0.safetensors: no such file"),
         ([".", "--trial", "fedavg", "--mode", "invariant"], "has no invariant branch"),
