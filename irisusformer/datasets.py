@@ -141,11 +141,11 @@ def existing(dataset: str, base: Path, names: tuple[str, ...]) -> Path:
     raise UserError(f"{dataset}: {base} holds none of the folders {', '.join(names)}")
 
 
-def files_in(folder: Path, ending: str | None = None) -> list[Path]:
-    """Images, or files of this ending, in a folder and below, sorted. UserError when there is no folder."""
+def files_in(folder: Path, endings: tuple[str, ...] = IMAGE_ENDINGS) -> list[Path]:
+    """Files of these endings in a folder and below, sorted. UserError when there is no folder."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
-    return sorted(folder.rglob(f"*{ending}")) if ending else find_images(folder)
+    return find_images(folder, endings=endings)
 
 
 def match(dataset: str, images: Path, partners: dict[str, Path], prefix: str = "") -> list[Pair]:
@@ -264,7 +264,7 @@ def openeds_pairs(root: Path, split: str) -> list[Pair]:
     """OpenEDS: ROOT/split/{images,labels}, paired by stem. UserError that names what has no partner."""
     base = root / split
     images = {path.stem: path for path in files_in(base / "images")}
-    labels = {path.stem: path for path in files_in(base / "labels", ".npy")}
+    labels = {path.stem: path for path in files_in(base / "labels", (".npy",))}
     single = sorted(set(images) ^ set(labels))
     if single or not images:
         raise UserError(

@@ -39,13 +39,16 @@ def progress(iterable: Iterable | None = None, desc: str = "", total: int | None
 # --- images ---------------------------------------------------------------------------------------
 
 
-def find_images(folder: Path, subfolders: bool = True) -> list[Path]:
-    """The image files of a folder, and of those below it, sorted, without hidden ones; empty when none."""
+def find_images(
+    folder: Path, subfolders: bool = True, endings: tuple[str, ...] = IMAGE_ENDINGS
+) -> list[Path]:
+    """The image files of a folder, and of those below it, sorted, without hidden ones; empty when none.
+    endings: in small letters, of other files."""
     inside = folder.rglob("*") if subfolders else folder.glob("*")
     return sorted(
         path
         for path in inside
-        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in endings and not path.name.startswith(".") and path.is_file()
     )
 
 

@@ -86,6 +86,16 @@ def test_damaged_and_missing_images_are_named(tmp_path):
         io.read_image(tmp_path / "absent.png")
 
 
+def test_files_are_found_by_their_endings(tmp_path):
+    for name in ("b.PNG", "a.jpg", ".hidden.png", "notes.txt", "below/c.png", "x.NPY", ".x.npy"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    names = [path.name for path in io.find_images(tmp_path)]
+    assert names == ["a.jpg", "b.PNG", "c.png"]
+    assert [path.name for path in io.find_images(tmp_path, subfolders=False)] == ["a.jpg", "b.PNG"]
+    assert [path.name for path in io.find_images(tmp_path, endings=(".npy",))] == ["x.NPY"]
+
+
 @pytest.mark.parametrize("ending", ["jpg", "png"])
 def test_a_photo_is_turned_upright(tmp_path, ending):
     pixels = np.zeros((16, 24, 3), np.uint8)
