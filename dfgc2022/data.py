@@ -163,11 +163,6 @@ class CropFolders(Dataset):
         return image
 
 
-def one_thread(_worker: int) -> None:
-    """Start of a data-loading process: OpenCV would take a thread for every core in each of them."""
-    cv2.setNumThreads(1)
-
-
 class Middle(Dataset):
     """The middle crop of each folder, without augmentation, for validation: (crop (S, S, 3) uint8, label)."""
 

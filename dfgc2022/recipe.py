@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from dfgc2022.data import CropFolder, CropFolders, dfdc_crops, one_thread, read_list
+from dfgc2022.data import CropFolder, CropFolders, dfdc_crops, read_list
 from dfgc2022.extract import extract_all
 from dfgc2022.model import Detector, fake_probability, load_detector_state, load_imagenet
 from dfgc2022.pipeline import normalise, per_channel
 from dfgc2022.video import list_videos
 from dfgc2022.world import build_world
 from shared.processes import gathered, rank
-from shared.runtime import StepBatches, UserError
+from shared.runtime import StepBatches, UserError, one_opencv_thread
 from shared.weights import load_torch
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def training_loader(
         persistent_workers=config.workers > 0,
         generator=torch.Generator().manual_seed(seed),  # otherwise it draws from the global one
         multiprocessing_context="spawn" if config.workers else None,  # OpenCV's threads do not survive a fork
-        worker_init_fn=one_thread,
+        worker_init_fn=one_opencv_thread,
     )
 
 

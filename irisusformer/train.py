@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import cv2
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from shared.runtime import (
     StepBatches,
     UserError,
     maybe_compile,
+    one_opencv_thread,
     parse_presets,
     run_main,
     seed_everything,
@@ -221,12 +221,8 @@ def loaded(data: Dataset, batches: StepBatches, config: Config) -> DataLoader:
         batch_sampler=batches,
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=one_thread,
+        worker_init_fn=one_opencv_thread,
     )
-
-
-def one_thread(worker: int) -> None:
-    cv2.setNumThreads(1)
 
 
 def test_set(config: Config) -> Dataset:

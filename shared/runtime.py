@@ -188,6 +188,13 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)
 
 
+def one_opencv_thread(_worker: int) -> None:
+    """Start of a data-loading process: OpenCV would take a thread for every core in each of them."""
+    import cv2  # here, because most scripts do without
+
+    cv2.setNumThreads(1)
+
+
 class StepBatches(Sampler):
     """Batch sampler of a run of `steps` steps whose order is a pure function of (seed, step).
 
