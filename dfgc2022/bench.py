@@ -18,7 +18,6 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dfgc2022.boxes import box_source, crop_face
 from dfgc2022.losses import cross_entropy
@@ -84,22 +83,16 @@ def passes(network: nn.Module, images: Tensor, bf16: bool) -> dict[str, Callable
 
 
 def bench_detector(name: str, config: Config, device: torch.device) -> list[dict]:
-    """A row for each pass in each form: size, cost, throughput, peak memory, and its ratio to the plain form.
-
-    A training step costs three forward passes, because every product has one for the gradient of its input
-    and one for that of its weights. PyTorch's counter is wrong about those of depthwise convolutions.
-    """
+    """A row for each pass in each form: size, cost, speed, peak memory, and the ratio to the plain form."""
     entry = detector(name)
     batch = config.batch or (GPU_BATCH if device.type == "cuda" else 1)
     with device:  # hundreds of millions of random weights are a matter of seconds on a processor
         network = entry.build()
     images = torch.rand(batch, 3, entry.size, entry.size, device=device)
-    network.eval()
-    with sdpa_kernel(SDPBackend.MATH):  # attention as matrix products, which are counted on every machine
-        macs = count_macs(network, images[:1])
     rows: list[dict] = []
-    for kind, cost in (("inference", 1), ("training step", 3)):
+    for kind in ("inference", "training step"):
         network.train(kind != "inference")
+        macs = count_macs(passes(network, images[:1], bf16=False)[kind], training=True)
         plain = None
         for form, bf16, layout in forms(device):
             network.to(memory_format=layout)
@@ -112,7 +105,7 @@ def bench_detector(name: str, config: Config, device: torch.device) -> list[dict
                 "form": form,
                 "batch": batch,
                 "parameters": count_parameters(network),
-                "gmacs": cost * macs / 1e9,
+                "gmacs": macs / 1e9,
                 "per_second": speed,
                 "peak_gb": peak_memory(run, device) / 1e9,
             }
