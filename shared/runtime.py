@@ -116,6 +116,9 @@ def run_main(main: Callable[[], None]) -> None:
 def _run(main: Callable[[], None]) -> None:
     try:
         main()
+        if torch.distributed.is_initialized():
+            # Its threads would outlive the interpreter, and now and then abort a process that has finished.
+            torch.distributed.destroy_process_group()
     except UserError as error:
         # From a data-loading process it comes wrapped in that process's traceback.
         message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2].strip()

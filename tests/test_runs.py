@@ -292,6 +292,15 @@ def test_exit_codes(capsys):
         run_main(bug)
 
 
+def test_a_script_leaves_the_other_processes_before_it_ends(tmp_path):
+    def main():
+        store = f"file://{tmp_path / 'store'}"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+
+    run_main(main)
+    assert not torch.distributed.is_initialized()
+
+
 class Breaks(Dataset):
     """Ten items, the third of which cannot be had."""
 
