@@ -246,8 +246,9 @@ def draw_pictures(folder: Path, contest: Contest, crossed: Matrix) -> None:
     image = axis.imshow(crossed.auc, vmin=0, vmax=1, cmap="RdYlBu", aspect="auto")
     axis.set_xticks(range(width), crossed.detectors, rotation=40, ha="right", fontsize=8)
     axis.set_yticks(range(height), crossed.creators, fontsize=8)
-    for row, column in np.ndindex(height, width):
-        axis.text(column, row, f"{crossed.auc[row, column]:.2f}", ha="center", va="center", fontsize=7)
+    for (row, column), auc in np.ndenumerate(crossed.auc):
+        ink = "white" if abs(auc - 0.5) > 0.35 else "black"  # both ends of the colour map are dark
+        axis.text(column, row, f"{auc:.2f}", ha="center", va="center", fontsize=7, color=ink)
     figure.colorbar(image, label="AUC")
     axis.set_title("creators x detectors", fontsize=9)
     _save(figure, folder / "matrix.png")
