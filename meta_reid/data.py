@@ -133,7 +133,10 @@ def file_target(name: str, splits: Sequence[Split], size: tuple[int, int]) -> Ta
     for split in splits:
         parts = (split.query, split.gallery)
         numbered.append(
-            tuple(torch.tensor([position.setdefault(i, len(position)) for i in part]) for part in parts)
+            tuple(
+                torch.tensor([position.setdefault(i, len(position)) for i in part], dtype=torch.long)
+                for part in parts
+            )
         )
     items = list(position)
     identities = torch.tensor([item.identity for item in items])

@@ -93,7 +93,7 @@ def rank(
         first = ranks[:, 0]
         cmc += torch.bincount(first[first <= CMC_LENGTH] - 1, minlength=CMC_LENGTH).cumsum(0)
     if not aps:
-        raise ValueError("no query has a true match in the gallery")
+        raise ValueError("no query has a true match in the gallery, the same person seen by another camera")
     ap, inp = torch.cat(aps).cpu(), torch.cat(inps).cpu()
     return Ranking((cmc / len(ap)).cpu(), ap, inp, skipped)
 

@@ -104,20 +104,18 @@ class Result:
 
 
 def evaluate(embeddings: Tensor, target: Target) -> Result:
-    """Embeddings of all images of a target, (N, D) -> metrics in percent, averaged over its splits."""
+    """Embeddings of all images of a target, (N, D) -> metrics in percent, averaged over its splits.
+
+    Raises UserError that names a target without a gallery or without any true match.
+    """
     rankings: list[Ranking] = []
     for query, gallery in target.splits:
         ids, cameras = target.identities, target.cameras
-        rankings.append(
-            rank(
-                embeddings[query],
-                embeddings[gallery],
-                ids[query],
-                ids[gallery],
-                cameras[query],
-                cameras[gallery],
-            )
-        )
+        sides = [side[part] for side in (embeddings, ids, cameras) for part in (query, gallery)]
+        try:
+            rankings.append(rank(*sides))
+        except ValueError as error:
+            raise UserError(f"test set {target.name}: {error}") from None
     summaries = [ranking.summary() for ranking in rankings]
     keys = summaries[0].keys()
     return Result(

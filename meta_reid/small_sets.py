@@ -149,8 +149,10 @@ def grid(root: Path) -> ReID:
         cells = table["trainIdxAll"].ravel()[:SPLITS]
         trained = [set(np.ravel(cell[0][0][2]).astype(int).tolist()) for cell in cells]
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{name}: {partitions} holds no list of ten splits ({error})") from None
+        raise UserError(f"{name}: {partitions} holds no list of splits ({error!r})") from None
     chosen = [people - train for train in trained]
+    if len(chosen) < SPLITS or not all(chosen):
+        raise UserError(f"{name}: {partitions} does not hold ten splits of the persons in {base}")
     others = [item for item in gallery if item.identity == DISTRACTOR]
     return ReID("GRID", [], [_pair(probe, gallery, part, others) for part in chosen])
 

@@ -176,6 +176,14 @@ def test_one_true_match_makes_map_and_minp_equal_and_splits_are_averaged():
     assert average([result, result])["mAP"] == pytest.approx(result.mean["mAP"])
 
 
+def test_a_target_that_cannot_be_tested_is_named(tmp_path):
+    alone, again = Item(tmp_path / "a", 1, 0), Item(tmp_path / "b", 1, 0)
+    for gallery, message in (([], "test set yard: the gallery is empty"), ([again], "yard: .*other camera")):
+        target = file_target("yard", [Split([alone], gallery)], (8, 4))
+        with pytest.raises(UserError, match=message):
+            evaluate(torch.ones(len(target.images), 4), target)
+
+
 # --- layouts --------------------------------------------------------------------------------------
 
 
@@ -411,6 +419,12 @@ def test_prid_grid_and_ilids(tmp_path):
     splits = small_sets.grid(tmp_path).splits
     assert [i.identity for i in splits[0].query] == [3, 4] and [i.identity for i in splits[1].query] == [2, 4]
     assert [i.identity for i in splits[0].gallery] == [3, 4, 0]
+    everybody = np.empty((1, 10), dtype=object)
+    everybody[0, :] = [{"first": [0], "second": [0], "third": np.array([[1, 2, 3, 4]])} for _ in range(10)]
+    for broken in (cells[:, :9], everybody):
+        savemat(tmp_path / "grid" / "features_and_partitions.mat", {"trainIdxAll": broken})
+        with pytest.raises(UserError, match="features_and_partitions.mat does not hold ten splits"):
+            small_sets.grid(tmp_path)
 
     for person, count in ((1, 3), (2, 2), (3, 1)):
         for sequence in range(count):
