@@ -15,7 +15,7 @@ from meta_reid.items import Split, manifest
 from meta_reid.model import META
 from meta_reid.protocols import SETTINGS, Result, average, embed, evaluate, prepare, targets_of
 from meta_reid.tables import SHOWN, latex, markdown, summary
-from meta_reid.train import Config, Row, load_sources, plan, run_seeds
+from meta_reid.train import Config, Row, plan, run_seeds, trained_on
 from shared.io import find_run, load_config, load_weights, write_image
 from shared.published import (
     Claim,
@@ -107,7 +107,7 @@ def measure_plain(row: Row, target: Target, options: Options, device: torch.devi
 
 def rows_of(config: Config, folder: Path) -> dict[str, Row]:
     """Trained rows of a run by name. Raises UserError while the run is unfinished."""
-    rows = plan(config, {seed: load_sources(config, seed)[1].classes for seed in run_seeds(config)})
+    rows = plan(config, trained_on(folder, config)[1])
     position = load_weights(folder, {row.name: row.model for row in rows})
     if position["row"] < len(rows):
         raise UserError(f"{folder}: the run is not finished; repeat the train command to continue it")
@@ -298,8 +298,8 @@ def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, fol
                 if result.skipped:
                     print(f"{target.name}, {part}: {result.skipped} queries without a true match, left out")
         if weights:
-            names = load_sources(config, row.config.seed)[1].names
-            weight_bars(weights, names, folder / "samples" / f"weights-{row.name}.png")
+            experts = trained_on(folder, config)[0]
+            weight_bars(weights, experts, folder / "samples" / f"weights-{row.name}.png")
         if len(targets) > 1:
             for part, results in by_part.items():
                 released = as_published(row, options) and part.endswith("full:official")

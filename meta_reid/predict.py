@@ -19,7 +19,7 @@ from meta_reid.gallery import Index
 from meta_reid.items import Item
 from meta_reid.model import META, load_official
 from meta_reid.protocols import embed, prepare
-from meta_reid.train import Config, load_sources, plan, run_seeds
+from meta_reid.train import Config, plan, trained_on
 from shared.io import find_run, image_grid, images_of, load_config, load_weights, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
@@ -64,17 +64,19 @@ def load_model(options: Options) -> tuple[META, list[str], tuple[int, int], str]
         return model, OFFICIAL_SOURCES, (256, 128), str(options.official)
     folder = find_run("meta_reid", options.run)
     config: Config = load_config(folder, Config)
-    labels = {seed: load_sources(config, seed)[1] for seed in run_seeds(config)}
-    rows = plan(config, {seed: label.classes for seed, label in labels.items()})
+    names, classes = trained_on(folder, config)
+    rows = plan(config, classes)
     position = load_weights(folder, {row.name: row.model for row in rows})
-    chosen = [row for row in rows if row.config.method == "meta" and options.row in (None, row.name)]
+    meta = [row for row in rows if row.config.method == "meta"]
+    chosen = [row for row in meta if options.row in (None, row.name)]
+    if not meta:
+        raise UserError(f"{folder}: a run without a row of META; it has {', '.join(r.name for r in rows)}")
     if not chosen:
-        raise UserError(f"--row {options.row}: the run has {', '.join(row.name for row in rows)}")
+        raise UserError(f"--row {options.row}: META's rows in the run are {', '.join(r.name for r in meta)}")
     if rows.index(chosen[0]) >= position["row"]:
         raise UserError(
             f"{folder}: {chosen[0].name} is not trained yet; repeat the train command to continue the run"
         )
-    names = labels[chosen[0].config.seed].names
     return chosen[0].model, names, (config.height, config.width), f"{folder} {chosen[0].name}"
 
 

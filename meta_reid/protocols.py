@@ -1,6 +1,7 @@
 """Protocols 1, 2 and 3: which sets are trained on, which are tested, and how results are averaged."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,6 +15,7 @@ from meta_reid.data import Files, Labels, Target, batches, file_target, label
 from meta_reid.items import Item, ReID, manifest
 from meta_reid.metrics import Ranking, rank
 from shared.io import progress
+from shared.records import write_json
 from shared.runtime import UserError
 
 READERS: dict[str, Callable[..., ReID]] = {
@@ -84,6 +86,25 @@ def manifest_sources(path: Path, held_out: str | None, size: tuple[int, int], se
     if len(names) < 2:
         raise UserError(f"{path}: {len(names)} source domain(s); META needs at least two")
     return file_sources(names, [domains[name] for name in names], size, seed)
+
+
+def remember_sources(folder: Path, labels: Mapping[int, Labels]) -> None:
+    """Keep the sources' names and, for each seed, their class counts in a run's folder."""
+    names = next(iter(labels.values())).names
+    classes = {seed: found.classes for seed, found in labels.items()}
+    write_json(folder / "sources.json", {"names": names, "classes": classes})
+
+
+def remembered_sources(folder: Path) -> tuple[list[str], dict[int, list[int]]] | None:
+    """What `remember_sources` kept; None when it kept nothing. Raises UserError on a damaged file."""
+    path = folder / "sources.json"
+    if not path.is_file():
+        return None
+    try:
+        known = json.loads(path.read_text())
+        return known["names"], {int(seed): classes for seed, classes in known["classes"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); the train command writes it anew") from None
 
 
 def targets_of(protocol: int, target: str, root: Path, size: tuple[int, int]) -> list[Target]:

@@ -23,7 +23,13 @@ from meta_reid.data import Labels, batches, walker_sources
 from meta_reid.losses import backward, objective, smoothed_cross_entropy, triplet
 from meta_reid.model import META
 from meta_reid.pretrained import URLS, init_imagenet
-from meta_reid.protocols import file_sources, manifest_sources, source_items
+from meta_reid.protocols import (
+    file_sources,
+    manifest_sources,
+    remember_sources,
+    remembered_sources,
+    source_items,
+)
 from meta_reid.samplers import DomainBatches
 from meta_reid.shares import Statistics
 from shared.io import Run, progress
@@ -152,6 +158,16 @@ def load_sources(config: Config, seed: int) -> tuple[Dataset, Labels]:
         int(config.protocol), config.target, config.data_root, config.market_background
     )
     return file_sources(names, items, size, seed)
+
+
+def trained_on(folder: Path, config: Config) -> tuple[list[str], dict[int, list[int]]]:
+    """Names of a run's sources and, by seed, their class counts. The run keeps them: whoever applies it needs
+    no training images. A folder that has none of this gets it from the images."""
+    known = remembered_sources(folder)
+    if known is None:
+        labels = {seed: load_sources(config, seed)[1] for seed in run_seeds(config)}
+        known = labels[config.seed].names, {seed: found.classes for seed, found in labels.items()}
+    return known
 
 
 def build(config: Config, classes: list[int], seed: int) -> nn.Module:
@@ -390,6 +406,8 @@ def train(config: Config) -> Path:
     data = {seed: load_sources(config, seed) for seed in run_seeds(config)}
     rows = plan(config, {seed: labels.classes for seed, (_, labels) in data.items()})
     run = Run("meta_reid", config, accelerator.is_main_process)
+    if accelerator.is_main_process:
+        remember_sources(run.folder, {seed: labels for seed, (_, labels) in data.items()})
     saved = Saved()
     models = {row.name: row.model for row in rows}
     position = run.load(models, {"optimiser": saved}) or {"row": 0, "step": 0}

@@ -1,6 +1,7 @@
 """META: schedules, training, resume, evaluation and search as a user runs them."""
 
 import json
+import shutil
 import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
@@ -147,6 +148,12 @@ def test_a_manifest_of_the_users_own_domains_is_trained_and_evaluated(tmp_path, 
     assert "1 queries without a true match" in capsys.readouterr().out
     for name in ("ranking-T-meta-0.png", "weights-meta-0.png"):
         assert (folder / "samples" / name).stat().st_size > 0
+    shutil.rmtree(tmp_path / "A")
+    (tmp_path / "mine.csv").unlink()
+    assert predict.load_model(predict.Options(run=folder))[1] == ["A", "B"]  # the run alone is enough
+    (folder / "sources.json").write_text("{}")
+    with pytest.raises(UserError, match="sources.json: damaged"):
+        predict.load_model(predict.Options(run=folder))
 
 
 @pytest.mark.parametrize(
@@ -298,3 +305,15 @@ def test_a_row_that_is_not_trained_yet_is_not_searched_with(monkeypatch):
     assert predict.load_model(predict.Options())[3] == "run meta-0"
     with pytest.raises(UserError, match="no-in-0 is not trained yet"):
         predict.load_model(predict.Options(row="no-in-0"))
+
+
+def test_only_rows_of_meta_are_searched_with(monkeypatch):
+    monkeypatch.setattr(predict, "find_run", lambda *_: Path("run"))
+    monkeypatch.setattr(predict, "load_weights", lambda *_: {"row": 9, "step": 0})
+    for variants, row, message in (
+        (("meta", "baseline"), "baseline-0", "--row baseline-0: META's rows in the run are meta-0$"),
+        (("baseline",), None, "a run without a row of META; it has baseline-0"),
+    ):
+        monkeypatch.setattr(predict, "load_config", lambda *_, v=variants: small(variants=v))
+        with pytest.raises(UserError, match=message):
+            predict.load_model(predict.Options(row=row))
