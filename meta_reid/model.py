@@ -253,8 +253,10 @@ def load_official(name: str, path: Path | str) -> META:
     """A checkpoint written by the official trainer -> `official(name)` with its class counts.
 
     Takes the file with or without the trainer's wrapper (key `model`) and the prefix `module.`; the scratch
-    buffers `mean_in`, `var_in` are ignored whatever their batch size. Raises UserError that lists what does
-    not fit, or says that the file is no such checkpoint.
+    buffers `mean_in`, `var_in` are ignored whatever their batch size. Every head has the classes that its
+    classifier has in the file: in the release those of the experts are configured and those of the union may
+    be counted, so one need not be the sum of the others. Raises UserError that lists what does not fit, or
+    says that the file is no such checkpoint.
     """
     state = load_torch(path)
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
@@ -268,6 +270,10 @@ def load_official(name: str, path: Path | str) -> META:
         raise UserError(f"{path}: no META checkpoint with three experts, {missing[0]} is missing")
     model = official(name, [len(state[key]) for key in names])
     for scope, module in model.named_modules():
+        classifier = state.get(f"{scope}.classifier.weight")
+        if isinstance(module, Head) and isinstance(classifier, Tensor):
+            learns = module.classifier.weight.requires_grad
+            module.classifier = nn.Linear(model.features, len(classifier), bias=False).requires_grad_(learns)
         if isinstance(module, Probe):
             for key, value in module.named_buffers():
                 state[f"{scope}.{key}"] = value

@@ -24,7 +24,9 @@ from shared.io import find_run, image_grid, images_of, load_config, load_weights
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
-OFFICIAL_SOURCES = ["CUHK03", "CUHK-SYSU", "Market1501"]
+IDENTITIES = {767: "CUHK03", 1467: "CUHK03", 11934: "CUHK-SYSU", 1041: "MSMT17", 4101: "MSMT17"}
+IDENTITIES |= dict.fromkeys((751, 1501, 1502), "Market1501")
+"""Identities of a source, its training part or all of it -> the source."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,19 @@ class Options:
     """auto, cpu or cuda."""
 
 
+def official_sources(model: META) -> list[str]:
+    """Names of an official checkpoint's sources. It holds none; known numbers of identities tell them."""
+    heads = [getattr(model, f"heads_Expert{k}") for k in range(1, model.K + 1)]
+    numbered = [f"expert {k}" for k in range(1, model.K + 1)]
+    names = [IDENTITIES.get(head.classifier.out_features) or numbered[k] for k, head in enumerate(heads)]
+    return names if len(set(names)) == len(names) else numbered
+
+
 def load_model(options: Options) -> tuple[META, list[str], tuple[int, int], str]:
     """Network, names of its sources, image size, and where the weights are from."""
     if options.official is not None:
         model = load_official("meta_r50_3experts", options.official)
-        return model, OFFICIAL_SOURCES, (256, 128), str(options.official)
+        return model, official_sources(model), (256, 128), str(options.official)
     folder = find_run("meta_reid", options.run)
     config: Config = load_config(folder, Config)
     names, classes = trained_on(folder, config)

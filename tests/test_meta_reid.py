@@ -396,6 +396,12 @@ def test_official_checkpoints(tmp_path, monkeypatch):
     images = pictures(3).float()
     torch.testing.assert_close(loaded(images), model(images))
     assert loaded.heads_agg.classifier.weight.shape == (9, 96)
+    names = ("heads_agg", "heads_F_final", "heads_F_finals")
+    counted = {f"module.{name}.classifier.weight": torch.ones(7, 96) for name in names}
+    torch.save({"model": state | counted}, tmp_path / "counted.pth")
+    other = load_official("meta_r50_3experts", tmp_path / "counted.pth")
+    assert other.heads_agg.classifier.weight.shape == (7, 96)
+    torch.testing.assert_close(other(images), model(images))
 
     cases = {
         "foreign": ({"conv.weight": torch.zeros(1)}, "heads_Expert1"),

@@ -307,6 +307,17 @@ def test_a_row_that_is_not_trained_yet_is_not_searched_with(monkeypatch):
         predict.load_model(predict.Options(row="no-in-0"))
 
 
+def test_sources_of_an_official_checkpoint_are_named_by_their_identities():
+    for classes, names in (
+        ((1467, 11934, 1502), ["CUHK03", "CUHK-SYSU", "Market1501"]),
+        ((767, 11934, 1041), ["CUHK03", "CUHK-SYSU", "MSMT17"]),
+        ((767, 5, 751), ["CUHK03", "expert 2", "Market1501"]),
+        ((751, 11934, 1501), ["expert 1", "expert 2", "expert 3"]),
+    ):
+        with torch.device("meta"):
+            assert predict.official_sources(META(classes, "mini")) == names
+
+
 def test_only_rows_of_meta_are_searched_with(monkeypatch):
     monkeypatch.setattr(predict, "find_run", lambda *_: Path("run"))
     monkeypatch.setattr(predict, "load_weights", lambda *_: {"row": 9, "step": 0})
