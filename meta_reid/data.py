@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -48,8 +50,14 @@ def label(identities: Sequence[Sequence[int]], names: Sequence[str]) -> Labels:
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """(3, H, W) uint8 -> (3, *size) uint8, bicubic, aspect not kept."""
-    return v2.functional.resize(image, list(size), v2.InterpolationMode.BICUBIC, antialias=True)
+    """(3, H, W) uint8 -> (3, *size) uint8, bicubic, aspect not kept.
+
+    By PIL as in the official code: on an image that grows one way and shrinks the other PyTorch's own bicubic
+    differs from it by more than rounding.
+    """
+    height, width = size
+    picture = v2.functional.to_pil_image(image).resize((width, height), Image.Resampling.BICUBIC)
+    return v2.functional.pil_to_tensor(picture)
 
 
 def augmentation(size: tuple[int, int]) -> v2.Transform:
@@ -60,7 +68,7 @@ def augmentation(size: tuple[int, int]) -> v2.Transform:
     return v2.Compose(
         [
             v2.RandomApply([v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=128)], p=0.1),
-            v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.Lambda(partial(resize, size=size)),
             v2.RandomHorizontalFlip(0.5),
             v2.Pad(10),
             v2.RandomCrop(size),

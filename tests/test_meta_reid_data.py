@@ -8,12 +8,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.io import savemat
 from torch.utils.data import DataLoader
 
 from meta_reid import datasets, small_sets
 from meta_reid.cuhk03 import extract
-from meta_reid.data import Files, Target, Tensors, batches, file_target, label, resize
+from meta_reid.data import Files, Target, Tensors, augmentation, batches, file_target, label, resize
 from meta_reid.figures import ranking_lists
 from meta_reid.items import Item, Split, manifest
 from meta_reid.metrics import ordered_keys, rank
@@ -29,8 +30,6 @@ from shared.runtime import UserError
 def image(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix in (".jpeg", ".bmp"):
-        from PIL import Image
-
         Image.new("RGB", (4, 8)).save(path)
     else:
         write_image(path, torch.zeros(3, 8, 4))
@@ -521,6 +520,17 @@ def test_files_are_augmented_by_their_draw_alone_and_damaged_ones_named(tmp_path
     with pytest.raises(UserError, match="torn.jpg") as caught:
         list(batches(DataLoader(files, 2, num_workers=1)))
     assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(300, 120), (256, 128), (90, 300)])
+def test_images_are_resized_as_pil_does(shape, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    wanted = np.asarray(Image.fromarray(noise).resize((128, 256), Image.Resampling.BICUBIC))
+    found = Files([Item(tmp_path / "a.png", 1, 0)])[0][0]
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), wanted)
+    step = augmentation((256, 128)).transforms[1]  # after AutoAugment, as officially
+    assert torch.equal(step(torch.from_numpy(noise).permute(2, 0, 1)).float(), found)
 
 
 def test_images_that_several_splits_use_are_embedded_once(tmp_path):
