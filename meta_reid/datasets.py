@@ -167,7 +167,6 @@ def cuhk02(root: Path) -> ReID:
         "cuhk02/P{1..5}/cam{1,2}/{identity}_*.png",
         "its authors (www.ee.cuhk.edu.hk/~xgwang/CUHK_identification.html)",
         "cuhk02",
-        "cuhk02/Dataset",
     )
     base = base / "Dataset" if (base / "Dataset").is_dir() else base
     items = []

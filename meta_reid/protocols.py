@@ -77,10 +77,10 @@ def file_sources(
     return Files([item for part in items for item in part], size, seed), labels
 
 
-def manifest_sources(path: Path, held_out: str | None, size: tuple[int, int], seed: int):
+def manifest_sources(path: Path, held_out: str, size: tuple[int, int], seed: int):
     """The user's own domains; `held_out` is left out for testing. UserError with fewer than two left."""
     domains = manifest(path)
-    if held_out is not None and held_out not in domains:
+    if held_out not in domains:
         raise UserError(f"{path}: no domain '{held_out}'; it has {', '.join(domains)}")
     names = sorted(name for name in domains if name != held_out)
     if len(names) < 2:

@@ -131,7 +131,6 @@ def grid(root: Path) -> ReID:
         "its authors (personal.ie.cuhk.edu.hk/~ccloy/downloads_qmul_underground_reid.html)",
         "grid",
         "GRID",
-        "grid/underground_reid",
     )
     base = base / "underground_reid" if (base / "underground_reid").is_dir() else base
 

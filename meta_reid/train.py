@@ -406,11 +406,11 @@ def train(config: Config) -> Path:
     data = {seed: load_sources(config, seed) for seed in run_seeds(config)}
     rows = plan(config, {seed: labels.classes for seed, (_, labels) in data.items()})
     run = Run("meta_reid", config, accelerator.is_main_process)
-    if accelerator.is_main_process:
-        remember_sources(run.folder, {seed: labels for seed, (_, labels) in data.items()})
     saved = Saved()
     models = {row.name: row.model for row in rows}
     position = run.load(models, {"optimiser": saved}) or {"row": 0, "step": 0}
+    if accelerator.is_main_process:  # once the checkpoint is known to fit them
+        remember_sources(run.folder, {seed: labels for seed, (_, labels) in data.items()})
     while position["row"] < len(rows):
         row = rows[position["row"]]
         state = saved.state if position["step"] else None
