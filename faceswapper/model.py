@@ -138,15 +138,15 @@ class FrozenIdentity(nn.Module):
     embed: (B, 3, S, S) in [-1, 1] -> (B, dim). It is called without gradient and is no part of the weights.
     """
 
-    def __init__(self, embed: Callable[[Tensor], Tensor], dim: int, id_dim: int):
+    def __init__(self, embed: nn.Module, dim: int, id_dim: int):
         super().__init__()
-        self.embed = (embed,)  # in a tuple, so that a module is not registered
+        self.embed = (embed,)  # in a tuple, so that the module is not registered
         self.final_layer = nn.Sequential(nn.Linear(dim, id_dim))
 
     def code(self, x: Tensor) -> Tensor:
         """Identity code (B, id_dim)."""
-        with torch.no_grad():
-            embedding = self.embed[0](x)
+        with torch.no_grad():  # not registered, so `to` does not take it along
+            embedding = self.embed[0].to(x.device)(x)
         return self.final_layer(embedding)
 
 

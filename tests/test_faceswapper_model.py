@@ -261,6 +261,14 @@ def test_frozen_identity_is_no_part_of_the_weights():
     assert embedder[1].weight.grad is None and net.id_encoder.final_layer[0].weight.grad is not None
 
 
+def test_frozen_identity_computes_where_its_pictures_are():
+    """A generator that is moved leaves the recogniser, which is no part of it, where it was."""
+    embedder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 7))
+    net = make(identity=FrozenIdentity(embedder, 7, 12)).to("meta")
+    a, b, _, lm, _, mask = (x.to("meta") for x in scene())
+    assert net.swap(a, b, lm, mask).device.type == "meta"
+
+
 def test_discriminator_equals_the_official_one_and_sees_the_landmarks():
     torch.manual_seed(0)
     net, (a, _, lm, other, _, _) = initialise(Discriminator(TINY)), scene()
