@@ -108,8 +108,8 @@ class Config(RunConfig):
     ema: float = 0.999
     """Decay of the average of the generator's weights, which is what is used."""
     ema_start: Literal["copy", "official"] = "copy"
-    """The average starts as a copy of the generator, or as another random network, as in the official
-    code."""
+    """The average starts as a copy of the generator, or as another random network with PyTorch's own
+    initialisation, as in the official code."""
 
     log_every: int = 50
     """Iterations between lines of the log."""

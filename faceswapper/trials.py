@@ -98,11 +98,16 @@ def names_of(trial: Trial, iteration: int | None = None) -> list[str]:
 
 def build(config: "Config", trial: Trial, embed: nn.Module) -> Generator:
     """The generator of a trial, freshly initialised from its seed."""
+    return initialise(construct(config, trial, embed))
+
+
+def construct(config: "Config", trial: Trial, embed: nn.Module) -> Generator:
+    """The generator of a trial as PyTorch itself initialises it, from the trial's seed."""
     seed_everything(trial.seed)
     identity = None
     if trial.variant == "frozen-identity":
         identity = FrozenIdentity(embed, embed.dim, config.size.id_dim)
-    return initialise(Generator(config.size, config.mask_pyramid, identity))
+    return Generator(config.size, config.mask_pyramid, identity)
 
 
 class Learner:
@@ -115,7 +120,7 @@ class Learner:
         if config.ema_start == "copy":
             self.average = deepcopy(self.generator)
         else:  # the official order: the average is taken before the networks are initialised anew
-            self.average = build(config, replace(trial, seed=trial.seed + 1_000_003), embed).to(device)
+            self.average = construct(config, replace(trial, seed=trial.seed + 1_000_003), embed).to(device)
         self.average.requires_grad_(False)
         self.discriminator = None
         if weights.adversarial:

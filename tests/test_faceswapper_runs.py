@@ -198,6 +198,10 @@ def test_the_average_starts_and_follows():
     assert not torch.equal(dict(other.average.named_parameters())[name], start_), (
         "officially from another start"
     )
+    first, official_first = (net.attr_encoder.model[0] for net in (other.generator, other.average))
+    assert first.bias.abs().max() == 0 < official_first.bias.abs().max(), "copied before He initialisation"
+    bound = (3 * 9) ** -0.5  # of PyTorch's own uniform start
+    assert official_first.weight.abs().max() <= bound < first.weight.abs().max()
 
 
 def test_moments_take_the_order_of_their_parameters():
