@@ -25,21 +25,34 @@ OPENINGS = ("left eye", "right eye", "mouth", "mouth width")
 class OnnxNetwork:
     """A network from an ONNX file: crops (B, 3, S, S) in [-1, 1] -> its first output (B, D), float32.
 
-    The crops are resized to the side that the file asks for, or to `side` where it leaves that open. Raises
-    UserError when the file is missing, damaged or takes something else.
+    The crops are resized to the size that the file asks for, or to `side` where it leaves that open. Of a
+    file whose pictures are not square (CosFace's are 112x96) it gets the middle of the crop. A file with a
+    fixed batch gets so many at a time. Raises UserError when the file is missing, damaged or takes something
+    else.
     """
 
     def __init__(self, path: Path, side: int = 112):
         self.session = open_onnx(path)
         entry = self.session.get_inputs()[0]
-        if len(entry.shape) != 4:
-            raise UserError(f"{path}: its input has shape {entry.shape}, expected pictures (B, 3, S, S)")
-        self.name = entry.name
-        self.side = entry.shape[-1] if isinstance(entry.shape[-1], int) else side
+        shape = [n if isinstance(n, int) else None for n in entry.shape]
+        if len(shape) != 4 or shape[1] not in (3, None):
+            raise UserError(f"{path}: its input has shape {entry.shape}, expected pictures (B, 3, H, W)")
+        self.name, self.batch = entry.name, shape[0]
+        self.size = shape[2] or side, shape[3] or side
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        x = F.interpolate(pictures.float().cpu(), (self.side, self.side), mode="bilinear", antialias=True)
-        return torch.from_numpy(np.asarray(self.session.run(None, {self.name: x.numpy()})[0]))
+        (height, width), side = self.size, pictures.shape[-1]
+        rows, columns = (round(side * min(1.0, share)) for share in (height / width, width / height))
+        top, left = (side - rows) // 2, (side - columns) // 2
+        x = pictures.float().cpu()[..., top : top + rows, left : left + columns]
+        x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
+        return torch.cat([self._run(part) for part in x.split(self.batch or len(x))])
+
+    def _run(self, x: Tensor) -> Tensor:
+        lacking = (self.batch or len(x)) - len(x)  # an incomplete batch is filled up with its last picture
+        whole = torch.cat((x, x[-1:].expand(lacking, -1, -1, -1)))
+        found = np.asarray(self.session.run(None, {self.name: whole.numpy()})[0])
+        return torch.from_numpy(found)[: len(x)]
 
 
 # --- identity -------------------------------------------------------------------------------------------

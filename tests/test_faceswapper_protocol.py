@@ -18,6 +18,7 @@ from faceswapper.faceforensics import FaceForensicsConfig, as_metrics, measure_s
 from faceswapper.landmarks import FAN
 from faceswapper.model import Generator, Size
 from shared.io import read_image, write_image
+from shared.onnxfile import write_onnx
 from shared.published import load_published
 from shared.runtime import REPOSITORY, UserError
 
@@ -217,14 +218,16 @@ def test_nothing_is_claimed_without_the_method():
 # --- FaceForensics++ ------------------------------------------------------------------------------------
 
 
+class Grid(nn.Module):
+    """A small recogniser: mean colours of a 2x2 grid."""
+
+    def forward(self, x):
+        return nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+
 @pytest.fixture(scope="module")
 def recogniser(tmp_path_factory) -> str:
-    """A small recogniser as a file: mean colours of a 2x2 grid."""
-
-    class Grid(nn.Module):
-        def forward(self, x):
-            return nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
-
+    """`Grid` as a file."""
     path = tmp_path_factory.mktemp("onnx") / "r.onnx"
     torch.onnx.export(
         Grid(),
@@ -378,6 +381,19 @@ def test_published_rows_say_where_they_come_from():
     assert [r["value"] for r in own] == [0.9448]
     assert all(r["source"].startswith("[") for r in rows)
     assert all(r["setting"] == "context" for r in rows if r["method"] != "FaceSwapper")
+
+
+def test_networks_of_other_proportions_and_of_a_fixed_batch(tmp_path):
+    """As CosFace's 112x96, which sees the middle of the crop, exported for two pictures at a time."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.rand(3, 3, 40, 40, generator=rng) * 2 - 1
+    for (height, width), middle in (((16, 12), x[..., 5:35]), ((12, 16), x[..., 5:35, :])):
+        write_onnx(Grid(), (torch.zeros(2, 3, height, width),), tmp_path / "f.onnx", ["x"], ["y"])
+        wanted = Grid()(nn.functional.interpolate(middle, (height, width), mode="bilinear", antialias=True))
+        torch.testing.assert_close(protocol.OnnxNetwork(tmp_path / "f.onnx")(x), wanted)
+    write_onnx(nn.Flatten(), (torch.zeros(1, 16, 16, 3),), tmp_path / "last.onnx", ["x"], ["y"])
+    with pytest.raises(UserError, match=r"last.onnx: its input has shape \[1, 16, 16, 3\], expected"):
+        protocol.OnnxNetwork(tmp_path / "last.onnx")
 
 
 def test_messages_of_plugged_in_networks(tmp_path, pictures, recogniser):
