@@ -7,7 +7,7 @@ BiSeNet's labels. Anything that can be called like these takes their place.
 
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import cv2
@@ -30,6 +30,9 @@ Landmarker = Callable[[Tensor], Tensor]
 """Crops (B, 3, S, S) in [0, 1] -> points (B, 98, 2) in pixels of the crop."""
 Parser = Callable[[Tensor], Tensor]
 """Crops (B, 3, S, S) in [0, 1] -> labels (B, S, S) uint8."""
+
+PROFILE_EYES = 0.15
+"""Eyes nearer to each other than this share of the box are a profile's; from the front it is about 0.34."""
 
 # --- detectors --------------------------------------------------------------------------------------
 
@@ -75,6 +78,14 @@ class FinderDetector:
         return faces
 
 
+def with_eyes(box: Iterable[float], eyes: Iterable[Iterable[float]], score: float) -> Face:
+    """A detector's face. In a profile one eye lies nearly behind the other, and their distance says nothing
+    of the face's size: the box alone is used then."""
+    face = Face(tuple(box), tuple(sorted(tuple(map(float, eye)) for eye in eyes)), score)
+    near = math.dist(*face.eyes) < max(1.0, PROFILE_EYES * face.size)
+    return face._replace(eyes=None) if near else face
+
+
 class YunetDetector:
     """OpenCV's YuNet from its ONNX file. UserError when the file is missing or not YuNet."""
 
@@ -92,10 +103,9 @@ class YunetDetector:
             self.network.setInputSize(photo.shape[1::-1])
             rows = self.network.detect(photo[..., ::-1].copy())[1]
             faces = []
-            for row in [] if rows is None else rows.astype(float):
+            for row in [] if rows is None else rows.astype(float).tolist():
                 x, y, w, h = row[:4]
-                eyes = tuple(sorted([(row[4], row[5]), (row[6], row[7])]))
-                faces.append(Face((x, y, x + w, y + h), eyes, row[-1]))
+                faces.append(with_eyes((x, y, x + w, y + h), [row[4:6], row[6:8]], row[-1]))
             found.append(faces)
         return found
 
@@ -115,14 +125,7 @@ class MtcnnDetector:
         for photo in photos:
             boxes, scores, points = self.network.detect(photo, landmarks=True)
             rows = [] if boxes is None else zip(boxes, scores, points, strict=True)
-            found.append(
-                [
-                    Face(
-                        tuple(map(float, b)), tuple(sorted(tuple(map(float, p)) for p in five[:2])), float(s)
-                    )
-                    for b, s, five in rows
-                ]
-            )
+            found.append([with_eyes(map(float, box), five[:2], float(s)) for box, s, five in rows])
         return found
 
 

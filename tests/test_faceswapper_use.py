@@ -23,9 +23,11 @@ from faceswapper.detect import (
     BiSeNetParser,
     FinderDetector,
     TableDetector,
+    YunetDetector,
     open_detector,
     open_parser,
     whole_picture,
+    with_eyes,
 )
 from faceswapper.drawing import face_mask
 from faceswapper.finder import read_crops
@@ -185,6 +187,39 @@ def test_given_faces(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             open_detector(choice)
+
+
+def test_a_detectors_profile_is_cut_by_its_box():
+    """Where the eyes coincide, they give no crop at all."""
+    box, front = (10.0, 20.0, 80.0, 120.0), [[62, 50], [28, 52]]
+    face = with_eyes(box, front, 0.9)
+    assert face.eyes == ((28, 52), (62, 50)) and face.box == box and face.score == 0.9
+    for eyes in ([[62, 50], [62, 50]], [[62, 50], [54, 52]]):
+        turned = with_eyes(box, eyes, 0.9)
+        assert turned.eyes is None and crop_side(crop_matrix(turned, 64), 64) == pytest.approx(140)
+
+
+def test_yunets_rows_become_faces(tmp_path):
+    """Box, eyes (the right one first), three more points, score."""
+
+    class Network:
+        def setInputSize(self, size):  # noqa: N802 - OpenCV's name
+            self.size = size
+
+        def detect(self, photo):
+            assert photo.shape[1::-1] == self.size and photo[0, 0].tolist() == [3, 2, 1], "BGR"
+            rows = [
+                [10, 20, 70, 100, 62, 50, 28, 52, *range(6), 0.9],
+                [0, 0, 70, 100, 9, 9, 9, 9, *range(6), 0.8],
+            ]
+            return 1, np.array(rows, np.float32)
+
+    detector = object.__new__(YunetDetector)
+    detector.network = Network()
+    photo = np.tile(np.array([1, 2, 3], np.uint8), (120, 90, 1))
+    ((front, turned),) = detector([photo], ["x"])
+    assert front.box == (10, 20, 80, 120) and front.eyes == ((28, 52), (62, 50))
+    assert turned.eyes is None and turned.score == pytest.approx(0.8)
 
 
 def test_the_public_parser_loads_its_file(tmp_path):
