@@ -221,11 +221,15 @@ class Swapper:
         if strength != 1:
             code = torch.lerp(self.generator.id_encoder.code(crops.picture), code, strength)
         swap = self.generator.swap(crops.picture, crops.picture, crops.landmarks, crops.mask, code)
-        swap = (swap.float() / 2 + 0.5).clamp(0, 1)
         weight = self._weight(crops, source)
-        if self.blending.colour:
-            swap = fusion.colour_transfer(swap, crops.picture / 2 + 0.5, weight).clamp(0, 1)
-        return swap, weight
+        return self._finished(swap, crops, weight), weight
+
+    def _finished(self, swaps: Tensor, crops: Crops, weight: Tensor) -> Tensor:
+        """The generator's pictures in [0, 1], with the target's colours if that is asked for."""
+        swaps = (swaps.float() / 2 + 0.5).clamp(0, 1)
+        if not self.blending.colour:
+            return swaps
+        return fusion.colour_transfer(swaps, crops.picture / 2 + 0.5, weight).clamp(0, 1)
 
     def _weight(self, crops: Crops, source: Source) -> Tensor:
         blending = self.blending
@@ -249,8 +253,8 @@ class Swapper:
         codes = torch.lerp(own, source.code, torch.linspace(0, 1, steps, device=self.device).view(-1, 1))
         guides = g.org_decoder.guides(crops.landmarks, crops.mask)
         swaps = g.org_decoder.decode(attributes, codes, guides, cache, features=False).picture
-        swaps = (swaps.float() / 2 + 0.5).clamp(0, 1)
-        return torch.lerp(crops.picture / 2 + 0.5, swaps, self._weight(crops, source))
+        weight = self._weight(crops, source)
+        return torch.lerp(crops.picture / 2 + 0.5, self._finished(swaps, crops, weight), weight)
 
     @torch.inference_mode()
     def photos(

@@ -130,9 +130,13 @@ def write_photo(path: Path, photo: Photo, result: Swapped, made: str | None) -> 
 def write_strip(
     swapper: Swapper, photo: Photo, result: Swapped, source: Source, steps: int, stem: Path, made: str
 ) -> None:
-    """From the target to the source's identity, as a strip and as an animation that runs there and back."""
+    """From the target to the source's identity, as a strip and as an animation that runs there and back;
+    grey where the photo is."""
     crop, _ = swapper.aligned(photo.seen, result.face)
     pictures = swapper.progressive(swapper.describe(to_tensor([crop], swapper.device)), source, steps)
+    if photo.grey:
+        light = (pictures * pictures.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)).sum(1, keepdim=True)
+        pictures = light.expand_as(pictures)
     labels = [f"{share:.2f}" for share in np.linspace(0, 1, steps)]
     scale = max(1, 128 // pictures.shape[-1])
     strip = image_grid(pictures, columns=steps, column_labels=labels, scale=scale)

@@ -288,8 +288,13 @@ def test_parts_can_stay_and_colours_follow(swapper, source):
     keeping = Swapper(*args, Blending(restore=False, keep=("nose",))).swap(crops, source)
     nose = (crops.labels == 10)[:, None]
     assert nose.sum() > 20 and keeping[1][nose].max() == 0 and plain[1][nose].mean() > 0.5
-    coloured = Swapper(*args, Blending(restore=False, colour=True)).swap(crops, source)[0]
+    colouring = Swapper(*args, Blending(restore=False, colour=True))
+    coloured, weight = colouring.swap(crops, source)
     assert not torch.equal(coloured, plain[0])
+    strip = colouring.progressive(crops, source, 2)
+    torch.testing.assert_close(
+        strip[1], torch.lerp(crops.picture / 2 + 0.5, coloured, weight)[0], atol=1e-4, rtol=1e-4
+    )
     restoring = Swapper(*args, Blending(restore=True)).swap(crops, source)
     assert torch.equal(restoring[0], plain[0]) and (restoring[1] <= plain[1] + 1e-6).all()
 
