@@ -230,15 +230,31 @@ def video_of(stem: str) -> str:
 
 class SwapList:
     """The test: source and target of every line of a swap list, each once. `sources`, `targets`: the two
-    sides in the order of the list, as `PictureFiles`; `originals`: all pictures of the folder."""
+    sides in the order of the list, as `PictureFiles`; `originals`: all pictures of the folder.
 
-    def __init__(self, root: Path, size: int, pictures: str = "ff++", swaps: str = "face_swap_list.txt"):
+    landmarks, masks, parsing: folders below the root, instead of the pictures' sisters. Parsings are optional
+    unless their folder is named.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        size: int,
+        pictures: str = "ff++",
+        swaps: str = "face_swap_list.txt",
+        landmarks: str | None = None,
+        masks: str | None = None,
+        parsing: str | None = None,
+    ):
         folder = root / pictures
         if not folder.is_dir():
             raise UserError(f"FaceForensics++: no folder {folder}. {FF_LAYOUT}")
-        parsing = sister(folder, PARSING)
+        labels = root / parsing if parsing else sister(folder, PARSING)
         folders = Sisters(
-            folder, sister(folder, LANDMARKS), sister(folder, MASKS), parsing if parsing.is_dir() else None
+            folder,
+            root / landmarks if landmarks else sister(folder, LANDMARKS),
+            root / masks if masks else sister(folder, MASKS),
+            labels if parsing or labels.is_dir() else None,
         )
         self.pairs = read_swap_list(root / swaps)
         name = "FaceForensics++" if pictures == "ff++" else pictures

@@ -1,6 +1,6 @@
 """Measure a run: drawn faces with known truth, or the FaceForensics++ protocol on prepared frames.
 
-Without `--run`: the newest run. `--faceforensics DIR` evaluates its main generator, or with `--official` the
+Without `--run`: the newest run. `--faceforensics DIR` evaluates its generators, or with `--official` the
 released one, on the swaps listed there.
 """
 
@@ -159,19 +159,20 @@ def evaluate_drawn(config: Config, folder: Path) -> tuple[list[Claim], list[Metr
 
 
 def evaluate_faceforensics(config: Config, folder: Path | None) -> tuple[list[Metric], dict, TrainConfig]:
-    """The FaceForensics++ protocol for the main generator of a run, or for the released one. UserError
-    without the frames."""
+    """The FaceForensics++ protocol for the generators of a run, the swaps of the main one written, or for the
+    released one. UserError without the frames."""
     if config.faceforensics is None:
         raise UserError("--official measures the released generator on the frames of --faceforensics DIR")
     device = pick_device(config.device)
     if folder is None:
-        generator, settings = load_official("generator", config.official), TrainConfig()
-    else:
-        settings = load_config(folder, TrainConfig)
-        generators, _, _ = load_generators(folder, TrainConfig, [main_name(settings)])
-        generator = next(iter(generators.values()))
-    out = config.out if folder is None else folder
-    metrics, extra = measure_swaps(config, generator.to(device).eval(), out)
+        generator = load_official("generator", config.official).to(device)
+        metrics, extra = measure_swaps(config, generator, config.out)
+        return metrics, extra, TrainConfig()
+    generators, _, settings = load_generators(folder, TrainConfig)
+    trials = {trial.name: trial for trial in plan(settings)}
+    players = {name: (generator.to(device), trials[name]) for name, generator in generators.items()}
+    generator, trial = players.pop(main_name(settings))
+    metrics, extra = measure_swaps(config, generator, folder, trial, players)
     return metrics, extra, settings
 
 

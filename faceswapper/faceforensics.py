@@ -3,25 +3,27 @@ once.
 
 Swaps are written as the official test code names them, `swapped_result_single/<source>_FS_<target>.png`
 (post-processed in `swapped_result_afterps`, beside source and target in `swapped_result_all`), and measured
-batch by batch, beside the baselines that need no training.
+batch by batch, beside the ablations of the run and the baselines that need no training.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from faceswapper import protocol
 from faceswapper.baselines import untrained
 from faceswapper.datasets import SwapList, video_of
 from faceswapper.fusion import forehead, fuse, keep_map
-from faceswapper.landmarks import FAN
+from faceswapper.losses import Batch
 from faceswapper.model import Generator, load_official
 from faceswapper.protocol import OnnxNetwork
-from shared.io import progress, read_image, write_image
-from shared.metrics import InceptionFeatures, fid
+from faceswapper.trials import Trial
+from shared.io import progress, write_image
+from shared.metrics import InceptionFeatures, fid, kid
 from shared.published import Metric
 from shared.runtime import UserError
 
@@ -32,6 +34,10 @@ PROTOCOL_PAIRS = 10_000
 SINGLE, AFTER, ALL = "swapped_result_single", "swapped_result_afterps", "swapped_result_all"
 MEAN_OF = 500
 """Originals that the mean face is made of."""
+METHOD = "FaceSwapper"
+"""Name of the paper's method in tables."""
+KID_SUBSET = 1000
+"""Pictures in each of KID's random subsets, or all where there are fewer."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,12 @@ class FaceForensicsConfig:
     """Folder with ff++, ff++_lm_images, ff++_mask_images and face_swap_list.txt; see the README."""
     pictures: str = "ff++"
     """Name of the folder of pictures in it."""
+    landmarks_folder: str | None = None
+    """Name of the folder of landmark pictures in it; default: the pictures' sister X_lm_images."""
+    masks_folder: str | None = None
+    """Name of the folder of masks in it; default: the pictures' sister X_mask_images."""
+    parsing_folder: str | None = None
+    """Name of the folder of parsings in it; default: the pictures' sister X_parsing_images."""
     swaps: str = "face_swap_list.txt"
     """Name of the list in it."""
     recogniser: Path | None = None
@@ -55,7 +67,7 @@ class FaceForensicsConfig:
     """wing.ckpt or faceswapper.ckpt: landmarks for the proxies of pose, shape and expression, and for
     --post."""
     fid_weights: Path | None = None
-    """torch-fidelity's InceptionV3 file; FID is left out without it."""
+    """torch-fidelity's InceptionV3 file; FID and KID are left out without it."""
     post: bool = False
     """Also the official post-processing; needs parsing pictures and --fan-weights."""
     baselines: bool = True
@@ -79,10 +91,10 @@ class _Listed(Dataset):
 
 
 class Tally:
-    """Sums of per-picture numbers and the embeddings of one method."""
+    """Sums of per-picture numbers, the embeddings and the Inception features of one method."""
 
     def __init__(self):
-        self.count, self.sums, self.embeddings = 0, {}, []
+        self.count, self.sums, self.embeddings, self.features = 0, {}, [], []
 
     def add(self, values: dict[str, float], count: int) -> None:
         """Means over a batch of `count` pictures."""
@@ -102,18 +114,33 @@ def open_networks(config: FaceForensicsConfig) -> dict[str, OnnxNetwork]:
 
 
 def differences(
-    swaps: Tensor, target: Tensor, mask: Tensor, networks: dict[str, OnnxNetwork], fan: FAN | None
+    swaps: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    networks: dict[str, OnnxNetwork],
+    find: Callable[[Tensor], Tensor] | None,
+    known: dict[str, Tensor],
 ) -> dict[str, float]:
-    """Everything of a batch that is measured against the target."""
+    """Everything of a batch that is measured against the target.
+
+    find: pictures -> 98 points. known: what the networks say of the target, filled here at the first method
+    of a batch.
+    """
     row = protocol.picture_metrics(swaps, target, mask)
     singles = zip(swaps.split(1), target.split(1), mask.split(1), strict=True)
     # of each picture, so that the number does not depend on the batch
     row["background PSNR"] = sum(protocol.region_psnr(*one) for one in singles) / len(swaps)
     for name in ("pose", "expression"):
         if name in networks:
-            row[f"{name} error"] = protocol.vector_error(networks[name](swaps), networks[name](target))
-    if fan is not None:
-        mine, theirs = fan.find(swaps), fan.find(target)
+            mine = networks[name](swaps)
+            if name not in known:
+                known[name] = networks[name](target)
+            row[f"{name} error"] = protocol.vector_error(mine, known[name])
+    if find is not None:
+        mine = find(swaps)
+        if "points" not in known:
+            known["points"] = find(target)
+        theirs = known["points"]
         row["pose proxy (Procrustes angle)"] = protocol.procrustes_angle(mine, theirs).mean().item()
         row["shape proxy (Procrustes residual)"] = protocol.procrustes_residual(mine, theirs).mean().item()
         row["expression proxy (openings)"] = protocol.expression_proxy(mine, theirs)
@@ -122,56 +149,84 @@ def differences(
 
 @torch.inference_mode()
 def measure_swaps(
-    config: FaceForensicsConfig, generator: Generator, out: Path
+    config: FaceForensicsConfig,
+    generator: Generator,
+    out: Path,
+    trial: Trial | None = None,
+    others: Mapping[str, tuple[Generator, Trial]] | None = None,
 ) -> tuple[list[Metric], dict[str, dict[str, float]]]:
-    """All metrics of a generator and the baselines on the swap list; writes the swaps under `out`.
+    """All metrics of a generator, of others and of the baselines on the swap list; writes the generator's
+    swaps under `out`.
 
-    Returns the metrics and {"methods": method -> metric -> value, ...}. Raises UserError when data or a
-    network that an option needs is missing.
+    trial: what the generator was trained as, None for the released one. others: name -> generator and trial,
+    e.g. ablations; each sees what it saw in training. Returns the metrics and {"methods": method -> metric ->
+    value, ...}. Raises UserError when data or a network that an option needs is missing.
     """
-    swaps = SwapList(config.faceforensics, generator.size.img_size, config.pictures, config.swaps)
+    folders = config.landmarks_folder, config.masks_folder, config.parsing_folder
+    swaps = SwapList(config.faceforensics, generator.size.img_size, config.pictures, config.swaps, *folders)
     if config.post and (swaps.targets.parsing is None or config.fan_weights is None):
-        raise UserError("--post needs --fan-weights and the folder ff++_parsing_images")
+        wanted = config.parsing_folder or f"{config.pictures}_parsing_images"
+        raise UserError(f"--post needs --fan-weights and the folder {wanted}")
     device = next(generator.parameters()).device
+    own = METHOD if trial is None or trial.variant == "full" else trial.name
+    players = {own: (generator, trial), **(others or {})}
     networks = open_networks(config)
-    fan = None if config.fan_weights is None else load_official("fan", config.fan_weights)
+    inception = InceptionFeatures(config.fid_weights).to(device) if config.fid_weights is not None else None
+    find = None if config.fan_weights is None else point_finder(config.fan_weights, device)
     originals = swaps.originals
     mean_face = torch.stack([originals.load(i)["image"] for i in range(min(MEAN_OF, len(originals)))]).mean(0)
     tallies: dict[str, Tally] = {}
     for start, batch in enumerate(progress(DataLoader(_Listed(swaps), config.batch_size), "swaps")):
-        target, mask = batch["t_image"], batch["t_mask"]
-        given = (batch["s_image"], target, batch["t_landmarks"], mask)
-        result = generator.swap(*(x.to(device) for x in given)).clamp(-1, 1).cpu()
-        methods = {"FaceSwapper": result}
+        source, target = batch["s_image"], Batch(batch["t_image"], batch["t_landmarks"], batch["t_mask"])
+        methods = {name: swap(*player, source, target) for name, player in players.items()}
+        made = [methods[own]]
+        points = (find(source), find(target.picture)) if find else None
         if config.post:
-            methods["FaceSwapper, post-processed"] = post_processed(batch, result, fan)
+            made.append(post_processed(batch, made[0], *points))
+            methods[f"{own}, post-processed"] = made[1]
         if config.baselines:
-            points = (fan.find(batch["s_image"]), fan.find(target)) if fan else (None, None)
-            methods |= untrained(batch["s_image"], target, mask, mean_face, *points)
-        made = [x for name, x in methods.items() if name.startswith("FaceSwapper")]
-        methods = {name: as_file(pictures) for name, pictures in methods.items()}
+            # FAN counts from the edge of the first pixel, the alignment from its centre.
+            centred = [p - 0.5 for p in points] if points else []
+            methods |= untrained(source, target.picture, target.mask, mean_face, *centred)
+        known: dict[str, Tensor] = {}
         for method, pictures in methods.items():
+            pictures = as_file(pictures)
             tally = tallies.setdefault(method, Tally())
-            tally.add(differences(pictures, as_file(target), mask, networks, fan), len(pictures))
+            row = differences(pictures, as_file(target.picture), target.mask, networks, find, known)
+            tally.add(row, len(pictures))
             if "recogniser" in networks:
                 tally.embeddings.append(networks["recogniser"](pictures))
-        sheet = torch.cat((batch["s_image"], target, *made), 3)
+            if inception is not None:
+                tally.features.append(inception((pictures / 2 + 0.5).to(device)).cpu())
+        sheet = torch.cat((source, target.picture, *made), 3)
         for folder, pictures in zip((SINGLE, ALL, AFTER), (made[0], sheet, *made[1:]), strict=False):
             write_swaps(out / folder, swaps.pairs, start * config.batch_size, pictures)
     rows = {method: tally.means() for method, tally in tallies.items()}
     if "recogniser" in networks:
         add_retrieval(rows, tallies, swaps, networks["recogniser"], config.batch_size)
-    if config.fid_weights is not None:
-        network = InceptionFeatures(config.fid_weights)
-        real = (p / 2 + 0.5 for p in picture_batches(originals, config.batch_size))
-        files = [out / SINGLE / swap_name(pair) for pair in dict.fromkeys(swaps.pairs)]
-        rows["FaceSwapper"]["FID"] = fid(real, (read_image(f)[None] for f in files), network)
+    if inception is not None:
+        batches = picture_batches(originals, config.batch_size)
+        add_distances(rows, tallies, [inception((p / 2 + 0.5).to(device)).cpu() for p in batches])
     return as_metrics(rows, len(swaps), originals.name), {"methods": rows, "pairs": len(swaps)}
 
 
-def post_processed(batch: dict[str, Tensor], result: Tensor, fan: FAN) -> Tensor:
-    """The official post-processing of a batch: hair, and the forehead where the source's is covered."""
-    foreheads = [forehead(fan.find(batch[f"{which}_image"]), batch[f"{which}_mask"]) for which in ("s", "t")]
+def swap(generator: Generator, trial: Trial | None, source: Tensor, target: Batch) -> Tensor:
+    """Swaps of a batch on the CPU, in [-1, 1]; a trial sees of the target what it saw in training."""
+    device = next(generator.parameters()).device
+    seen = target if trial is None else trial.restrict(target)
+    return generator.swap(*(x.to(device) for x in (source, *seen))).clamp(-1, 1).cpu()
+
+
+def point_finder(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """FAN of a released file: pictures (B, 3, S, S) in [-1, 1] -> 98 points (B, 98, 2), see `FAN.find`."""
+    fan = load_official("fan", path).to(device)
+    return lambda pictures: fan.find(pictures.to(device)).cpu()
+
+
+def post_processed(batch: dict[str, Tensor], result: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """The official post-processing of a batch: hair, and the forehead where the source's is covered. source,
+    target: their 98 points."""
+    foreheads = forehead(source, batch["s_mask"]), forehead(target, batch["t_mask"])
     return fuse(result, batch["t_image"], keep_map(batch["t_parsing"][:, 0], *foreheads))
 
 
@@ -216,6 +271,28 @@ def add_retrieval(
         for side, name in enumerate(("cos source", "cos target")):
             theirs = gallery[[at[pair[side]] for pair in swaps.pairs]]
             rows[method][name] = protocol.cosine(mine, theirs)
+
+
+class _Ready(nn.Module):
+    """Stands for a network where its features are computed already: (B, D) -> the same."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def add_distances(rows: dict[str, dict[str, float]], tallies: dict[str, Tally], real: list[Tensor]) -> None:
+    """FID and KID of every method against the originals, whose features `real` come batch by batch."""
+    ready, count = _Ready(real[0].shape[1]), sum(map(len, real))
+    for method, tally in tallies.items():
+        rows[method]["FID"] = fid(real, tally.features, ready)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # of the random subsets
+            size = min(KID_SUBSET, count, tally.count)
+            rows[method]["KID"] = kid(real, tally.features, ready, size=size)[0]
 
 
 def as_metrics(rows: dict[str, dict[str, float]], pairs: int, dataset: str) -> list[Metric]:

@@ -1,7 +1,7 @@
 """Swapping faces in photos and videos: detect, align, swap, blend back. Everything in batches."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,6 +17,7 @@ from faceswapper.align import Face, Framing, Steady, crop_matrix, crop_side, cut
 from faceswapper.blocks import fold
 from faceswapper.detect import Detector, FinderDetector, Landmarker, Parser
 from faceswapper.drawing import LandmarkValues, draw_landmarks, face_mask
+from faceswapper.losses import Batch
 from faceswapper.model import Generator
 from faceswapper.video import VideoReader, in_batches
 from shared.runtime import UserError
@@ -122,7 +123,8 @@ class Blending:
 class Swapper:
     """A generator with everything around it. All networks in evaluation mode, on the generator's device.
 
-    least: side of a crop in photo pixels below which a face is too small to be swapped.
+    least: side of a crop in photo pixels below which a face is too small to be swapped. restrict: what the
+    generator of an ablation sees of a target (`trials.Trial.restrict`).
     """
 
     def __init__(
@@ -135,7 +137,9 @@ class Swapper:
         blending: Blending = Blending(),  # noqa: B008 - frozen
         landmark_values: LandmarkValues = "unit",
         least: int = 48,
+        restrict: Callable[[Batch], Batch] | None = None,
     ):
+        self.restrict = restrict or (lambda batch: batch)
         self.generator = fold(generator.eval())
         self.device = next(generator.parameters()).device
         self.detector, self.landmarker, self.parser = detector, landmarker, parser
@@ -220,9 +224,13 @@ class Swapper:
         code = source.code
         if strength != 1:
             code = torch.lerp(self.generator.id_encoder.code(crops.picture), code, strength)
-        swap = self.generator.swap(crops.picture, crops.picture, crops.landmarks, crops.mask, code)
+        swap = self.generator.swap(crops.picture, *self._seen(crops), code)
         weight = self._weight(crops, source)
         return self._finished(swap, crops, weight), weight
+
+    def _seen(self, crops: Crops) -> Batch:
+        """What the generator sees of targets."""
+        return self.restrict(Batch(crops.picture, crops.landmarks, crops.mask))
 
     def _finished(self, swaps: Tensor, crops: Crops, weight: Tensor) -> Tensor:
         """The generator's pictures in [0, 1], with the target's colours if that is asked for."""
@@ -248,10 +256,10 @@ class Swapper:
     def progressive(self, crops: Crops, source: Source, steps: int) -> Tensor:
         """One target (B = 1) with `steps` identities from its own to the source's, in one pass: (steps, 3, S,
         S) in [0, 1]."""
-        g = self.generator
-        attributes, own, cache = g.encode(crops.picture)
+        g, seen = self.generator, self._seen(crops)
+        attributes, own, cache = g.encode(seen.picture)
         codes = torch.lerp(own, source.code, torch.linspace(0, 1, steps, device=self.device).view(-1, 1))
-        guides = g.org_decoder.guides(crops.landmarks, crops.mask)
+        guides = g.org_decoder.guides(seen.landmarks, seen.mask)
         swaps = g.org_decoder.decode(attributes, codes, guides, cache, features=False).picture
         weight = self._weight(crops, source)
         return torch.lerp(crops.picture / 2 + 0.5, self._finished(swaps, crops, weight), weight)

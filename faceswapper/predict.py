@@ -21,11 +21,10 @@ from torch import nn
 
 from faceswapper.align import DEMO_FRAMING, Framing, to_tensor
 from faceswapper.detect import open_detector, open_landmarker, open_parser
-from faceswapper.drawing import LandmarkValues
 from faceswapper.model import Generator, load_official
 from faceswapper.pipeline import Blending, Photo, Source, Swapped, Swapper, counted, read_photo
 from faceswapper.train import Config as TrainConfig
-from faceswapper.trials import load_generators, main_name
+from faceswapper.trials import Trial, load_generators, main_name, plan
 from faceswapper.video import VIDEO_ENDINGS, VideoReader, VideoWriter
 from faceswapper.weights import states_of
 from shared.io import find_run, image_grid, images_of, load_config, progress, write_image
@@ -90,7 +89,7 @@ class PredictConfig:
 
 def open_swapper(config: Networks, blending: Blending, least: int) -> Swapper:
     """Generator and everything around it. UserError when a file is missing or does not fit."""
-    device, values, framing = pick_device(config.device), "unit", Framing()
+    device, values, framing, restrict = pick_device(config.device), "unit", Framing(), None
     landmarker = config.landmarker
     generator: Generator | nn.Module
     if config.weights is not None:
@@ -98,7 +97,9 @@ def open_swapper(config: Networks, blending: Blending, least: int) -> Swapper:
         if landmarker is None and "fan" in states_of(config.weights):
             landmarker = config.weights
     else:
-        generator, values, framing = of_run(find_run("faceswapper", config.run), config.variant)
+        generator, trial, settings = of_run(find_run("faceswapper", config.run), config.variant)
+        values, restrict = settings.landmark_values, trial.restrict
+        framing = DEMO_FRAMING if settings.data == "faces" else framing
     return Swapper(
         generator.to(device),
         open_detector(config.detector, device),
@@ -108,15 +109,15 @@ def open_swapper(config: Networks, blending: Blending, least: int) -> Swapper:
         blending,
         values,
         least,
+        restrict,
     )
 
 
-def of_run(folder: Path, variant: str | None) -> tuple[Generator, LandmarkValues, Framing]:
-    """A run's generator, the values of its landmark pictures, and where it expects the eyes."""
+def of_run(folder: Path, variant: str | None) -> tuple[Generator, Trial, TrainConfig]:
+    """A run's generator, what it was trained as, and the run's settings."""
     name = variant or main_name(load_config(folder, TrainConfig))
     generators, _, settings = load_generators(folder, TrainConfig, [name])
-    framing = DEMO_FRAMING if settings.data == "faces" else Framing()
-    return generators[name], settings.landmark_values, framing
+    return generators[name], next(trial for trial in plan(settings) if trial.name == name), settings
 
 
 def write_photo(path: Path, photo: Photo, result: Swapped, made: str | None) -> None:

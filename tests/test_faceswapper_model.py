@@ -312,6 +312,68 @@ def test_coordinates_run_down_then_right_then_outwards():
     assert out[2].max() == 1 and out[2, 2, 2] == 0 and float(out[2, 0, 2]) == pytest.approx(0.5**0.5)
 
 
+class OfficialFAN:
+    """FAN's arithmetic spelled out over the released names, in the order of the official code."""
+
+    def __init__(self, state: dict[str, torch.Tensor]):
+        self.state = state
+
+    def bn_relu(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        kept = (self.state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        mean, var, weight, bias = (value.view(1, -1, 1, 1) for value in kept)
+        return ((x - mean) / (var + 1e-5).sqrt() * weight + bias).clamp(min=0)
+
+    def conv(self, name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
+        weight = self.state[f"{name}.weight"]
+        return F.conv2d(x, weight, self.state.get(f"{name}.bias"), stride, weight.shape[-1] // 2)
+
+    def place(self, x: torch.Tensor) -> torch.Tensor:
+        """Row, column, distance from the centre as three more channels."""
+        height, width = x.shape[-2:]
+        rows = torch.arange(height).view(-1, 1).expand(height, width) / (height - 1) * 2 - 1
+        columns = torch.arange(width).view(1, -1).expand(height, width) / (width - 1) * 2 - 1
+        radius = (rows**2 + columns**2).sqrt()
+        return torch.cat((x, torch.stack((rows, columns, radius / radius.max()))[None]), 1)
+
+    def block(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        one = self.conv(f"{name}.conv1", self.bn_relu(f"{name}.bn1", x))
+        two = self.conv(f"{name}.conv2", self.bn_relu(f"{name}.bn2", one))
+        three = self.conv(f"{name}.conv3", self.bn_relu(f"{name}.bn3", two))
+        if f"{name}.downsample.2.weight" in self.state:
+            x = self.conv(f"{name}.downsample.2", self.bn_relu(f"{name}.downsample.0", x))
+        return torch.cat((one, two, three), 1) + x
+
+    def hourglass(self, level: int, x: torch.Tensor) -> torch.Tensor:
+        up = self.block(f"m0.b1_{level}", x)
+        low = self.block(f"m0.b2_{level}", F.avg_pool2d(x, 2))
+        low = self.hourglass(level - 1, low) if level > 1 else self.block("m0.b2_plus_1", low)
+        low = self.block(f"m0.b3_{level}", low)
+        return up + low.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn_relu("bn1", self.conv("conv1.conv", self.place(x), 2))
+        x = F.avg_pool2d(self.block("conv2", x), 2)
+        x = self.block("conv4", self.block("conv3", x))
+        x = self.hourglass(4, self.conv("m0.coordconv.conv", self.place(x)))
+        x = self.bn_relu("bn_end0", self.conv("conv_last0", self.block("top_m_0", x)))
+        return self.conv("l0", x)
+
+
+def test_fan_equals_the_official_arithmetic():
+    torch.manual_seed(0)
+    fan = FAN().eval()
+    for module in fan.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value, low in ((module.weight.data, 0.5), (module.running_var, 0.5)):
+                value.uniform_(low, 1.5)
+            for value in (module.bias.data, module.running_mean):
+                value.normal_(0, 0.3)
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = OfficialFAN(fan.state_dict())(x)
+        torch.testing.assert_close(fan(x), wanted, atol=1e-4 * wanted.abs().max().item(), rtol=1e-3)
+
+
 def test_fan_gives_maps_and_points_at_any_size():
     torch.manual_seed(0)
     fan = FAN().eval()

@@ -16,8 +16,10 @@ from faceswapper.eval import Config as EvalConfig
 from faceswapper.eval import main as evaluate
 from faceswapper.faceforensics import FaceForensicsConfig, as_metrics, measure_swaps
 from faceswapper.landmarks import FAN
-from faceswapper.model import Generator, Size
+from faceswapper.model import Generator, Size, initialise
+from faceswapper.trials import Trial
 from shared.io import read_image, write_image
+from shared.metrics import fid
 from shared.onnxfile import write_onnx
 from shared.published import load_published
 from shared.runtime import REPOSITORY, UserError
@@ -311,17 +313,72 @@ def test_the_released_generator_needs_the_frames():
         evaluate(EvalConfig(official=Path("faceswapper.ckpt")))
 
 
-def test_fid_looks_at_the_swaps_of_the_list_alone(tmp_path, pictures, monkeypatch):
+class Colours(nn.Module):
+    """Stands for Inception: mean colours of pictures in [0, 1]."""
+
+    def forward(self, x):
+        assert x.min() >= 0 and x.max() <= 1
+        return x.mean((2, 3))
+
+
+def test_fid_and_kid_of_every_method_look_at_the_swaps_of_the_list_alone(tmp_path, pictures, monkeypatch):
     """Swaps of another list may lie in the folder."""
     make_faceforensics(tmp_path / "data", pictures)
     write_image(tmp_path / "out/swapped_result_single/old_FS_older.png", torch.zeros(3, SIZE, SIZE))
     seen = []
-    monkeypatch.setattr(faceforensics, "InceptionFeatures", lambda path: None)
-    monkeypatch.setattr(faceforensics, "fid", lambda real, made, network: seen.append(len(list(made))) or 1.0)
-    config = FaceForensicsConfig(tmp_path / "data", fid_weights=tmp_path, baselines=False)
+
+    def watch(real, made, network):
+        real, made = (network(torch.cat(list(x))) for x in (real, made))
+        seen.append((real, made))
+        return fid([real], [made], network)
+
+    monkeypatch.setattr(faceforensics, "InceptionFeatures", lambda path: Colours())
+    monkeypatch.setattr(faceforensics, "fid", watch)
+    config = FaceForensicsConfig(tmp_path / "data", fid_weights=tmp_path, batch_size=2)
     generator = Generator(Size(SIZE, 128, 8, 8), "direct").eval()
     rows = measure_swaps(config, generator, tmp_path / "out")[1]["methods"]
-    assert seen == [3] and rows["FaceSwapper"]["FID"] == 1.0
+    assert {len(real) for real, _ in seen} == {4} and {len(made) for _, made in seen} == {3}
+    assert len(seen) == len(rows) == 6 and all({"FID", "KID"} <= row.keys() for row in rows.values())
+    names = ("raw_000_0_FS_raw_001_0", "raw_001_1_FS_raw_000_1", "raw_000_1_FS_raw_001_1")
+    files = [read_image(tmp_path / f"out/swapped_result_single/{name}.png") for name in names]
+    torch.testing.assert_close(seen[0][1], torch.stack(files).mean((2, 3)), atol=1e-6, rtol=0)
+    assert rows["copy target"]["FID"] < rows["FaceSwapper"]["FID"]
+    again = measure_swaps(config, generator, tmp_path / "out")[1]["methods"]
+    assert again["paste"]["KID"] == rows["paste"]["KID"]
+
+
+def test_ablations_are_measured_with_what_they_saw_in_training(tmp_path, pictures):
+    make_faceforensics(tmp_path / "data", pictures)
+    config = FaceForensicsConfig(tmp_path / "data", baselines=False)
+    torch.manual_seed(0)
+    generator = initialise(Generator(Size(SIZE, 128, 8, 8), "direct")).eval()
+    blind = Trial("no-landmarks-0", "no-landmarks", 0, 1)
+    full = Trial("full-0", "full", 0, 1)
+    rows = measure_swaps(config, generator, tmp_path / "a", full, {blind.name: (generator, blind)})[1]
+    found = rows["methods"]
+    assert (
+        list(found) == ["FaceSwapper", "no-landmarks-0"] and found["FaceSwapper"] != found["no-landmarks-0"]
+    )
+    alone = measure_swaps(config, generator, tmp_path / "b", blind)[1]["methods"]
+    assert alone == {"no-landmarks-0": found["no-landmarks-0"]}, "an ablation alone is not the method"
+    for file in (tmp_path / "data/ff++_lm_images").iterdir():
+        write_image(file, torch.ones(3, SIZE, SIZE))
+    white = measure_swaps(config, generator, tmp_path / "a", full)[1]["methods"]["FaceSwapper"]
+    assert white == found["no-landmarks-0"]
+
+
+def test_folders_of_other_names(tmp_path, pictures):
+    """The official README prints names that its code does not use."""
+    make_faceforensics(tmp_path, pictures)
+    for old, new in (("lm", "landmark"), ("mask", "mask")):
+        (tmp_path / f"ff++_{old}_images").rename(tmp_path / f"ff++ {new} images")
+    named = {"landmarks_folder": "ff++ landmark images", "masks_folder": "ff++ mask images"}
+    generator = Generator(Size(SIZE, 128, 8, 8), "direct").eval()
+    config = FaceForensicsConfig(tmp_path, baselines=False, **named)
+    assert measure_swaps(config, generator, tmp_path / "out")[1]["pairs"] == 3
+    config = FaceForensicsConfig(tmp_path, baselines=False, parsing_folder="ff++ labels", **named)
+    with pytest.raises(UserError, match="no folder .*ff.. labels with parsings"):
+        measure_swaps(config, generator, tmp_path / "out")
 
 
 def test_the_official_post_processing_of_the_protocol(tmp_path, pictures):

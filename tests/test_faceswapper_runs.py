@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from curves import assert_same_curves, run_one, run_two
 from test_faceswapper_data import make_set
+from test_faceswapper_protocol import make_faceforensics
 
 from faceswapper import train as training
 from faceswapper.data import DrawnFaces, world
@@ -20,6 +22,8 @@ from faceswapper.gallery import swap_grid
 from faceswapper.judges import Embedder, reader_targets, train_embedder, train_reader
 from faceswapper.losses import Batch, Weights
 from faceswapper.model import Size
+from faceswapper.pipeline import Blending
+from faceswapper.predict import Networks, open_swapper
 from faceswapper.train import PRESETS, Config, train, update
 from faceswapper.trials import Learner, Trial, load_generators, names_of, plan
 from shared.runtime import UserError, start
@@ -85,6 +89,24 @@ def test_what_a_run_leaves_behind(whole):
     assert (whole / "samples/full-0-train.png").is_file()
     with pytest.raises(UserError, match="no generator other; there are: full-0"):
         load_generators(whole, Config, ["other"])
+
+
+def test_every_generator_of_a_run_is_measured_on_faceforensics(tmp_path, whole):
+    run = shutil.copytree(whole, tmp_path / "run")
+    make_faceforensics(tmp_path / "data", DrawnFaces(*world(4, 1, 7), 32))
+    settings = {"faceforensics": tmp_path / "data", "baselines": False, "device": "cpu"}
+    assert main(EvalConfig(run=run, **settings)) == run
+    results = json.loads((run / "results.json").read_text())
+    assert list(results["methods"]) == ["FaceSwapper", "no-identity-loss-0", "no-landmarks-0"]
+    assert len(list((run / "swapped_result_single").iterdir())) == 3, "the method's"
+
+
+def test_an_ablation_of_a_run_is_used_with_what_it_saw_in_training(whole):
+    batch = learner_of("full")[3]
+    for variant, sees in (("no-landmarks-0", False), (None, True)):
+        networks = Networks(run=whole, variant=variant, device="cpu")
+        seen = open_swapper(networks, Blending(), 48).restrict(batch)
+        assert torch.equal(seen.landmarks, batch.landmarks) is sees
 
 
 def test_ablations_are_as_long_as_what_they_are_compared_with():

@@ -32,6 +32,7 @@ from faceswapper.detect import (
 from faceswapper.drawing import face_mask
 from faceswapper.finder import read_crops
 from faceswapper.pipeline import Blending, Photo, Swapper, nearest, profile, read_photo
+from faceswapper.trials import Trial
 from shared import faces
 from shared.bisenet import BiSeNet
 from shared.runtime import UserError
@@ -266,6 +267,27 @@ def test_strength_and_the_progressive_strip(swapper, source):
         swap, weight = swapper.swap(crops, source, strength)
         wanted = torch.lerp(crops.picture / 2 + 0.5, swap, weight)
         torch.testing.assert_close(strip[step], wanted[0], atol=1e-4, rtol=1e-4)
+
+
+def test_an_ablation_sees_what_it_saw_in_training(swapper, source):
+    """White landmark pictures; no mask, while the blend keeps the parsing's."""
+    face = swapper.detector([scene()], ["t"])[0][0]
+    crop = torch.from_numpy(swapper.aligned(scene(), face)[0]).permute(2, 0, 1)[None] / 255
+    crops = swapper.describe(crop)
+    plugs = (swapper.generator, swapper.detector, swapper.landmarker, swapper.parser, DEMO_FRAMING)
+    for variant, given in (
+        ("no-landmarks", crops._replace(landmarks=torch.ones_like(crops.landmarks))),
+        ("no-mask", crops._replace(mask=torch.zeros_like(crops.mask))),
+    ):
+        trial = Trial(f"{variant}-0", variant, 0, 1)
+        ablated = Swapper(*plugs, Blending(restore=False), restrict=trial.restrict)
+        swap, weight = ablated.swap(crops, source)
+        plain, plain_weight = swapper.swap(crops, source)
+        assert torch.equal(weight, plain_weight) and not torch.allclose(swap, plain)
+        torch.testing.assert_close(swap, swapper.swap(given, source)[0])
+        strip = ablated.progressive(crops, source, 2)
+        wanted = torch.lerp(crops.picture / 2 + 0.5, swap, weight)[0]
+        torch.testing.assert_close(strip[1], wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_several_sources_mix_by_their_weights(swapper):
