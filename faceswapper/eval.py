@@ -16,7 +16,7 @@ from faceswapper import protocol
 from faceswapper.baselines import untrained
 from faceswapper.claims import Scores, judge
 from faceswapper.data import EXPRESSION, POSE, DrawnFaces, true_swap, unseen_pairs
-from faceswapper.faceforensics import FaceForensicsConfig, measure_swaps
+from faceswapper.faceforensics import FaceForensicsConfig, measure_swaps, swap
 from faceswapper.gallery import methods_sheet, swap_grid
 from faceswapper.losses import Batch
 from faceswapper.model import Generator, load_official
@@ -63,13 +63,11 @@ class Config(FaceForensicsConfig):
 
 
 @torch.inference_mode()
-def swap_all(generator: Generator, trial: Trial, source: Tensor, target: Batch, batch: int = 64) -> Tensor:
+def swap_all(generator: Generator, trial: Trial, source: Batch, target: Batch, batch: int = 64) -> Tensor:
     """Swaps (N, 3, S, S), source i on target i, with what the trial's variant sees."""
-    target = trial.restrict(target)
-    device = next(generator.parameters()).device
     parts = [
-        generator.swap(*(x[i : i + batch].to(device) for x in (source, *target))).clamp(-1, 1).cpu()
-        for i in range(0, len(source), batch)
+        swap(generator, trial, *(Batch(*(x[i : i + batch] for x in side)) for side in (source, target)))
+        for i in range(0, len(source.picture), batch)
     ]
     return torch.cat(parts)
 
@@ -115,7 +113,7 @@ def evaluate_drawn(config: Config, folder: Path) -> tuple[list[Claim], list[Metr
     source_set, target_set = unseen_pairs(size, config.test_people, TEST_SEED, values)
     truth_set = DrawnFaces(true_swap(source_set.params, target_set.params), source_set.person, size, values)
     source, given, truth = (x.batch(slice(None)) for x in (source_set, target_set, truth_set))
-    target = Batch(given["image"], given["landmarks"], given["mask"])
+    target, sources = (Batch(x["image"], x["landmarks"], x["mask"]) for x in (given, source))
     person = [str(int(p)) for p in torch.cat((source_set.person, target_set.person))]
     mean_face = source["image"].mean(0)
     # The truth inside the face, the target around it: what the metrics of a perfect swap are.
@@ -126,7 +124,7 @@ def evaluate_drawn(config: Config, folder: Path) -> tuple[list[Claim], list[Metr
     pictures["true swap"] = perfect
     for name, generator in generators.items():
         generator.to(device)
-        pictures[name] = swap_all(generator, trials[name], source["image"], target)
+        pictures[name] = swap_all(generator, trials[name], sources, target)
     by_name = {
         name: score(swaps, source["image"], target, truth["image"], person, tools)
         for name, swaps in pictures.items()
@@ -148,10 +146,9 @@ def evaluate_drawn(config: Config, folder: Path) -> tuple[list[Claim], list[Metr
         for metric, value in row.items()
     ]
     main = main_name(settings)
-    few = slice(0, GRID)
-    on = trials[main].restrict(Batch(*(x[few] for x in target)))
-    sources = source["image"][GRID : 2 * GRID]
-    grid = swap_grid(generators[main].cpu(), sources, on.picture, on.landmarks, on.mask)
+    on = trials[main].restrict(Batch(*(x[:GRID] for x in target)))
+    people = trials[main].restrict(Batch(*(x[GRID : 2 * GRID] for x in sources)))
+    grid = swap_grid(generators[main].cpu(), people.picture, *on, people.mask)
     write_image(folder / "samples" / "grid.png", grid, synthetic="face swaps by FaceSwapper, drawn people")
     sheet = methods_sheet({"source": source["image"]} | pictures)
     write_image(folder / "samples" / "methods.png", sheet, synthetic="face swaps by several methods")

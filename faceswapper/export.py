@@ -2,7 +2,7 @@
 
 Inputs: `source`, `target` (1, 3, S, S) in [-1, 1], `landmarks` (1, 3, S, S), the target's landmark picture,
 and `mask` (1, 1, S, S) with 1 = background. Output: `swap` (1, 3, S, S). The file is compared with the
-network before it is kept.
+network before it is kept. A network trained with --mask-source expects 0 outside the source's face.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class OneSwap(nn.Module):
         self.generator = fold(generator.eval())
 
     def forward(self, source: Tensor, target: Tensor, landmarks: Tensor, mask: Tensor) -> Tensor:
-        return self.generator.swap(source, target, landmarks, mask)
+        return self.generator.swap(source, target, landmarks, mask, self.generator.id_encoder.code(source))
 
 
 def example(size: int, seed: int = 0) -> tuple[Tensor, ...]:

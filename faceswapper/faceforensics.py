@@ -177,17 +177,18 @@ def measure_swaps(
     mean_face = torch.stack([originals.load(i)["image"] for i in range(min(MEAN_OF, len(originals)))]).mean(0)
     tallies: dict[str, Tally] = {}
     for start, batch in enumerate(progress(DataLoader(_Listed(swaps), config.batch_size), "swaps")):
-        source, target = batch["s_image"], Batch(batch["t_image"], batch["t_landmarks"], batch["t_mask"])
+        sides = (Batch(*(batch[f"{s}_{k}"] for k in ("image", "landmarks", "mask"))) for s in "st")
+        source, target = sides
         methods = {name: swap(*player, source, target) for name, player in players.items()}
         made = [methods[own]]
-        points = (find(source), find(target.picture)) if find else None
+        points = (find(source.picture), find(target.picture)) if find else None
         if config.post:
             made.append(post_processed(batch, made[0], *points))
             methods[f"{own}, post-processed"] = made[1]
         if config.baselines:
             # FAN counts from the edge of the first pixel, the alignment from its centre.
             centred = [p - 0.5 for p in points] if points else []
-            methods |= untrained(source, target.picture, target.mask, mean_face, *centred)
+            methods |= untrained(source.picture, target.picture, target.mask, mean_face, *centred)
         known: dict[str, Tensor] = {}
         for method, pictures in methods.items():
             pictures = as_file(pictures)
@@ -198,7 +199,7 @@ def measure_swaps(
                 tally.embeddings.append(networks["recogniser"](pictures))
             if inception is not None:
                 tally.features.append(inception((pictures / 2 + 0.5).to(device)).cpu())
-        sheet = torch.cat((source, target.picture, *made), 3)
+        sheet = torch.cat((source.picture, target.picture, *made), 3)
         for folder, pictures in zip((SINGLE, ALL, AFTER), (made[0], sheet, *made[1:]), strict=False):
             write_swaps(out / folder, swaps.pairs, start * config.batch_size, pictures)
     rows = {method: tally.means() for method, tally in tallies.items()}
@@ -210,11 +211,13 @@ def measure_swaps(
     return as_metrics(rows, len(swaps), originals.name), {"methods": rows, "pairs": len(swaps)}
 
 
-def swap(generator: Generator, trial: Trial | None, source: Tensor, target: Batch) -> Tensor:
-    """Swaps of a batch on the CPU, in [-1, 1]; a trial sees of the target what it saw in training."""
+def swap(generator: Generator, trial: Trial | None, source: Batch, target: Batch) -> Tensor:
+    """Swaps of a batch on the CPU, in [-1, 1]; a trial sees what it saw in training."""
     device = next(generator.parameters()).device
-    seen = target if trial is None else trial.restrict(target)
-    return generator.swap(*(x.to(device) for x in (source, *seen))).clamp(-1, 1).cpu()
+    if trial is not None:
+        source, target = trial.restrict(source), trial.restrict(target)
+    given = (x.to(device) for x in (source.picture, *target))
+    return generator.swap(*given, source_mask=source.mask.to(device)).clamp(-1, 1).cpu()
 
 
 def point_finder(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -38,15 +38,20 @@ def training_sheet(generator: Generator, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def swap_grid(
-    generator: Generator, sources: Tensor, targets: Tensor, landmarks: Tensor, mask: Tensor
+    generator: Generator,
+    sources: Tensor,
+    targets: Tensor,
+    landmarks: Tensor,
+    mask: Tensor,
+    source_mask: Tensor | None = None,
 ) -> Tensor:
     """Every source on every target: (N, 3, S, S) and (M, 3, S, S) in [-1, 1] -> one sheet.
 
     First column the sources, first row the targets; the attributes of a target are encoded once for all
-    sources.
+    sources. source_mask: see `Generator.code`.
     """
-    attributes, _, cache = generator.encode(targets)
-    codes = generator.id_encoder.code(sources).repeat_interleave(len(targets), 0)
+    attributes, cache = generator.attr_encoder.encode(targets)
+    codes = generator.code(sources, source_mask).repeat_interleave(len(targets), 0)
     guides = generator.org_decoder.guides(landmarks, mask)
     swaps = generator.org_decoder.decode(attributes, codes, guides, cache, features=False).picture
     swaps = swaps.unflatten(0, (len(sources), len(targets)))

@@ -141,7 +141,7 @@ def swap_both(generator: Generator, batch: Batch, features: bool = True) -> Swap
 
     features: keep those that the attribute losses compare.
     """
-    attributes, code, cache = generator.encode(batch.picture)
+    attributes, code, cache = generator.encode(batch.picture, batch.mask)
     guides = generator.org_decoder.guides(batch.landmarks, batch.mask)
     swap = generator.org_decoder.decode(attributes, swapped(code), guides, cache, features)
     return Swaps(attributes, code, cache, guides, swap)

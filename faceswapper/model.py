@@ -261,29 +261,54 @@ class Encoded(NamedTuple):
 
 
 class Generator(nn.Module):
-    """Both encoders and the decoder. `swap` is what inference needs; `forward` is the official one."""
+    """Both encoders and the decoder. `swap` is what inference needs; `forward` is the official one.
 
-    def __init__(self, size: Size, mask_pyramid: MaskPyramid = "cascade", identity: nn.Module | None = None):
+    mask_source: the identity encoder sees a source's face alone, its surroundings are 0; officially it sees
+    the whole picture.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        mask_pyramid: MaskPyramid = "cascade",
+        identity: nn.Module | None = None,
+        mask_source: bool = False,
+    ):
         super().__init__()
-        self.size = size
+        self.size, self.mask_source = size, mask_source
         self.id_encoder = IdentityEncoder(size) if identity is None else identity
         self.attr_encoder = AttributeEncoder(size)
         self.org_decoder = Decoder(size, mask_pyramid)
 
-    def encode(self, picture: Tensor) -> Encoded:
-        """(B, 3, S, S) -> attribute map, identity code, cache."""
+    def code(self, picture: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Identity codes (B, id_dim) of pictures (B, 3, S, S). mask (B, 1, S, S): of the same pictures; with
+        `mask_source` it is needed (ValueError), otherwise not looked at."""
+        if not self.mask_source:
+            return self.id_encoder.code(picture)
+        if mask is None:
+            raise ValueError("this generator looks at faces alone: give the sources' masks")
+        return self.id_encoder.code(picture * (1 - mask))
+
+    def encode(self, picture: Tensor, mask: Tensor | None = None) -> Encoded:
+        """(B, 3, S, S) and masks as for `code` -> attribute map, identity code, cache."""
         attributes, cache = self.attr_encoder.encode(picture)
-        return Encoded(attributes, self.id_encoder.code(picture), cache)
+        return Encoded(attributes, self.code(picture, mask), cache)
 
     def swap(
-        self, source: Tensor, target: Tensor, landmarks: Tensor, mask: Tensor, code: Tensor | None = None
+        self,
+        source: Tensor,
+        target: Tensor,
+        landmarks: Tensor,
+        mask: Tensor,
+        code: Tensor | None = None,
+        source_mask: Tensor | None = None,
     ) -> Tensor:
         """Pictures with the source's identity and everything else of the target, (B, 3, S, S).
 
         source (B or 1, 3, S, S), ignored when its code is given (a video needs it once); target, landmarks
-        (B, 3, S, S) and mask (B, 1, S, S) of the target.
+        (B, 3, S, S) and mask (B, 1, S, S) of the target; source_mask as for `code`.
         """
-        code = self.id_encoder.code(source) if code is None else code
+        code = self.code(source, source_mask) if code is None else code
         attributes, cache = self.attr_encoder.encode(target)
         guides = self.org_decoder.guides(landmarks, mask)
         return self.org_decoder.decode(attributes, code, guides, cache, features=False).picture
@@ -291,7 +316,7 @@ class Generator(nn.Module):
     def forward(self, a: Tensor, b: Tensor, lm_a: Tensor, lm_b: Tensor, mask_a: Tensor, mask_b: Tensor):
         """Both directions: (x_ba, x_ab, features_ba, features_ab, side_ba, side_ab); x_ba has the identity of
         a and the attributes of b."""
-        both = self.encode(torch.cat((a, b)))
+        both = self.encode(torch.cat((a, b)), torch.cat((mask_a, mask_b)))
         id_a, id_b = both.code.chunk(2)
         guides = self.org_decoder.guides(torch.cat((lm_b, lm_a)), torch.cat((mask_b, mask_a)))
         attributes, cache = swapped(both.attributes), {r: swapped(x) for r, x in both.cache.items()}

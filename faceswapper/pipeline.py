@@ -202,7 +202,7 @@ class Swapper:
             crops.append(self.aligned(photo.seen, face)[0])
         described = self.describe(to_tensor(crops, self.device))
         share = torch.tensor(mix, device=self.device).view(-1, 1) / sum(mix)
-        code = (self.generator.id_encoder.code(described.picture) * share).sum(0, keepdim=True)
+        code = (self._code(described) * share).sum(0, keepdim=True)
         covered = fusion.forehead(described.points, described.mask)
         return Source(code, covered[:1])
 
@@ -223,7 +223,7 @@ class Swapper:
         """
         code = source.code
         if strength != 1:
-            code = torch.lerp(self.generator.id_encoder.code(crops.picture), code, strength)
+            code = torch.lerp(self._code(crops), code, strength)
         swap = self.generator.swap(crops.picture, *self._seen(crops), code)
         weight = self._weight(crops, source)
         return self._finished(swap, crops, weight), weight
@@ -231,6 +231,11 @@ class Swapper:
     def _seen(self, crops: Crops) -> Batch:
         """What the generator sees of targets."""
         return self.restrict(Batch(crops.picture, crops.landmarks, crops.mask))
+
+    def _code(self, crops: Crops) -> Tensor:
+        """Identity codes (B, id_dim)."""
+        seen = self._seen(crops)
+        return self.generator.code(seen.picture, seen.mask)
 
     def _finished(self, swaps: Tensor, crops: Crops, weight: Tensor) -> Tensor:
         """The generator's pictures in [0, 1], with the target's colours if that is asked for."""
@@ -257,7 +262,7 @@ class Swapper:
         """One target (B = 1) with `steps` identities from its own to the source's, in one pass: (steps, 3, S,
         S) in [0, 1]."""
         g, seen = self.generator, self._seen(crops)
-        attributes, own, cache = g.encode(seen.picture)
+        attributes, own, cache = g.encode(seen.picture, seen.mask)
         codes = torch.lerp(own, source.code, torch.linspace(0, 1, steps, device=self.device).view(-1, 1))
         guides = g.org_decoder.guides(seen.landmarks, seen.mask)
         swaps = g.org_decoder.decode(attributes, codes, guides, cache, features=False).picture

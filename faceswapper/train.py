@@ -71,6 +71,9 @@ class Config(RunConfig):
     mask_pyramid: MaskPyramid = "direct"
     """How the mask gets to the resolutions of decoder and losses: reduced from the mask itself, or each
     from the one before, beginning at 8x8, as in the official code."""
+    mask_source: bool = False
+    """The identity encoder sees the source's face alone, by its mask; officially the whole picture, so that
+    background and hair of the source can leak."""
     variants: tuple[Variant, ...] = ("full",)
     """What is trained: the method, and the method without one of its parts."""
     seeds: int = 1
@@ -176,7 +179,7 @@ def update(
     processes = accelerator.num_processes
     if iteration < config.warmup:
         with accelerator.autocast():
-            attributes, code, cache = generator.encode(batch.picture)
+            attributes, code, cache = generator.encode(batch.picture, batch.mask)
             guides = generator.org_decoder.guides(batch.landmarks, batch.mask)
             same = generator.org_decoder.decode(attributes, code, guides, cache, features=False)
             terms = {

@@ -107,7 +107,7 @@ def construct(config: "Config", trial: Trial, embed: nn.Module) -> Generator:
     identity = None
     if trial.variant == "frozen-identity":
         identity = FrozenIdentity(embed, embed.dim, config.size.id_dim)
-    return Generator(config.size, config.mask_pyramid, identity)
+    return Generator(config.size, config.mask_pyramid, identity, config.mask_source)
 
 
 class Learner:

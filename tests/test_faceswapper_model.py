@@ -12,6 +12,7 @@ from faceswapper import literal
 from faceswapper.blocks import Guide, MaskedModulation, ResBlk, conv_down, fold, instance_norm, up_conv
 from faceswapper.drawing import draw_landmarks, to_file
 from faceswapper.landmarks import FAN, CoordConv, HourGlass, points_of
+from faceswapper.losses import pair, swap_both
 from faceswapper.model import (
     AttributeEncoder,
     Discriminator,
@@ -267,6 +268,21 @@ def test_frozen_identity_computes_where_its_pictures_are():
     net = make(identity=FrozenIdentity(embedder, 7, 12)).to("meta")
     a, b, _, lm, _, mask = (x.to("meta") for x in scene())
     assert net.swap(a, b, lm, mask).device.type == "meta"
+
+
+def test_of_a_masked_source_the_face_alone_counts():
+    net, (a, b, lm_a, lm_b, mask_a, mask_b) = make(mask_source=True), scene()
+    swap = net.swap(a, b, lm_b, mask_b, source_mask=mask_a)
+    torch.testing.assert_close(swap, make().swap(a * (1 - mask_a), b, lm_b, mask_b))
+    elsewhere = torch.where(mask_a > 0, -a, a)
+    assert torch.equal(net.swap(elsewhere, b, lm_b, mask_b, source_mask=mask_a), swap)
+    assert not torch.allclose(net.swap(-a, b, lm_b, mask_b, source_mask=mask_a), swap)
+    both = net(a, b, lm_a, lm_b, mask_a, mask_b)
+    torch.testing.assert_close(both[0], swap, atol=1e-5, rtol=1e-5)
+    trained = swap_both(net, pair(a, b, lm_a, lm_b, mask_a, mask_b)).swap.picture
+    torch.testing.assert_close(trained, torch.cat((both[1], both[0])), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="give the sources' masks"):
+        net.swap(a, b, lm_b, mask_b)
 
 
 def test_discriminator_equals_the_official_one_and_sees_the_landmarks():

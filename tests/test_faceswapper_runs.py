@@ -17,7 +17,7 @@ from test_faceswapper_protocol import make_faceforensics
 from faceswapper import train as training
 from faceswapper.data import DrawnFaces, world
 from faceswapper.eval import Config as EvalConfig
-from faceswapper.eval import main
+from faceswapper.eval import main, swap_all
 from faceswapper.gallery import swap_grid
 from faceswapper.judges import Embedder, reader_targets, train_embedder, train_reader
 from faceswapper.losses import Batch, Weights
@@ -89,6 +89,20 @@ def test_what_a_run_leaves_behind(whole):
     assert (whole / "samples/full-0-train.png").is_file()
     with pytest.raises(UserError, match="no generator other; there are: full-0"):
         load_generators(whole, Config, ["other"])
+
+
+def test_a_masked_source_in_training_and_evaluation():
+    _, learner, _, batch = learner_of("full", mask_source=True)
+    assert learner.generator.mask_source and learner.average.mask_source and not tiny(Path("x")).mask_source
+    one_step("full", mask_source=True)
+    sides = batch, batch._replace(picture=batch.picture.flip(0))
+    bare = Trial("no-mask-0", "no-mask", 0, 4)  # whose sources have no mask either
+    for trial, mask in ((learner.trial, batch.mask), (bare, 0 * batch.mask)):
+        swaps = swap_all(learner.generator, trial, *sides, batch=3)
+        code = learner.generator.id_encoder.code(batch.picture * (1 - mask))
+        seen = trial.restrict(sides[1])
+        wanted = learner.generator.swap(batch.picture, *seen, code).clamp(-1, 1)
+        torch.testing.assert_close(swaps, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_every_generator_of_a_run_is_measured_on_faceforensics(tmp_path, whole):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_faceswapper_scenes import eyes_of, scene, small_swapper
+from test_faceswapper_scenes import SMALL, eyes_of, scene, small_swapper
 
 from faceswapper.align import (
     DEMO_FRAMING,
@@ -18,6 +18,7 @@ from faceswapper.align import (
     cut,
     paste,
 )
+from faceswapper.blocks import fold
 from faceswapper.data import world
 from faceswapper.detect import (
     BiSeNetParser,
@@ -31,6 +32,7 @@ from faceswapper.detect import (
 )
 from faceswapper.drawing import face_mask
 from faceswapper.finder import read_crops
+from faceswapper.model import Generator
 from faceswapper.pipeline import Blending, Photo, Swapper, nearest, profile, read_photo
 from faceswapper.trials import Trial
 from shared import faces
@@ -288,6 +290,28 @@ def test_an_ablation_sees_what_it_saw_in_training(swapper, source):
         strip = ablated.progressive(crops, source, 2)
         wanted = torch.lerp(crops.picture / 2 + 0.5, swap, weight)[0]
         torch.testing.assert_close(strip[1], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_codes_of_masked_sources(swapper):
+    plugs = (swapper.detector, swapper.landmarker, swapper.parser, DEMO_FRAMING, Blending(restore=False))
+    masked = Swapper(Generator(SMALL, "direct", mask_source=True), *plugs)
+    masked.generator.load_state_dict(swapper.generator.state_dict())
+    fold(masked.generator)
+    photo = Photo("a.png", scene((1,)))
+    face = masked.detector([photo.seen], ["a"])[0][0]
+    crops = masked.describe(
+        torch.from_numpy(masked.aligned(photo.seen, face)[0]).permute(2, 0, 1)[None] / 255
+    )
+    source, wanted = (
+        masked.source([photo]),
+        masked.generator.id_encoder.code(crops.picture * (1 - crops.mask)),
+    )
+    torch.testing.assert_close(source.code, wanted)
+    # one's own identity: every strength gives the same
+    for strength in (0.0, 0.5):
+        torch.testing.assert_close(masked.swap(crops, source, strength), masked.swap(crops, source))
+    strip = masked.progressive(crops, source, 2)
+    torch.testing.assert_close(strip[0], strip[1], atol=1e-5, rtol=1e-4)
 
 
 def test_several_sources_mix_by_their_weights(swapper):
