@@ -76,7 +76,7 @@ def untrained(
     points: Tensor | None = None,
     onto: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Every baseline by name. mean_face (3, S, S): mean of training pictures. points, onto: 98 points of
+    """Every baseline by name. mean_face (3, S, S): mean of many aligned faces. points, onto: 98 points of
     source and target; with them the pasted sources are aligned."""
     out = {"copy target": target, "paste": paste(source, target, mask)}
     if points is not None:
