@@ -116,6 +116,8 @@ class Blending:
     """Let a hat stay like hair."""
     keep: tuple[Region, ...] = ()
     """Parts that stay the target's."""
+    keep_share: float = 1.0
+    """How far they stay: 1 wholly, 0 not at all, between both faces show through."""
     feather: float = 1 / 24
     """Width of the soft rim relative to the crop."""
 
@@ -250,7 +252,7 @@ class Swapper:
         kept = [label for region in blending.keep for label in REGIONS[region]]
         if kept:
             stay = torch.isin(crops.labels, torch.tensor(kept, device=self.device, dtype=torch.uint8))
-            mask = torch.maximum(mask, stay[:, None].to(mask.dtype))
+            mask = torch.maximum(mask, blending.keep_share * stay[:, None].to(mask.dtype))
         if blending.restore:
             own = fusion.forehead(crops.points, crops.mask)
             hair = (fusion.HAIR, fusion.HAT) if blending.hats else (fusion.HAIR,)
@@ -268,6 +270,16 @@ class Swapper:
         swaps = g.org_decoder.decode(attributes, codes, guides, cache, features=False).picture
         weight = self._weight(crops, source)
         return torch.lerp(crops.picture / 2 + 0.5, self._finished(swaps, crops, weight), weight)
+
+    @torch.inference_mode()
+    def levels(self, crops: Crops, source: Source) -> list[Tensor]:
+        """The swap of one target (B = 1) as the decoder's side heads draw it on the way up, and at last the
+        generator's own picture: (3, r, r) in [0, 1] for each resolution r."""
+        g, seen = self.generator, self._seen(crops)
+        attributes, cache = g.attr_encoder.encode(seen.picture)
+        guides = g.org_decoder.guides(seen.landmarks, seen.mask)
+        made = g.org_decoder.decode(attributes, source.code, guides, cache, features=False, side=True)
+        return [(x[0].float() / 2 + 0.5).clamp(0, 1) for x in (*made.side, made.picture)]
 
     @torch.inference_mode()
     def photos(

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from faceswapper.align import DEMO_FRAMING, Framing, to_tensor
 from faceswapper.detect import open_detector, open_landmarker, open_parser
@@ -75,6 +76,9 @@ class PredictConfig:
     """Which face of the sources."""
     strip: int = 5
     """Pictures from target to source in the progressive strip of a photo; 0: none."""
+    levels: bool = False
+    """Also the swap of a photo from coarse to fine, by the decoder's side heads; for runs that trained them
+    (--weights.side)."""
     batch_size: int = 16
     """Photos or frames at a time."""
     smooth: bool = True
@@ -113,6 +117,13 @@ def open_swapper(config: Networks, blending: Blending, least: int) -> Swapper:
     )
 
 
+def trained_side(config: Networks) -> bool:
+    """Whether the generator's side heads have learned."""
+    if config.weights is not None:
+        return False
+    return load_config(find_run("faceswapper", config.run), TrainConfig).weights.side > 0
+
+
 def of_run(folder: Path, variant: str | None) -> tuple[Generator, Trial, TrainConfig]:
     """A run's generator, what it was trained as, and the run's settings."""
     name = variant or main_name(load_config(folder, TrainConfig))
@@ -135,9 +146,7 @@ def write_strip(
     grey where the photo is."""
     crop, _ = swapper.aligned(photo.seen, result.face)
     pictures = swapper.progressive(swapper.describe(to_tensor([crop], swapper.device)), source, steps)
-    if photo.grey:
-        light = (pictures * pictures.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)).sum(1, keepdim=True)
-        pictures = light.expand_as(pictures)
+    pictures = without_colour(pictures) if photo.grey else pictures
     labels = [f"{share:.2f}" for share in np.linspace(0, 1, steps)]
     scale = max(1, 128 // pictures.shape[-1])
     strip = image_grid(pictures, columns=steps, column_labels=labels, scale=scale)
@@ -152,6 +161,26 @@ def write_strip(
         loop=0,
         comment=f"synthetic image: {made}".encode(),
     )
+
+
+def without_colour(pictures: Tensor) -> Tensor:
+    """(B, 3, S, S) -> the same with the luminance (ITU-R BT.601) in all channels."""
+    weights = pictures.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)
+    return (pictures * weights).sum(1, keepdim=True).expand_as(pictures)
+
+
+def write_levels(
+    swapper: Swapper, photo: Photo, result: Swapped, source: Source, stem: Path, made: str
+) -> None:
+    """The swap at the decoder's resolutions, from coarse to fine, as a strip; grey where the photo is."""
+    crop, _ = swapper.aligned(photo.seen, result.face)
+    pictures = swapper.levels(swapper.describe(to_tensor([crop], swapper.device)), source)
+    labels = [f"{picture.shape[-1]} px" for picture in pictures]
+    side = max(128, swapper.size)
+    large = torch.cat([F.interpolate(picture[None], (side, side), mode="nearest") for picture in pictures])
+    large = without_colour(large) if photo.grey else large
+    strip = image_grid(large, columns=len(large), column_labels=labels)
+    write_image(stem.with_name(f"{stem.name}_levels.png"), strip, made)
 
 
 def result_names(paths: Sequence[Path]) -> dict[str, str]:
@@ -186,6 +215,8 @@ def swap_photos(config: PredictConfig, swapper: Swapper, source: Source, made: s
             write_photo(stem.with_name(f"{stem.name}.png"), photo, result, made if result.face else None)
             if result.face is not None and config.strip > 1:
                 write_strip(swapper, photo, result, source, config.strip, stem, made)
+            if result.face is not None and config.levels:
+                write_levels(swapper, photo, result, source, stem, made)
             records[photo.name] = {
                 "faces": len(faces_in),
                 "box": None if result.face is None else [round(v, 1) for v in result.face.box],
@@ -222,6 +253,11 @@ def predict(config: PredictConfig) -> Path:
         raise UserError(f"--batch-size {config.batch_size}: at least 1")
     if not config.target.exists():
         raise UserError(f"{config.target}: no such photo, folder or video")
+    if config.levels and not trained_side(config.networks):
+        raise UserError(
+            "--levels: the side heads of this generator were not trained; a run with --weights.side 1 "
+            "trains them, the released weights do not have them trained"
+        )
     swapper = open_swapper(config.networks, config.blending, config.least)
     source = swapper.source([read_photo(path) for path in config.source], config.source_face, config.mix)
     made = "face swapped by FaceSwapper"

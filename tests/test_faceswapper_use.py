@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from test_faceswapper_scenes import SMALL, eyes_of, scene, small_swapper
+from torch.nn import functional as F
 
 from faceswapper.align import (
     DEMO_FRAMING,
@@ -314,6 +315,21 @@ def test_codes_of_masked_sources(swapper):
     torch.testing.assert_close(strip[0], strip[1], atol=1e-5, rtol=1e-4)
 
 
+def test_levels_are_the_side_pictures_and_the_swap(swapper, source):
+    face = swapper.detector([scene()], ["t"])[0][0]
+    crop = torch.from_numpy(swapper.aligned(scene(), face)[0]).permute(2, 0, 1)[None] / 255
+    crops = swapper.describe(crop)
+    levels = swapper.levels(crops, source)
+    assert [tuple(level.shape) for level in levels] == [(3, 32, 32), (3, 64, 64), (3, 64, 64)]
+    torch.testing.assert_close(levels[-1], swapper.swap(crops, source)[0][0], atol=1e-5, rtol=1e-4)
+    g = swapper.generator
+    mine = crops.picture, crops.landmarks, crops.mask
+    sides = g(mine[0], mine[0], mine[1], mine[1], mine[2], mine[2])[4]  # one's own identity
+    own = swapper.levels(crops, source._replace(code=g.id_encoder.code(crops.picture)))
+    for level, side in zip(own, sides, strict=False):
+        torch.testing.assert_close(level, (side[0] / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-4)
+
+
 def test_several_sources_mix_by_their_weights(swapper):
     a, b = (Photo(f"{n}.png", scene((n,))) for n in (1, 2))
     code_a, code_b = (swapper.source([p]).code for p in (a, b))
@@ -334,6 +350,9 @@ def test_parts_can_stay_and_colours_follow(swapper, source):
     keeping = Swapper(*args, Blending(restore=False, keep=("nose",))).swap(crops, source)
     nose = (crops.labels == 10)[:, None]
     assert nose.sum() > 20 and keeping[1][nose].max() == 0 and plain[1][nose].mean() > 0.5
+    half = Swapper(*args, Blending(restore=False, keep=("nose",), keep_share=0.5)).swap(crops, source)
+    middle = -F.max_pool2d(-nose.float(), 5, 1, 2) > 0  # away from the soft rim
+    assert middle.any() and (half[1][middle] - 0.5).abs().max() < 1e-5
     colouring = Swapper(*args, Blending(restore=False, colour=True))
     coloured, weight = colouring.swap(crops, source)
     assert not torch.equal(coloured, plain[0])

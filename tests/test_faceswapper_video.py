@@ -218,6 +218,15 @@ def test_photos_of_one_name_in_a_folder_have_results_of_their_own(tmp_path, swap
     assert names == ["s_FS_t.jpg.png", "s_FS_t.png.png", "s_FS_u.png"]
 
 
+def test_strips_of_a_grey_photo_are_grey(tmp_path, swapper):
+    Image.fromarray(scene()).convert("L").save(tmp_path / "t.png")
+    config = PredictConfig((tmp_path / "s.png",), tmp_path / "t.png", tmp_path / "out", strip=2, levels=True)
+    swap_photos(config, swapper, swapper.source([Photo("s.png", scene((1,)))]), "by a test")
+    for kind in ("", "_strip", "_levels"):
+        pixels = np.asarray(Image.open(tmp_path / "out" / f"s_FS_t{kind}.png").convert("RGB"))
+        assert (pixels == pixels[..., :1]).all(), kind
+
+
 def test_a_face_by_its_number_is_said_to_be_missing_by_its_option(tmp_path, swapper):
     source = swapper.source([Photo("s.png", scene((1,)))])
     with pytest.raises(UserError, match="s.png: --source-face 1: there is 1 face"):
@@ -290,7 +299,7 @@ def run_folder(tmp_path_factory):
     """A run of the real training script, a few steps long."""
     folder = tmp_path_factory.mktemp("run") / "run"
     options = "--variants full --iterations 2 --warmup 1 --judge-steps 2 "
-    options += "--judge-people 16 --train-people 8 --per-person 2 --size.channel-base 256"
+    options += "--judge-people 16 --train-people 8 --per-person 2 --size.channel-base 256 --weights.side 1"
     arguments = ["demo", *options.split(), "--out", folder]
     helpers.script("faceswapper", "train.py", *arguments, code=0)
     return folder
@@ -305,12 +314,24 @@ def test_the_command_swaps_photos_folders_and_videos(tmp_path, run_folder, capsy
     Image.fromarray(rgba).save(targets / "t.png")
     Image.fromarray(scene((), ())).save(targets / "u.png")
     options = ["--source", tmp_path / "face.jpg", "--run", run_folder, "--device", "cpu"]
-    options += ["--out", tmp_path / "out", "--target", targets / "t.png"]
+    options += ["--out", tmp_path / "out", "--target", targets / "t.png", "--levels"]
     done = helpers.script("faceswapper", "predict.py", *options, code=0)
     assert done.stdout.strip().splitlines()[-1] == str(tmp_path / "out")
     names = {p.name for p in (tmp_path / "out").iterdir()}
     stem = "face_FS_t"
-    assert names == {f"{stem}.png", f"{stem}_strip.png", f"{stem}_strip.gif", "result.json"}
+    made = {f"{stem}{end}" for end in (".png", "_strip.png", "_strip.gif", "_levels.png")}
+    assert names == {*made, "result.json"}
+    with Image.open(tmp_path / "out" / f"{stem}_levels.png") as levels:
+        assert levels.text["DigitalSourceType"] == SYNTHETIC_SOURCE and levels.width > 3 * 128
+    with pytest.raises(UserError, match="side heads of this generator were not trained"):
+        predict(
+            PredictConfig(
+                (tmp_path / "face.jpg",),
+                targets,
+                levels=True,
+                networks=Networks(weights=tmp_path / "faceswapper.ckpt"),
+            )
+        )
     with Image.open(tmp_path / "out" / f"{stem}.png") as made:
         assert made.mode == "RGBA" and made.text["DigitalSourceType"] == SYNTHETIC_SOURCE
         assert (np.asarray(made)[..., 3] == rgba[..., 3]).all()
