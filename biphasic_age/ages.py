@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from biphasic_age.precision import own_type
-from shared.runtime import UserError
+from shared.runtime import UserError, own_type
 
 EDGES = (30.0, 40.0, 50.0)
 """Highest ages of all groups but the last: 30-, 31-40, 41-50, 51+."""

@@ -13,10 +13,9 @@ from torch.nn import functional as F
 
 from biphasic_age.facespace import FaceSpace
 from biphasic_age.layouts import CLASSES
-from biphasic_age.precision import own_type
 from shared.bisenet import BiSeNet
 from shared.irse import IRSE
-from shared.runtime import UserError
+from shared.runtime import UserError, own_type
 from shared.weights import load_state, load_torch, pretrained_path
 
 YEARS = 101

@@ -17,9 +17,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 from biphasic_age.ages import as_weights
 from biphasic_age.constraint import ConstraintNet, Disentangled
 from biphasic_age.layouts import CLASSES, one_hot, to_labels
-from biphasic_age.precision import own_type
 from biphasic_age.projection import HardLayout, ProjectionNet
 from shared.processes import drawn
+from shared.runtime import own_type
 
 SizeName = Literal["paper", "fast", "tiny", "keen", "unit"]
 Output = Literal["direct", "residual", "gated"]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from dfl import losses
 from dfl.engine import Draws, Stage, State, Step, call, part, per_client, stack, train_stage, unstack
 from dfl.model import TwoBranch, build_backbone
-from shared.runtime import step_generator
+from shared.runtime import own_type, step_generator
 
 if TYPE_CHECKING:
     from dfl.data import ClientData, Federated
@@ -211,7 +211,7 @@ def class_means(z: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
 
     In single precision, also under autocast: bf16 counts only up to 256.
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with own_type(z):
         z = z.float()
         member = F.one_hot(y, classes).to(z)  # (n, C)
         count = member.sum(0)

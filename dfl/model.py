@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
 
-from shared.runtime import UserError
+from shared.runtime import UserError, own_type
 from shared.weights import load_state, load_torch
 
 Norm = Literal["batch", "group", "none"]
@@ -220,7 +220,7 @@ class Critic(nn.Module):
         self.fc2 = nn.Linear(hidden, 1)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        with torch.autocast(a.device.type, enabled=False):
+        with own_type(a):
             a, b = (F.layer_norm(v.float(), (self.width,)) for v in (a, b))
             return self.fc2(F.relu(self.fc1(torch.cat([a, b], -1)))).squeeze(-1)
 
@@ -240,7 +240,7 @@ class GaussianCritic(nn.Module):
         self.log_variance = nn.Linear(hidden, width)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        with torch.autocast(a.device.type, enabled=False):
+        with own_type(a):
             a, b = (F.layer_norm(v.float(), (self.width,)) for v in (a, b))
             hidden = F.relu(self.fc1(a))
             log_variance = torch.tanh(self.log_variance(hidden))

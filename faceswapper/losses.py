@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from faceswapper.blocks import Guide
 from faceswapper.model import Cache, Decoded, Discriminator, Generator, MaskPyramid, averaged, swapped
+from shared.runtime import own_type
 
 # --- terms ------------------------------------------------------------------------------------------
 
@@ -73,7 +74,7 @@ def attribute_face(same: list[Tensor], other: list[Tensor], masks: list[Tensor])
     terms = []
     for f, g, mask in zip(same, other, masks, strict=True):
         face = (1 - mask).to(f.dtype)
-        with torch.autocast("cuda" if f.is_cuda else "cpu", enabled=False):
+        with own_type(f):
             terms.append((gram(f * face) - gram(g * face)).abs().mean())
     return torch.stack(terms).mean()
 

@@ -20,7 +20,7 @@ from mdrnets.objective import refine_losses
 from mdrnets.parser import TinyParser
 from mdrnets.train import PRESETS, Config
 from shared.bench import count_macs, count_parameters, peak_memory, report, throughput
-from shared.runtime import parse, pick_device, run_main
+from shared.runtime import own_type, parse, pick_device, run_main
 
 PARTS = 8
 
@@ -82,7 +82,7 @@ def plain_losses(
     total = config.valid * losses.valid(y, x, m) + config.hole * losses.hole(y, x, m)
     total = total + config.tv * losses.total_variation(comp, m)
     total = total + config.perceptual * losses.perceptual(of_y, of_comp, of_x)
-    with torch.autocast(x.device.type, enabled=False):
+    with own_type(x):
         total = total + config.style * losses.style(of_y, of_comp, of_x)
         inter, intra = losses.inco2(of_comp[-1], of_x[-1], m, config.inco_samples)
     total = total + config.inter * inter + config.intra * intra

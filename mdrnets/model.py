@@ -19,7 +19,7 @@ from mdrnets.memory import DMM, Addressing, Routing, Update
 from mdrnets.mrem import MREM, hole_cells
 from mdrnets.parser import load_bisenet_state
 from shared.bisenet import BiSeNet
-from shared.runtime import UserError
+from shared.runtime import UserError, own_type
 
 Memory = Literal["none", "shared", "disentangled"]
 Order = Literal["dmm>mrem", "mrem>dmm", "parallel"]
@@ -271,7 +271,7 @@ class Discriminator(nn.Module):
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Activations of the four hidden layers (for feature matching), then the logits."""
-        with torch.autocast(x.device.type, enabled=False):
+        with own_type(x):
             weights = [layer.weight for layer in self.layers]  # the spectral norm's products stay in fp32
         maps = []
         for layer, weight in zip(self.layers, weights, strict=True):

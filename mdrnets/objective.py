@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from mdrnets import losses
 from mdrnets.model import MDRNet, composite
 from mdrnets.parser import TinyParser, parts_on_grid
+from shared.runtime import own_type
 
 if TYPE_CHECKING:
     from mdrnets.train import Config
@@ -83,10 +84,10 @@ def refine_losses(
         if config.perceptual or config.style:
             of_y = [f[len(x) :] for f in of_both]
             terms["perceptual"] = config.perceptual * losses.perceptual(of_y, of_comp, of_x)
-            with torch.autocast(x.device.type, enabled=False):
+            with own_type(x):
                 terms["style"] = config.style * losses.style(of_y, of_comp, of_x)
         if inco:
-            with torch.autocast(x.device.type, enabled=False):
+            with own_type(x):
                 pair = losses.inco2(
                     of_comp[-1], of_x[-1], m, config.inco_samples, generator, config.inco_form
                 )

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from meta_reid.model import META, Training
+from shared.runtime import own_type
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, epsilon: float = 0.1) -> Tensor:
@@ -27,7 +28,7 @@ def distances(features: Tensor) -> Tensor:
     """Euclidean distances of a batch, (B, C) -> (B, B), in float32 or better."""
     x = features.to(torch.promote_types(features.dtype, torch.float32))
     # Under autocast the product would be in bf16, too coarse for a difference of large numbers.
-    with torch.autocast(x.device.type, enabled=False):
+    with own_type(x):
         square = x.square().sum(1)
         return (square[:, None] + square[None] - 2 * x @ x.T).clamp_min(1e-12).sqrt()
 
@@ -63,7 +64,7 @@ def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
     Not in META: the uniformity loss of Wang and Isola (ICML 2020), which later work on this task (BAU,
     NeurIPS 2024) applies within each domain; batches here hold one domain.
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with own_type(features):
         x = normalize(features.float())
         squared = (2 - 2 * x @ x.T).clamp_min(0)
     pairs = torch.triu_indices(len(x), len(x), 1, device=x.device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from meta_reid.aggregation import Aggregation, mix, relevance, scoring_layers, weights
 from meta_reid.backbone import ARCHITECTURES, Architecture, GlobalTail, Probe, Trunk
-from shared.runtime import UserError
+from shared.runtime import UserError, own_type
 from shared.weights import load_state, load_torch
 
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -152,7 +152,7 @@ class META(nn.Module):
 
     def scores(self, kind: str, distances: Tensor, experts: Sequence[int]) -> Tensor:
         """Scores z_k of a scoring network ("learned" or "shared"), (B, len(experts)), from r (B, ., L)."""
-        with torch.autocast(distances.device.type, enabled=False):
+        with own_type(distances):
             if kind == "shared":
                 return self._score("shared", distances / self.layer_norms)
             columns = [self._score(f"Expert{k + 1}", distances[:, i]) for i, k in enumerate(experts)]

@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.runtime import own_type
+
 MemoryKind = Literal["none", "static", "dynamic", "grad"]
 
 
@@ -55,7 +57,7 @@ class Memory(nn.Module):
     def scores(self, queries: Tensor) -> Tensor:
         """Cosine of every unit query (M, C) with every key: (M, N), float32."""
         keys = F.normalize(self.keys, dim=1) if self.learned else self.keys
-        with torch.autocast(queries.device.type, enabled=False):
+        with own_type(queries):
             return queries.float() @ keys.T
 
     def attend(self, scores: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ class Memory(nn.Module):
 
         Without `scores` one fused attention call does it all; with them, nothing is computed twice.
         """
-        with torch.autocast(queries.device.type, enabled=False):
+        with own_type(queries):
             if scores is None and not self.topk and not self.learned:
                 q, k, v = (x.float()[None, None] for x in (queries, self.keys, self.values))
                 return F.scaled_dot_product_attention(q, k, v, scale=1 / self.tau)[0, 0]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from most_net.memory import Memory, MemoryKind
+from shared.runtime import own_type
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ class NormedConv(nn.Conv2d):
     iteration would know the largest singular value to two or three digits."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with own_type(x):
             weight = self.weight
         return self._conv_forward(x, weight, self.bias)
 

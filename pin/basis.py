@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shared.records import replacing
-from shared.runtime import UserError
+from shared.runtime import UserError, own_type
 from shared.weights import load_torch
 
 
@@ -84,12 +84,12 @@ class Basis(nn.Module):
     def coefficients(self, x: Tensor) -> Tensor:
         """c = U^T (x - m): (B, 1, H, W) -> (B, K). In float32 whatever autocast says: the first ones are
         large."""
-        with torch.autocast(x.device.type, enabled=False):
+        with own_type(x):
             return self.center(x) @ self.eig_vec
 
     def reconstruct(self, coefficients: Tensor, shape: torch.Size) -> Tensor:
         """m + U c: (B, K) -> (B, 1, H, W)."""
-        with torch.autocast(coefficients.device.type, enabled=False):
+        with own_type(coefficients):
             return (self.avg_face + coefficients.float() @ self.eig_vec.T).view(shape)
 
     def save(self, path: Path) -> None:

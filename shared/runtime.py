@@ -185,6 +185,12 @@ def maybe_compile(module: torch.nn.Module, enabled: bool) -> torch.nn.Module:
     return module
 
 
+def own_type(x: torch.Tensor) -> torch.autocast:
+    """A context in which autocast leaves the types of what is computed on the device of x alone. Not by the
+    name of the device: there is no autocast for `meta`, where costs are counted."""
+    return torch.autocast("cuda" if x.device.type == "cuda" else "cpu", enabled=False)
+
+
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     """A CPU generator that depends on (seed, step, stream) alone, so that a resumed run draws the same."""
     mixed = np.random.SeedSequence((seed, stream, step)).generate_state(2, np.uint32)
