@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from dfgc2022.augment import self_blend, test_transform, train_transform
 from dfgc2022.protocol import PARTS, Clip
-from dfgc2022.video import VIDEO_ENDINGS
+from shared.io import VIDEO_ENDINGS, find_images
 from shared.runtime import UserError
 
 
@@ -378,7 +378,7 @@ DATASETS: dict[str, Callable[[Path], list[Video]]] = {
 def _videos(folder: Path, dataset: str) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{dataset}: no folder {folder}; its layout stands in the README")
-    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_ENDINGS)
+    videos = find_images(folder, endings=VIDEO_ENDINGS)
     if not videos:
         raise UserError(f"{dataset}: no video in {folder}")
     return videos

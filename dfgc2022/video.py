@@ -11,6 +11,7 @@ import cv2
 import imageio_ffmpeg
 import numpy as np
 
+from shared.io import VIDEO_ENDINGS, find_images
 from shared.runtime import UserError
 
 # What is wrong with a video is said once, in our words. OpenCV reads its own variable when it is imported,
@@ -18,8 +19,6 @@ from shared.runtime import UserError
 if "OPENCV_LOG_LEVEL" not in os.environ:
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-
-VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
 class VideoError(UserError):
@@ -135,7 +134,7 @@ def list_videos(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such video or folder")
-    videos = sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEO_ENDINGS)
+    videos = find_images(path, endings=VIDEO_ENDINGS)
     if not videos:
         raise UserError(f"{path}: holds no video ({', '.join(VIDEO_ENDINGS)})")
     return videos

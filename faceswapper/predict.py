@@ -26,9 +26,9 @@ from faceswapper.model import Generator, load_official
 from faceswapper.pipeline import Blending, Photo, Source, Swapped, Swapper, counted, read_photo
 from faceswapper.train import Config as TrainConfig
 from faceswapper.trials import Trial, load_generators, main_name, plan
-from faceswapper.video import VIDEO_ENDINGS, VideoReader, VideoWriter
+from faceswapper.video import VideoReader, VideoWriter
 from faceswapper.weights import states_of
-from shared.io import find_run, image_grid, images_of, load_config, progress, write_image
+from shared.io import VIDEO_ENDINGS, find_run, image_grid, images_of, load_config, progress, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 

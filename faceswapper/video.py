@@ -16,8 +16,6 @@ import numpy as np
 from shared.io import SYNTHETIC_SOURCE
 from shared.runtime import UserError
 
-VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
-
 
 class VideoReader:
     """The frames of a video, one after the other.

@@ -31,6 +31,7 @@ from irisusformer.model import IrisUsformer, fold_batch_norm
 from irisusformer.pictures import BLUE, GREEN, RED, heat, outlined, tint, with_ellipse
 from irisusformer.train import PAPER, Config, build, variants
 from shared.io import (
+    VIDEO_ENDINGS,
     find_run,
     images_of,
     load_config,
@@ -43,7 +44,6 @@ from shared.io import (
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
-VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 SUMMARY = ("name", "score", "usable", "mean_uncertainty", "iris_pixels")
 
 
@@ -263,7 +263,7 @@ def main() -> None:
     short_side = config.short_side or working_side(trained)
     model.to(pick_device(config.device), memory_format=torch.channels_last)
     config.output.mkdir(parents=True, exist_ok=True)
-    video = config.input.suffix.lower() in VIDEOS
+    video = config.input.suffix.lower() in VIDEO_ENDINGS
     rows = predict_video(model, config, short_side) if video else predict_images(model, config, short_side)
     with open(config.output / "summary.csv", "w", newline="") as file:
         csv.writer(file).writerows([SUMMARY, *rows])

@@ -30,6 +30,9 @@ SYNTHETIC_SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgori
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 """Of the image files that are looked for in folders."""
 
+VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+"""By which a video is told from a picture, and found in folders."""
+
 
 def progress(iterable: Iterable | None = None, desc: str = "", total: int | None = None) -> tqdm:
     """tqdm on stderr; silent when that is not a terminal."""

@@ -268,6 +268,9 @@ def test_mistakes_of_the_user(tmp_path, contest):
     with pytest.raises(UserError, match="holds no video"):
         (tmp_path / "nothing").mkdir()
         list_videos(tmp_path / "nothing")
+    (tmp_path / "nothing" / "._clip.mp4").write_bytes(b"what macOS leaves beside a clip")
+    with pytest.raises(UserError, match="holds no video"):
+        list_videos(tmp_path / "nothing")
     with pytest.raises(UserError, match="two videos are called good0.mp4"):
         score_videos([folder / "good0.mp4"] * 2, scorer(), Settings(boxes))
     with pytest.raises(VideoError, match="no such video"):
