@@ -57,6 +57,7 @@ from shared.runtime import (
     UserError,
     maybe_compile,
     parse_presets,
+    print_once,
     run_main,
     start,
     step_generator,
@@ -401,4 +402,4 @@ def train(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(lambda: print(train(parse_presets(PRESETS, __doc__))))
+    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))

@@ -53,6 +53,7 @@ from shared.runtime import (
     UserError,
     maybe_compile,
     parse_presets,
+    print_once,
     run_main,
     start,
     step_generator,
@@ -379,4 +380,4 @@ def train(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(lambda: print(train(parse_presets(PRESETS, __doc__))))
+    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))

@@ -41,6 +41,7 @@ from shared.runtime import (
     UserError,
     maybe_compile,
     parse_presets,
+    print_once,
     run_main,
     seed_everything,
     start,
@@ -356,4 +357,4 @@ def _validate(
 
 
 if __name__ == "__main__":
-    run_main(lambda: print(train(parse_presets(PRESETS, __doc__))))
+    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))

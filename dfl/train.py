@@ -25,7 +25,7 @@ from dfl.federation import Federation, evaluate
 from shared.io import Run, progress
 from shared.loop import Standing
 from shared.records import replacing
-from shared.runtime import RunConfig, UserError, parse_presets, run_main, start
+from shared.runtime import RunConfig, UserError, parse_presets, print_once, run_main, start
 from shared.weights import load_state, load_torch
 
 TRIALS: dict[str, dict] = {
@@ -385,4 +385,4 @@ def save_trial(folder: Path, trial: Trial, federation: Federation) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: print(train(parse_presets(PRESETS, __doc__))))
+    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))

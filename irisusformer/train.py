@@ -37,6 +37,7 @@ from shared.runtime import (
     maybe_compile,
     one_opencv_thread,
     parse_presets,
+    print_once,
     run_main,
     seed_everything,
     start,
@@ -378,4 +379,4 @@ def tau_batches(data: Dataset, config: Config, device: torch.device) -> Iterator
 
 
 if __name__ == "__main__":
-    run_main(lambda: print(train(parse_presets(PRESETS, __doc__))))
+    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))

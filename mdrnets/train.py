@@ -38,6 +38,7 @@ from shared.runtime import (
     StepBatches,
     maybe_compile,
     parse_presets,
+    print_once,
     run_main,
     start,
     step_generator,
@@ -375,4 +376,4 @@ def train(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(lambda: print(train(parse_presets(PRESETS, __doc__))))
+    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))

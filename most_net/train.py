@@ -26,6 +26,7 @@ from shared.processes import means
 from shared.runtime import (
     RunConfig,
     parse_presets,
+    print_once,
     run_main,
     start,
     step_generator,
@@ -344,4 +345,4 @@ def train(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(lambda: print(train(parse_presets(PRESETS, __doc__))))
+    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))

@@ -29,7 +29,16 @@ from pin.recognition import train_recognizer
 from pin.recognizers import SmallRecognizer
 from shared.io import Run, image_grid
 from shared.processes import as_one, gathered
-from shared.runtime import RunConfig, UserError, maybe_compile, parse_presets, run_main, start, step_generator
+from shared.runtime import (
+    RunConfig,
+    UserError,
+    maybe_compile,
+    parse_presets,
+    print_once,
+    run_main,
+    start,
+    step_generator,
+)
 
 DAE_NOISE, ESN_NOISE, LAMBDA_IMAGES, LAMBDA_NOISE = 1, 2, 3, 4  # streams of randomness of their own
 
@@ -394,4 +403,4 @@ def train(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(lambda: print(train(parse_presets(PRESETS, __doc__))))
+    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))

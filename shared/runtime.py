@@ -20,6 +20,8 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
 
+from shared.processes import rank
+
 T = TypeVar("T")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -142,6 +144,12 @@ def _run(main: Callable[[], None]) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def print_once(what: object) -> None:
+    """Print what a script ends with: of the processes that `torchrun` started, the first one does."""
+    if rank() == 0:
+        print(what)
 
 
 def seed_everything(seed: int) -> None:

@@ -17,9 +17,10 @@ def log_of(run: Path) -> list[dict[str, float]]:
 
 
 def run_two(paper: str, folder: Path, *arguments: str) -> Path:
-    """Run folder of `torchrun --nproc-per-node 2 train.py ARGUMENTS` on the CPU."""
+    """Run folder of `torchrun --nproc-per-node 2 train.py ARGUMENTS` on the CPU, which one process names."""
     options = (*arguments, "--device", "cpu", "--out", folder / "two")
-    script(paper, "train.py", *options, launcher=TWO_PROCESSES, code=0, timeout=180)
+    done = script(paper, "train.py", *options, launcher=TWO_PROCESSES, code=0, timeout=180)
+    assert done.stdout.splitlines().count(str(folder / "two")) == 1, done.stdout
     return folder / "two"
 
 
