@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from shared.report import PAPERS
 from shared.runtime import REPOSITORY, UserError, run_main
 
 TITLE = (
@@ -67,7 +68,7 @@ def main() -> None:
             text += f"\nfailed (exit code {code})"
         text = text.replace(f"{REPOSITORY}/", "")
         body += f"### {paper}\n\n`cd {paper} && python bench.py`\n\n```\n{text.strip()}\n```\n\n"
-    if len(papers) > 1:
+    if set(papers) >= {paper for paper in PAPERS if (REPOSITORY / paper / "bench.py").is_file()}:
         write_section(REPOSITORY / "BENCHMARKS.md", machine(), body)
         print("written: BENCHMARKS.md")
     if failed:

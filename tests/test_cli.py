@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from shared import benchmarks, demo
 from shared.benchmarks import TITLE, write_section
 from shared.report import PAPERS
 from shared.runtime import REPOSITORY
@@ -60,6 +61,56 @@ def test_benchmarks_keep_one_section_per_machine(tmp_path):
     write_section(page, "B", "### x\n\nother")
     write_section(page, "A", "second")
     assert page.read_text() == TITLE + "\n## B\n\n### x\n\nother\n\n## A\n\nsecond\n"
+
+
+def test_only_a_bench_of_all_papers_is_written_down(tmp_path, monkeypatch, capsys):
+    """Two papers' tables must not take the place of all ten's; a failure is said and kept in its place."""
+    monkeypatch.setattr(
+        benchmarks, "run_bench", lambda paper: (int(paper == "pin"), f"table of {REPOSITORY}/{paper}")
+    )
+    written = []
+    monkeypatch.setattr(benchmarks, "write_section", lambda path, title, body: written.append(body))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "dfl", "mdrnets"])
+    benchmarks.main()
+    assert not written
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *HERE])
+    with pytest.raises(SystemExit) as ended:
+        benchmarks.main()
+    assert ended.value.code == 1 and "failed: pin\n" in capsys.readouterr().out
+    (body,) = written
+    for paper in HERE:
+        assert f"### {paper}\n\n`cd {paper} && python bench.py`\n\n```\ntable of {paper}\n" in body
+    assert "table of pin\nfailed (exit code 1)\n```" in body
+
+
+def test_demos_go_on_when_one_fails(tmp_path, monkeypatch, capsys):
+    """The table at the end has a row for each, the report is written, and the exit code says it."""
+    folders = {}
+
+    def run_demo(paper: str) -> int:
+        if paper == "dfl":
+            return 3
+        folders[paper] = tmp_path / paper
+        folders[paper].mkdir()
+        claims = [{"holds": True}, {"holds": True}, {"holds": paper != "pin"}]
+        (folders[paper] / "results.json").write_text(json.dumps({"claims": claims}))
+        return 0
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    monkeypatch.setattr(demo, "find_run", folders.__getitem__)
+    monkeypatch.setattr(demo, "write_report", lambda: tmp_path / "index.html")
+    monkeypatch.setattr(sys, "argv", ["demo", "pin", "dfl", "most_net"])
+    with pytest.raises(SystemExit) as ended:
+        demo.main()
+    assert ended.value.code == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("[")] == ["[1/3] pin", "[2/3] dfl", "[3/3] most_net"]
+    rows = {line.split()[0]: line for line in lines if "  " in line}
+    assert (
+        "done" in rows["pin"] and "2 / 3" in rows["pin"] and str(tmp_path / "pin" / "samples") in rows["pin"]
+    )
+    assert "failed (exit code 3)" in rows["dfl"] and "3 / 3" in rows["most_net"]
+    assert lines[-1] == f"report: {tmp_path / 'index.html'}"
 
 
 @pytest.mark.parametrize("paper", HERE)
