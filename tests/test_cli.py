@@ -6,14 +6,17 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from helpers import TINY
 
 from shared import benchmarks, demo
 from shared.benchmarks import TITLE, write_section
 from shared.report import PAPERS
 from shared.runtime import REPOSITORY
+from shared.strip import CELLS
 
 HERE = [paper for paper in PAPERS if (REPOSITORY / paper / "train.py").is_file()]
 SCRIPTS = ("train.py", "eval.py", "predict.py", "bench.py")
@@ -45,6 +48,41 @@ def test_make_knows_all_ten_names():
         line for line in (REPOSITORY / "Makefile").read_text().splitlines() if line.startswith("PAPERS")
     )
     assert line.split(":=")[1].split() == list(PAPERS)
+
+
+def test_every_list_of_papers_names_all():
+    """The places that the front page tells who adds a paper."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    packages = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert {name.removesuffix("*") for name in packages} == {"shared", *PAPERS}
+    assert set(CELLS) == set(TINY) == set(PAPERS)
+    page = (REPOSITORY / "README.md").read_text()
+    for paper in HERE:
+        assert page.count(f"[{paper}]({paper}/README.md)") == 1
+
+
+def options_of(paper: str) -> set[str]:
+    """Fields of all dataclasses of a paper, as the command line writes them."""
+    trees = [ast.parse(path.read_text()) for path in (REPOSITORY / paper).glob("*.py")]
+    fields = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
+    return {f"--{ast.unparse(field.target).replace('_', '-')}" for field in fields}
+
+
+def test_options_in_the_tables_of_the_front_page_exist():
+    """Data and weights: each option is one of a paper in its row, and each paper there has one of them."""
+    page = (REPOSITORY / "README.md").read_text()
+    tables = page[page.index("## Real data") : page.index("## At the paper's scale")]
+    rows = [line.strip("| ").split(" | ") for line in tables.splitlines() if line.startswith("| ")]
+    checked = 0
+    for *_, said, last in rows:
+        wanted = set(re.findall(r"--[a-z-]+", said))
+        papers = re.findall("|".join(PAPERS), last) or (HERE if wanted else [])
+        known = {paper: options_of(paper) for paper in papers}
+        assert wanted <= set().union(*known.values()), (said, last)
+        if re.findall("|".join(PAPERS), last) and wanted:
+            assert all(wanted & options for options in known.values()), (said, last)
+        checked += len(wanted)
+    assert checked > 20
 
 
 def test_unknown_paper_is_a_message_and_code_2():
