@@ -71,7 +71,7 @@ SOURCES: dict[str, Source] = {
         "CACD, bcsiriuschen.github.io/CARC", 163_446, 2_000,
     ),
     "utkface": Source(
-        r"(?P<age>\d{1,3})_(?P<sex>[01])_(?:[0-4]_)?(?P<number>\d+)(?:\.jpg\.chip)?$",
+        r"(?P<age>\d{1,3})_(?P<sex>[01])_(?:[0-4]_)?(?P<number>\d{8,})\D*$",
         "25_0_1_20170116174525125.jpg.chip.jpg", "UTKFace, susanqq.github.io/UTKFace (aligned and cropped)",
         23_708, None, ("0", "1"),
     ),
@@ -79,7 +79,8 @@ SOURCES: dict[str, Source] = {
         r"(?P<identity>\d{3})[Aa](?P<age>\d{2})[A-Za-z]?$", "046A10.JPG", "FG-NET", 1_002, 82
     ),
 }  # fmt: skip
-"""Sets whose file names carry the ages. UTKFace: some names lack the race, which is not needed here."""
+"""Sets whose file names carry the ages. UTKFace: some names lack the race, or end in
+`.pg.chip`, `jpg.chip` or ` .jpg.chip`; what is needed here stands in all."""
 
 FFHQ_WHERE = """expected under the root: ffhq_aging_labels.csv (columns image_number, age_group, gender, ...)
 and the pictures as 00000.png or 00000/00000.png, directly or in a folder such as ffhq_aging256x256. Get them

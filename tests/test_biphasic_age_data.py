@@ -85,6 +85,8 @@ def test_targets_as_groups_or_weights():
         ("cacd", "14_Aaron_Johnson_0001.jpg", 14, "Aaron_Johnson", ""),
         ("utkface", "25_0_1_2017011617452.jpg.chip.jpg", 25, "25_0_1_2017011617452.jpg.chip.jpg", "M"),
         ("utkface", "61_1_20170109142408075.jpg", 61, "61_1_20170109142408075.jpg", "F"),
+        ("utkface", "55_0_0_20170116232725357jpg.chip.jpg", 55, "55_0_0_20170116232725357jpg.chip.jpg", "M"),
+        ("utkface", "44_1_4_20170116235150272.pg.chip.jpg", 44, "44_1_4_20170116235150272.pg.chip.jpg", "F"),
         ("fgnet", "046A10.JPG", 10, "046", ""),
         ("fgnet", "001A43b.JPG", 43, "001", ""),
     ],
