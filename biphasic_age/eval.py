@@ -130,7 +130,8 @@ def evaluate_scene(
     print(f"age judge: tells the age of {100 * judge_accuracy(test, device):.1f} % of the true scenes\n")
     print(summary(table, columns))
     shown = {name: next(iter(seeds.values())) for name, seeds in nets.items()}
-    write_image(folder / "samples" / "test-scene.png", scene_sheet(test, shown, device))
+    sheet = scene_sheet(test, shown, device)
+    write_image(folder / "samples" / "test-scene.png", sheet, f"scenes translated by {folder.name}")
     return scene_claims(means(table)), table
 
 
@@ -199,7 +200,8 @@ def evaluate_faces(
 
     print("\nages that the judge sees, mean ± deviation:")
     print(age_table(rows, names))
-    identity = ("verification rate", "confidence", "confidence std", "confidence between outputs")
+    between = ("confidence between outputs", "confidence between outputs std")
+    identity = ("verification rate", "confidence", "confidence std", *between)
     kept = tuple(f"kept: {name}" for name in judges.attribute_accuracy)
     print("\n" + summary(table, ("age error older", "age error younger", *identity)))
     print("\n" + summary(table, ("rising older", "rising younger", "true PSNR", "self PSNR", *kept)))

@@ -253,6 +253,7 @@ def measure(
     result["verification rate"] = protocol.at_extremes(kept["verified"], group).float().mean().item()
     result["confidence"], result["confidence std"] = confidence.mean().item(), confidence.std().item()
     result["confidence between outputs"] = kept["between"].mean().item()
+    result["confidence between outputs std"] = kept["between"].std().item()
     if judges.attributes is not None:
         before = protocol.in_batches(lambda x: judges.attributes.both(x)[1], image) > 0
         after = protocol.in_batches(lambda x: judges.attributes.both(x)[1], made) > 0
