@@ -233,7 +233,8 @@ def load_age(path: Path | None, groups: int = 4) -> AgeNet:
     """An age network of the full size, frozen: a file that `train.py` wrote, or any state dict of `AgeNet`.
     UserError when the file is missing or another one."""
     where = (
-        "give a state dict of AgeNet (a run's age.safetensors) with --age-weights, or let the run train one"
+        "give a state dict of AgeNet (of a run: trained/DATA-age-SEED.safetensors) with --age-weights, or "
+        "let the run train one"
     )
     path, network = pretrained_path("age network", path, where), AgeNet(groups=groups)
     load_state(network, _read(path), path)

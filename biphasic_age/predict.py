@@ -18,7 +18,7 @@ import tyro
 
 from biphasic_age.layouts import paint_layout
 from biphasic_age.translate import Aged, Ager, load_ager, read_layout, translate
-from shared.io import image_grid, images_of, progress, read_photo, write_image
+from shared.io import image_grid, images_of, keep_inputs, progress, read_photo, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -116,11 +116,14 @@ def main(config: PredictConfig) -> Path:
     faults = []
     for path in progress(pictures, "pictures"):
         name = path.stem if stems[path.stem] == 1 else path.name  # two files may differ in the ending alone
+        folder = config.out / name if several else config.out
         try:
-            photo, remarks = read_photo(path)
             layout = config.layout
             if layout is not None and layout.is_dir():
                 layout = layout / f"{name}.png"
+            made = [folder / f"{word}.png" for word in ("strip", "layout", *(f"age_{age:g}" for age in ages))]
+            keep_inputs([path] if layout is None else [path, layout], made)
+            photo, remarks = read_photo(path)
             if layout is not None:
                 if not layout.is_file():
                     raise UserError(f"{layout}: no layout for {path}")
@@ -136,7 +139,7 @@ def main(config: PredictConfig) -> Path:
         aged.warnings[:0] = remarks
         for warning in aged.warnings:
             print(f"warning: {warning}")
-        write_outputs(config.out / name if several else config.out, ager, photo, ages, aged)
+        write_outputs(folder, ager, photo, ages, aged)
     if faults:
         raise UserError(f"{len(faults)} of {len(pictures)} pictures were not translated: {'; '.join(faults)}")
     return config.out

@@ -315,7 +315,8 @@ def train_variant(
 
         position.step += 1
         if position.step % config.sample_every == 0 or position.step == stage.steps:
-            run.picture(stage.slug, training_sheet(average or net, image, layout, config))
+            sheet = training_sheet(average or net, image, layout, config)
+            run.picture(stage.slug, sheet, f"faces translated to other ages by {stage.label} in training")
             net.train()
         finish_step(stage, config, accelerator, run, position, terms, models, optimisers)
     return net if average is None else average

@@ -24,7 +24,7 @@ from most_net.memory import Memory
 from most_net.metrics import image_files
 from most_net.train import Config as TrainConfig
 from most_net.trials import frame_of, load_network
-from shared.io import find_run, progress, read_image, write_image
+from shared.io import find_run, keep_inputs, progress, read_image, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 from shared.weights import load_state, load_torch
@@ -193,8 +193,9 @@ def predict(config: Config) -> Path:
     style = 0 if config.memory is not None else config.style
     if not 0 <= style < styles_in(net):
         raise UserError(f"--style {style}: {trial.name} has {styles_in(net)} of them, from 0")
-    frame, records = frame_of(settings, trial), {}
-    for path in progress(photo_files(config.inputs), "sketches"):
+    frame, records, photos = frame_of(settings, trial), {}, photo_files(config.inputs)
+    keep_inputs(photos, (config.out / f"{path.stem}.png" for path in photos))
+    for path in progress(photos, "sketches"):
         photo = read_image(path)
         record: dict[str, object] = {"photo": str(path)}
         if config.align != "none":

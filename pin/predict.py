@@ -22,7 +22,16 @@ from pin.model import ESN, PIN, load_official
 from pin.protocol import attack_scores
 from pin.recognizers import adapt
 from pin.train import Config, build_networks
-from shared.io import find_run, image_grid, images_of, load_config, load_weights, progress, write_image
+from shared.io import (
+    find_run,
+    image_grid,
+    images_of,
+    keep_inputs,
+    load_config,
+    load_weights,
+    progress,
+    write_image,
+)
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -126,7 +135,11 @@ def predict(options: Options) -> Path:
     points = read_landmarks(options.landmarks) if options.landmarks else {}
     records, tiles = [], []
     paths = [image for place in options.images for image in images_of(place, subfolders=False)]
-    for path, name in zip(progress(paths, "purify"), names_of(paths), strict=True):
+    names = names_of(paths)
+    clean = [] if options.clean is None else [options.clean / path.name for path in paths]
+    results = [options.output / f"{name}.png" for name in ("rows", *names)]
+    keep_inputs([*paths, *clean], results, "--output")
+    for path, name in zip(progress(paths, "purify"), names, strict=True):
         if options.landmarks and path.name not in points:
             raise UserError(f"{options.landmarks}: no line for {path.name}")
         x = preprocess(path, size, points.get(path.name))[None].to(device)

@@ -67,6 +67,15 @@ def images_of(place: Path, subfolders: bool = True) -> list[Path]:
     return found
 
 
+def keep_inputs(inputs: Iterable[Path], results: Iterable[Path], option: str = "--out") -> None:
+    """Raises UserError when a result would be written over a file that it is made from; asked before anything
+    is computed. Results of an earlier call may be replaced."""
+    written = {path.resolve() for path in results}
+    for path in inputs:
+        if path.resolve() in written:
+            raise UserError(f"{path} would be overwritten by a result: give another {option}")
+
+
 def read_image(path: Path | str, mode: str = "RGB") -> Tensor:
     """Image file -> (C, H, W) float32 in [0, 1]. mode: PIL's, e.g. RGB (3 channels) or L (1).
 
@@ -307,11 +316,12 @@ class Run:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def picture(self, name: str, image: Tensor) -> None:
-        """Write samples/<name>.png, (C, H, W) in [0, 1], and show it in TensorBoard."""
+    def picture(self, name: str, image: Tensor, synthetic: str | None = None) -> None:
+        """Write samples/<name>.png, (C, H, W) in [0, 1], and show it in TensorBoard. synthetic: as for
+        `write_image`."""
         if not self.is_main:
             return
-        write_image(self.samples / f"{name}.png", image)
+        write_image(self.samples / f"{name}.png", image, synthetic)
         self._writer.add_image(name, image.detach().float().cpu().clamp(0, 1), max(self._step, 0))
 
     def close(self) -> None:

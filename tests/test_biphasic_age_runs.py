@@ -104,8 +104,9 @@ def test_evaluation_prints_claims_and_writes_results(run_folder, evaluated):
     for title in ("young-to-old", "old-to-young"):
         for name in ("full", "plain", "prototypes", "truth"):
             assert (run_folder / "samples" / f"test-faces-{title}-{name}.png").is_file()
-    text = Image.open(run_folder / "samples" / "test-faces-young-to-old-full.png").text
-    assert "synthetic" in text["Description"]
+    for name in ("test-faces-young-to-old-full", "test-scene", "faces-full-0"):
+        with Image.open(run_folder / "samples" / f"{name}.png") as picture:
+            assert "synthetic" in picture.text["Description"], name
 
 
 def test_judges_are_kept_and_give_the_same_again(run_folder, evaluated):

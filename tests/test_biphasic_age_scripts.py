@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 
 import helpers
 import numpy as np
@@ -57,6 +58,22 @@ def test_predict_writes_strip_pictures_and_numbers_marked_as_synthetic(runs, tmp
     with Image.open(out / "strip.png") as strip:
         assert strip.width > 4 * 160 and "DigitalSourceType" in strip.text
     assert read_image(out / "layout.png").shape == (3, 32, 32)
+
+
+def test_results_do_not_take_the_place_of_what_they_are_made_from(runs, tmp_path, monkeypatch):
+    """A result translated once more, for example, with the same --out; another age is another file."""
+    monkeypatch.setenv("PAPERS_RUNS", str(runs))
+    result, layout = tmp_path / "age_30.png", tmp_path / "layout.png"
+    write_image(result, portrait(48))
+    Image.fromarray(np.ones((48, 48), np.uint8)).save(layout)
+    before = result.read_bytes(), layout.read_bytes()
+    config = predict.PredictConfig(result, ages=("30",), aligned=True, out=tmp_path)
+    for given, name in ((config, "age_30.png"), (replace(config, ages=("40",), layout=layout), "layout.png")):
+        with pytest.raises(UserError, match=f"{name} would be overwritten by a result: give another --out"):
+            predict.main(given)
+    assert (result.read_bytes(), layout.read_bytes()) == before
+    predict.main(replace(config, ages=("40",)))
+    assert (tmp_path / "age_40.png").is_file() and result.read_bytes() == before[0]
 
 
 def test_predict_goes_through_a_folder_and_names_what_failed(runs, tmp_path, monkeypatch):

@@ -357,6 +357,7 @@ def test_predict_names_what_is_wrong(run, tmp_path):
         ({"trial": "other"}, "no trained network other"),
         ({"memory": tmp_path / "odd.pt"}, "odd.pt: made for another model than Memory"),
         ({"run": tmp_path}, "not a run folder"),
+        ({"out": tmp_path}, "face.png would be overwritten by a result: give another --out"),
     ):
         with pytest.raises(UserError, match=words):
             predict.predict(replace(base, **changes))

@@ -105,6 +105,17 @@ def test_images_of_one_name_are_all_written(run, tmp_path):
     assert all((tmp_path / "out" / name).is_file() for name in names)
 
 
+def test_purified_faces_do_not_take_the_place_of_the_faces(run, tmp_path):
+    write_image(tmp_path / "x.png", torch.rand(3, 20, 24))
+    before = (tmp_path / "x.png").read_bytes()
+    for changes in ({}, {"clean": tmp_path, "images": (tmp_path / "a" / "x.png",)}):
+        write_image(tmp_path / "a" / "x.png", torch.rand(3, 20, 24))
+        options = {"images": (tmp_path,), "output": tmp_path, "run": run, "device": "cpu"} | changes
+        with pytest.raises(UserError, match="x.png would be overwritten by a result: give another --output"):
+            predict(Purify(**options))
+    assert (tmp_path / "x.png").read_bytes() == before
+
+
 def test_evaluation_needs_the_variant_that_the_claims_are_about(run):
     config = run / "config.json"
     before = config.read_text()
