@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shared.io import read_utf8
 from shared.runtime import UserError
 
 NOUNS = {
@@ -65,10 +66,9 @@ def read_attributes(path: Path) -> dict[str, set[str]]:
 
     Line 1 the count, line 2 forty names, then `0.jpg -1 1 ...`. UserError names a line that does not fit.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such attribute file") from None
+    if not path.is_file():
+        raise UserError(f"{path}: no such attribute file")
+    lines = read_utf8(path, "an attribute file").splitlines()
     if len(lines) < 3:
         raise UserError(f"{path}: expected a count, a line of names and a line for each picture")
     names = lines[1].split()

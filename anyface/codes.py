@@ -17,7 +17,7 @@ from anyface.datasets import Layout, open_set, write_codes
 from anyface.model import Stream
 from anyface.use import EXPLAINED, invert
 from anyface.weights import load_clip, load_e4e, load_generator
-from shared.io import progress, read_image
+from shared.io import progress, read_image, read_utf8
 from shared.runtime import UserError, parse, pick_device, run_main
 from shared.weights import load_torch
 
@@ -56,7 +56,7 @@ def convert(latents: Path, names: Path | None, out: Path, paths: bool = False) -
         raise UserError(f"{latents}: expected one tensor of codes (N, L, D)")
     if names is None or not names.is_file():
         raise UserError(f"--names {names}: a text file with the file name of each row of {latents} is needed")
-    files = [Path(line.strip()) for line in names.read_text().splitlines() if line.strip()]
+    files = [Path(line.strip()) for line in read_utf8(names, "a list of files").splitlines() if line.strip()]
     faces = [str(file.with_suffix("")) if paths else file.stem for file in files]
     if len(faces) != len(codes) or len(set(faces)) != len(faces):
         raise UserError(f"{names}: {len(faces)} names, {len(set(faces))} different, for {len(codes)} codes")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 
 from dfgc2022.augment import self_blend, test_transform, train_transform
 from dfgc2022.protocol import PARTS, Clip
-from shared.io import VIDEO_ENDINGS, find_images
+from shared.io import VIDEO_ENDINGS, find_images, read_utf8
 from shared.runtime import UserError
 
 
@@ -211,7 +212,10 @@ def faceforensics(root: Path, compression: str = "c23", methods: Sequence[str] =
     splits = {}
     for split in ("train", "val", "test"):
         path = root / "splits" / f"{split}.json"
-        for pair in _read_json(path) if path.exists() else []:
+        pairs = _read_json(path, list) if path.exists() else []
+        if not all(isinstance(pair, list) and all(isinstance(name, str) for name in pair) for pair in pairs):
+            raise UserError(f"{path}: expected pairs of names of videos")
+        for pair in pairs:
             splits |= {name: split for name in (*pair, "_".join(pair), "_".join(pair[::-1]))}
     places = [(root / "original_sequences" / "youtube", 0, "original")]
     if "DeepFakeDetection" in methods:
@@ -232,7 +236,8 @@ def celeb_df(root: Path) -> list[Video]:
     listing = root / "List_of_testing_videos.txt"
     if not listing.is_file():
         raise UserError(f"{listing}: no such file; it comes with Celeb-DF v2")
-    testing = {line.split()[1] for line in listing.read_text().splitlines() if len(line.split()) == 2}
+    lines = read_utf8(listing, "a list of videos").splitlines()
+    testing = {line.split()[1] for line in lines if len(line.split()) == 2}
     videos = []
     for name, label in (("Celeb-real", 0), ("YouTube-real", 0), ("Celeb-synthesis", 1)):
         for path in _videos(root / name, "Celeb-DF v2"):
@@ -248,8 +253,10 @@ def dfdc(root: Path) -> list[Video]:
         raise UserError(f"{root}: no dfdc_train_part_* here; get DFDC from its Kaggle page")
     videos = []
     for folder in folders:
-        for name, entry in _read_json(folder / "metadata.json").items():
+        for name, entry in _read_json(folder / "metadata.json", dict).items():
             path = folder / name
+            if not isinstance(entry, dict) or "label" not in entry:
+                raise UserError(f"{folder / 'metadata.json'}: {name} has no label")
             if not path.is_file():
                 raise UserError(f"{path}: named in metadata.json but not there")
             videos.append(Video(path, int(entry["label"] == "FAKE"), f"DFDC/{folder.name}", "train"))
@@ -264,9 +271,8 @@ def deeperforensics(root: Path, method: str = "end_to_end_mix_4_distortions") ->
     for split in ("train", "val", "test"):
         path = root / "lists" / "splits" / f"{split}.txt"
         if path.exists():
-            splits |= {
-                Path(line.strip()).name: split for line in path.read_text().splitlines() if line.strip()
-            }
+            lines = read_utf8(path, "a list of videos").splitlines()
+            splits |= {Path(line.strip()).name: split for line in lines if line.strip()}
     fakes = _videos(root / "manipulated_videos" / method, "DeeperForensics-1.0")
     reals = _videos(root / "source_videos", "DeeperForensics-1.0")
     videos = [Video(path, 0, "DeeperForensics/source") for path in reals]
@@ -304,7 +310,7 @@ def dfgc2022(root: Path, parts: Sequence[str] = PARTS) -> TestSet:
         name = "Private" if part == "Private-1" else part
         if part == "Private-2" and not (base / name).is_dir():
             continue
-        for video, label in _read_json(base / f"{name} Label.json").items():
+        for video, label in _read_json(base / f"{name} Label.json", dict).items():
             row, path = meta.get(_stem(video), {}), base / name / video
             if label not in (0, 1):
                 raise UserError(f"{base / name} Label.json: label {label!r} of {video} is neither 0 nor 1")
@@ -336,7 +342,7 @@ def read_rounds(folder: Path) -> dict[str, str]:
     rounds: dict[str, str] = {}
     for number in "123":
         path = folder / f"metadata_C{number}.txt"
-        for target in path.read_text().split() if path.is_file() else ():
+        for target in read_utf8(path, "a list of targets").split() if path.is_file() else ():
             if rounds.setdefault(target, number) != number:
                 raise UserError(f"{path}: {target} is a target of round {rounds[target]} already")
     return rounds
@@ -384,11 +390,14 @@ def _videos(folder: Path, dataset: str) -> list[Path]:
     return videos
 
 
-def _read_json(path: Path):
+def _read_json(path: Path, kind: type[list] | type[dict]) -> Any:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: expected a JSON {'list' if kind is list else 'object'}")
+    return content
 
 
 def _stem(name: str) -> str:

@@ -6,6 +6,7 @@ scripts, so the order in the files matters.
 """
 
 import csv
+import io
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfl.data import ClientData, Federated, Samples
-from shared.io import IMAGE_ENDINGS, find_images, progress, read_image
+from shared.io import IMAGE_ENDINGS, find_images, progress, read_image, read_utf8
 from shared.runtime import UserError
 from shared.weights import load_pickle
 
@@ -282,8 +283,7 @@ def folder(config: "Config") -> Federated:
 def _with_attributes(
     data: Federated, table: Path, root: Path, files: dict[tuple[str, str], list[Path]], held_out: str | None
 ) -> Federated:
-    with open(table, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(io.StringIO(read_utf8(table, "a table of attributes"), newline="")))
     if not rows or not {"file", "attribute"} <= rows[0].keys():
         raise UserError(f"{table}: expected a header with the columns file and attribute")
     values = sorted({row["attribute"] for row in rows})

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from faceswapper.drawing import face_mask
 from shared.faces import BISENET_CLASSES, CLASSES
-from shared.io import find_images, read_image
+from shared.io import find_images, read_image, read_utf8
 from shared.runtime import UserError
 
 PublicSet = Literal["celeba", "vggface2", "celeba-hq", "ffhq", "folder"]
@@ -210,7 +210,7 @@ def read_swap_list(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         raise UserError(f"no list of swaps {path}; {FF_LAYOUT}")
     pairs = []
-    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_utf8(path, "a list of swaps").splitlines(), 1):
         words = line.split()
         if not words:
             continue

@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from irisusformer.losses import IGNORE
-from shared.io import IMAGE_ENDINGS, find_images, read_image
+from shared.io import IMAGE_ENDINGS, find_images, read_image, read_utf8
 from shared.runtime import UserError
 
 IMAGE_FOLDERS = ("image", "images", "JPEGImages")
@@ -216,7 +216,7 @@ def split_list(pairs: list[Pair], root: Path, split: str) -> list[Pair]:
 def listed_pairs(pairs: list[Pair], listed: Path) -> list[Pair]:
     """The pairs that a text file names, in its order: a line is a name, with or without its ending."""
     by_name = {pair.name: pair for pair in pairs}
-    lines = [line.strip() for line in listed.read_text().splitlines() if line.strip()]
+    lines = [line.strip() for line in read_utf8(listed, "a list of names").splitlines() if line.strip()]
     found = [by_name.get(line, by_name.get(Path(line).stem)) for line in lines]
     missing = [line for line, pair in zip(lines, found, strict=True) if pair is None]
     if missing:

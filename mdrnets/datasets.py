@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mdrnets.masks import list_images
 from mdrnets.parser import GROUPS, group_of_label
 from shared.faces import BISENET_CLASSES, CLASSES
-from shared.io import read_image
+from shared.io import read_image, read_utf8
 from shared.runtime import UserError
 
 CELEBA_LAYOUT = """expected under --data-root:
@@ -118,7 +118,8 @@ def _read_mapping(path: Path) -> dict[int, int]:
     """CelebA-HQ number -> CelebA picture number (1 to 202599). The file's columns: idx orig_idx orig_file."""
     if not path.is_file():
         raise UserError(f"--split celeba: no file {path}; {CELEBA_LAYOUT}")
-    rows = [line.split() for line in path.read_text().splitlines()[1:] if line.strip()]
+    rows = [line.split() for line in read_utf8(path, "a table of numbers").splitlines()[1:]]
+    rows = [row for row in rows if row]
     if any(len(row) != 3 or not (row[0].isdigit() and Path(row[2]).stem.isdigit()) for row in rows):
         raise UserError(f"{path}: expected lines of 'idx orig_idx orig_file' below a heading")
     return {int(row[0]): int(Path(row[2]).stem) for row in rows}
@@ -151,7 +152,9 @@ def picture_list(path: Path, root: Path, size: int) -> FacePictures:
     missing."""
     if not path.is_file():
         raise UserError(f"picture list: no file {path}")
-    files = [root / line.strip() for line in path.read_text().splitlines() if line.strip()]
+    files = [
+        root / line.strip() for line in read_utf8(path, "a list of pictures").splitlines() if line.strip()
+    ]
     missing = next((file for file in files if not file.is_file()), None)
     if missing or not files:
         raise UserError(

@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 
 from shared.runtime import UserError
 
@@ -81,11 +83,15 @@ def read_json(path: Path, name: str) -> Any:
         raise UserError(f"{name}: {path} is not readable as its list of splits ({error})") from None
 
 
+NOT_MATLAB = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MatReadError, zlib.error)
+"""What `loadmat` stumbles over in a damaged file."""
+
+
 def read_mat(path: Path, name: str) -> dict:
     """Variables of a MATLAB file (before 7.3). Raises UserError when it is not readable."""
     try:
         return loadmat(path)
-    except (OSError, ValueError, NotImplementedError) as error:
+    except NOT_MATLAB as error:
         raise UserError(f"{name}: {path} is not readable as a MATLAB file ({error})") from None
 
 

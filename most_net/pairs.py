@@ -14,7 +14,7 @@ from torch import Tensor
 from most_net.align import EYES, HEIGHT, WIDTH, align_to_eyes, read_eyes
 from most_net.data import Pairs
 from most_net.metrics import image_files
-from shared.io import find_images, progress, read_image
+from shared.io import find_images, progress, read_image, read_utf8
 from shared.runtime import UserError
 
 Layout = Literal["auto", "list", "folders", "original", "side-by-side", "fs2k"]
@@ -123,10 +123,9 @@ def _recognise(root: Path, train_list: Path | None) -> Layout:
 
 def read_list(root: Path, path: Path) -> list[Pair]:
     """Lines "photo||sketch[||...]" relative to `root`; what follows the sketch is ignored."""
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such list") from None
+    if not path.is_file():
+        raise UserError(f"{path}: no such list")
+    lines = [line.strip() for line in read_utf8(path, "a list of pairs").splitlines()]
     pairs = []
     for number, line in enumerate(lines, 1):
         if not line:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from pin.world import draw_people
 from shared.faces import draw, make_params, sample_ages, sample_attributes, sample_identities
-from shared.io import find_images, read_image, to_pil
+from shared.io import find_images, read_image, read_utf8, to_pil
 from shared.runtime import UserError
 from shared.weights import load_pickle
 
@@ -65,12 +65,8 @@ def align(image: np.ndarray, landmarks: np.ndarray, size: int = 112) -> np.ndarr
 
 def read_landmarks(path: Path) -> dict[str, np.ndarray]:
     """`file x1 y1 ... x5 y5` lines (CelebA's landmark lists, or your own) -> file -> (5, 2) pixels."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: landmark list not readable ({error.strerror})") from None
     found = {}
-    for line in lines:
+    for line in read_utf8(path, "a list of landmarks").splitlines():
         fields = line.split()
         if len(fields) == 11:
             try:
@@ -197,8 +193,9 @@ def celeba(root: Path, size: int, landmarks: Path | None = None) -> ImageFiles:
             f"{root}: no CelebA here; expected {root}/img_align_celeba/000001.jpg (mmlab.ie.cuhk.edu.hk)"
         )
     record = root / "identity_CelebA.txt"
+    listed = read_utf8(record, "a list of identities").splitlines() if record.is_file() else []
     identities: dict[str, int] = {}
-    for number, line in enumerate(record.read_text().splitlines() if record.is_file() else (), 1):
+    for number, line in enumerate(listed, 1):
         name, _, person = line.strip().partition(" ")
         if not person.strip().isdigit():
             raise UserError(f"{record}, line {number}: {line!r} is not '<image> <number of the person>'")
@@ -233,10 +230,9 @@ def lfw_pairs(root: Path, pairs: Path | None = None, size: int = 112, landmarks:
     pairs = pairs or root / "pairs.txt"
     try:
         lines = [line.split() for line in pairs.read_text().splitlines() if line.strip()]
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{pairs}: pair list not readable ({error.strerror}); LFW's pairs.txt comes from "
-            f"vis-www.cs.umass.edu/lfw"
+            f"{pairs}: pair list not readable ({error}); LFW's pairs.txt comes from vis-www.cs.umass.edu/lfw"
         ) from None
     header = lines[0] if lines and all(field.isdigit() for field in lines[0]) else None
     entries = [_pair(root, fields, pairs) for fields in lines[1 if header else 0 :]]

@@ -67,6 +67,15 @@ def images_of(place: Path, subfolders: bool = True) -> list[Path]:
     return found
 
 
+def read_utf8(path: Path, what: str) -> str:
+    """A text file in UTF-8, with or without the mark that spreadsheets begin with. what: it should be, for
+    people. Raises UserError that names a missing file, and one that is no such text."""
+    try:
+        return path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as {what} in UTF-8 ({error})") from None
+
+
 def keep_inputs(inputs: Iterable[Path], results: Iterable[Path], option: str = "--out") -> None:
     """Raises UserError when a result would be written over a file that it is made from; asked before anything
     is computed. Results of an earlier call may be replaced."""

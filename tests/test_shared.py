@@ -96,6 +96,24 @@ def test_files_are_found_by_their_endings(tmp_path):
     assert [path.name for path in io.find_images(tmp_path, endings=(".npy",))] == ["x.NPY"]
 
 
+def test_text_is_utf8_with_or_without_a_mark(tmp_path):
+    path = tmp_path / "liste.txt"
+    for mark in (b"", b"\xef\xbb\xbf"):
+        path.write_bytes(mark + "Zoë\n".encode())
+        assert io.read_utf8(path, "a list") == "Zoë\n"
+    path.write_bytes("Zoë".encode("latin-1"))
+    for broken in (path, tmp_path / "absent.txt", tmp_path):
+        with pytest.raises(UserError, match=f"{broken.name}: not readable as a list in UTF-8"):
+            io.read_utf8(broken, "a list")
+
+
+def test_inputs_are_kept(tmp_path):
+    io.keep_inputs([tmp_path / "a.png"], [tmp_path / "b.png"])
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="link.a.png would be overwritten by a result: give another --out"):
+        io.keep_inputs([tmp_path / "b.png", tmp_path / "link" / "a.png"], [tmp_path / "a.png"])
+
+
 @pytest.mark.parametrize("ending", ["jpg", "png"])
 def test_a_photo_is_turned_upright(tmp_path, ending):
     pixels = np.zeros((16, 24, 3), np.uint8)

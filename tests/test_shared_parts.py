@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from shared import runtime
 from shared.io import load_safetensors, save_safetensors
 from shared.irse import IRSE, Trunk
 from shared.loop import Position, average_gradients, follow
@@ -105,6 +106,26 @@ def test_gradients_of_two_processes(monkeypatch):
         torch.testing.assert_close(p.grad, 1.5 * g)
     assert all(bool((p.grad == 4).all()) for p in layers[1].parameters())
     assert all(p.grad is None for p in layers[2].parameters())
+
+
+# --- processes and precision ------------------------------------------------------------------------
+
+
+def test_one_of_several_processes_prints(monkeypatch, capsys):
+    for number in (0, 1, 2):
+        monkeypatch.setattr(runtime, "rank", lambda number=number: number)
+        runtime.print_once(f"folder of {number}")
+    assert capsys.readouterr().out == "folder of 0\n"
+
+
+def test_types_are_kept_whatever_autocast_says():
+    x = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        with runtime.own_type(x):
+            assert (x @ x).dtype == torch.float32
+    with runtime.own_type(x.to("meta")):  # where costs are counted
+        assert (x.to("meta") @ x.to("meta")).dtype == torch.float32
 
 
 # --- files of networks ----------------------------------------------------------------------------
