@@ -15,7 +15,8 @@ from shared.report import PAPERS
 from shared.runtime import REPOSITORY, UserError, run_main
 
 TITLE = (
-    "# Benchmarks\n\nMeasured by `make bench`. Every table comes from one run of one script on one machine.\n"
+    "# Benchmarks\n\nMeasured by `make bench` where a section says nothing else. "
+    "Every table comes from one run of one script on one machine.\n"
 )
 
 

@@ -121,7 +121,8 @@ class Bomb:
 
 @pytest.mark.parametrize("paper", HERE)
 def test_hostile_truncated_and_foreign_checkpoints(paper, copy, tmp_path):
-    """Every file of the checkpoint in turn: training and evaluation name it and run nothing in it."""
+    """A file of weights and one of the other kind in turn: training and evaluation name it and run nothing in
+    it."""
     folder, mark = copy(paper), tmp_path / "executed"
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".pt"))
     assert any(path.suffix == ".pt" for path in files)
