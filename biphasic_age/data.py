@@ -66,10 +66,6 @@ class FaceSet:
     def load(self, i: int) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def label(self, i: int) -> str:
-        """How messages and tables name picture i."""
-        return f"{self.name} {i}"
-
 
 class MemoryFaces(FaceSet):
     """Faces or scenes that were drawn. images (N, 3, S, S) in [0, 1], layouts (N, S, S) uint8; params: what
@@ -105,9 +101,6 @@ class FileFaces(FaceSet):
         if record.layout is None:
             return image, torch.zeros(self.size, self.size, dtype=torch.uint8)
         return image, datasets.read_layout(record.layout, self.size, self.order)
-
-    def label(self, i: int) -> str:
-        return self.records[i].path.name
 
 
 def sample_people(people: int, seed: int, pictures: int = 1) -> tuple[faces.Params, Tensor]:

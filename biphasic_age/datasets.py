@@ -137,7 +137,8 @@ def read_ffhq_aging(root: Path) -> list[Record]:
 def read_list(path: Path) -> list[Record]:
     """A CSV list with the heading path,age,identity and optionally layout and sex; paths relative to it.
 
-    Raises UserError with the line for a missing column, picture or layout and for an age that is no number.
+    Raises UserError with the line for a missing column, picture or layout, for an age that is no number and
+    for a sex that is neither M nor F.
     """
     if not path.is_file():
         raise UserError(f"--list: no file {path}; expected CSV with the heading path,age,identity")
@@ -154,7 +155,10 @@ def read_list(path: Path) -> list[Record]:
             age = -1.0
         if not 0 <= age <= 130:
             raise UserError(f"{path}, line {line}: age {row['age']!r} is not a number of years (0 to 130)")
-        records.append(Record(picture, age, row["identity"], row.get("sex") or "", layout))
+        sex = (row.get("sex") or "").strip().upper()
+        if sex not in ("", "M", "F"):
+            raise UserError(f"{path}, line {line}: sex {row['sex']!r} is neither M nor F nor empty")
+        records.append(Record(picture, age, row["identity"], sex, layout))
     if not records:
         raise UserError(f"{path}: lists no picture")
     return records

@@ -175,6 +175,11 @@ def open_judges(
         if drawn
         else open_faces(config, data, "test", config.seed)
     )
+    if len(test.people[:CALIBRATION_FACES].unique()) < 2:
+        raise UserError(
+            f"{data}: the test fold shows one person alone, and the identity judge's threshold needs pairs "
+            "of different people: use a larger set"
+        )
     source = cache(partial(teachers, settings, config, data))
     age, identity = (
         open_judge(name, settings, config, data, folder, device, len(test.attribute_names), source)

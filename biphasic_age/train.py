@@ -69,7 +69,7 @@ class Config(RunConfig):
     data_root: Path | None = None
     """Folder of a public set."""
     list: Path | None = None
-    """CSV file path,age,identity[,layout] for `--data csv`."""
+    """CSV file path,age,identity[,layout][,sex] for `--data csv`."""
     layouts: bool = True
     """Use label maps; without them every picture is one class and only the ablation makes sense."""
     layout_root: Path | None = None

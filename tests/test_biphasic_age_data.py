@@ -154,12 +154,15 @@ def test_csv_list_and_its_faults(tmp_path):
     first, second = datasets.read_list(path)
     assert (first.age, first.identity, first.layout) == (33.5, "Ann", tmp_path / "a" / "map.png")
     assert second.layout is None
+    path.write_text("path,age,identity,sex\na/1.png,30,Ann,f\na/1.png,60,Ann,\n")
+    assert [record.sex for record in datasets.read_list(path)] == ["F", ""]
     for text, message in (
         ("path,age\na/1.png,3\n", "no column identity"),
         ("path,age,identity\na/2.png,3,Ann\n", r"line 2: no file .*2\.png"),
         ("path,age,identity\na/1.png,old,Ann\n", "line 2: age 'old' is not a number of years"),
         ("path,age,identity\na/1.png,,Ann\n", "line 2: .* must all be given"),
         ("path,age,identity\n", "lists no picture"),
+        ("path,age,identity,sex\na/1.png,3,Ann,female\n", "line 2: sex 'female' is neither M nor F"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -172,6 +172,15 @@ def test_judges_are_kept_until_they_are_asked_for_differently(tmp_path, monkeypa
     assert as_kept(EvalConfig(), tmp_path, "morph") == EvalConfig()
 
 
+def test_one_person_alone_gives_no_threshold(tmp_path, monkeypatch):
+    monkeypatch.setattr(faces_eval, "CALIBRATION_PEOPLE", 1)
+    for kind in ("age", "identity"):
+        monkeypatch.setattr(faces_eval, f"train_{kind}_judge", lambda *given: None)
+    settings = EvalConfig(judge_width=4, judge_people=4, device="cpu")
+    with pytest.raises(UserError, match="the test fold shows one person alone"):
+        open_judges(settings, replace(PRESETS["demo"], image_size=16), "faces", tmp_path, torch.device("cpu"))
+
+
 def onnx_file(path, output: str, size: int | str = "S") -> None:
     """A network that averages the picture over its pixels: (N, 3); or over all numbers: (N, 1)."""
     axes = [2, 3] if output == "embedding" else [1, 2, 3]
