@@ -23,7 +23,7 @@ from anyface.attention import picture, word_weights
 from anyface.bundle import Model, load_model, load_plus_plus
 from anyface.gallery import grid, labelled_row, write_page
 from anyface.weights import load_e4e, load_generator
-from shared.io import read_image, write_image
+from shared.io import keep_inputs, read_image, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -175,10 +175,13 @@ def find_source(config: PredictConfig, model: Model) -> tuple[Tensor, dict, list
 
 def manipulate(config: PredictConfig, model: Model, captions: list[str]) -> dict:
     """Edit one face towards the captions together; writes strip, face and page, returns the record.
-    UserError when that would overwrite the codes it begins with."""
+    UserError when that would overwrite the codes or the picture it begins with."""
     codes = config.out / "codes.safetensors"
     if config.code is not None and config.code.resolve() == codes.resolve():
         raise UserError(f"--code {config.code} would be overwritten by the edit's codes: give another --out")
+    if config.edit is not None:
+        made = ("inverted", "source", "edited", "strip")
+        keep_inputs([config.edit], (config.out / f"{name}.png" for name in made))
     source, record, warnings = find_source(config, model)
     wanted = use.combined_code(model, captions)
     layers = model.generator.n_latent

@@ -32,7 +32,7 @@ from mdrnets.inpaint import (
 from mdrnets.masks import Polarity, list_images
 from mdrnets.mechanism import memory_replaced
 from mdrnets.parser import paint_parts
-from shared.io import image_grid, progress, read_photo, write_image
+from shared.io import image_grid, keep_inputs, progress, read_photo, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -159,6 +159,9 @@ def main(config: PredictConfig) -> Path:
             mask_path = next((file for file in named if file.is_file()), None)
             if mask_path is None:
                 raise UserError(f"{config.mask}: no mask {path.stem}.png for {path}")
+        results = ("completed", "coarse", "parsing", "attention", "sheet")
+        inputs = [path] if mask_path is None else [path, mask_path]
+        keep_inputs(inputs, (config.out / place / f"{name}.png" for name in results))
         image, mask, remarks = read_inputs(config, model, path, mask_path)
         with one_slot(model, config.part, config.slot):
             done = complete(model, image, mask, config.crop, config.blend)

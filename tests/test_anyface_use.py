@@ -301,6 +301,11 @@ def test_predict_edits_a_picture_and_then_its_code(folder, tmp_path, capsys):
     with pytest.raises(UserError, match="codes.safetensors would be overwritten.*another --out"):
         predict("red hair", "--code", code, "--row", 1, "--run", folder, "--out", tmp_path / "out")
     assert code.read_bytes() == before
+    picture = tmp_path / "out" / "edited.png"
+    before = picture.read_bytes()
+    with pytest.raises(UserError, match="edited.png would be overwritten by a result: give another --out"):
+        predict("red hair", "--edit", picture, "--run", folder, "--out", tmp_path / "out")
+    assert picture.read_bytes() == before
 
 
 def test_predict_says_what_is_wrong(folder, tmp_path):

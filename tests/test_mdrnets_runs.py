@@ -320,6 +320,16 @@ def test_grey_transparent_and_damaged_pictures(run_folder, tmp_path):
         run_predict(run_folder, tmp_path, picture=tmp_path / "d.png", mask=mask)
 
 
+def test_a_completed_picture_is_not_replaced_by_what_is_made_of_it(run_folder, tmp_path):
+    face, mask = (
+        Path(save(tmp_path / "out" / f"{n}.png", x)) for n, x in (("sheet", picture()), ("m", hole()))
+    )
+    before = face.read_bytes()
+    with pytest.raises(UserError, match="sheet.png would be overwritten by a result: give another --out"):
+        run_predict(run_folder, tmp_path, picture=face, mask=mask)
+    assert face.read_bytes() == before and not (tmp_path / "out" / "completed.png").exists()
+
+
 def test_an_empty_mask_returns_the_picture_unmarked(run_folder, tmp_path):
     face, mask = Path(save(tmp_path / "f.png", picture())), Path(save(tmp_path / "m.png", 0 * hole()))
     record = run_predict(run_folder, tmp_path, picture=face, mask=mask)
