@@ -8,6 +8,7 @@ with the change of every part of the face. Pictures are marked as synthetic in t
 person at another age is a guess, not evidence: do not pass it off as a photograph.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,9 @@ def read_strengths(words: tuple[str, ...]) -> dict[str, float]:
         try:
             strengths[part] = float(share)
         except ValueError:
-            raise UserError(f"--strength {word}: write PART=SHARE, for example hair=0.5") from None
+            strengths[part] = math.nan
+        if not math.isfinite(strengths[part]):
+            raise UserError(f"--strength {word}: write PART=SHARE, for example hair=0.5")
     return strengths
 
 

@@ -106,6 +106,7 @@ def test_pictures_of_one_name_in_a_folder_have_results_of_their_own(runs, tmp_pa
         ({"ages": ("7",)}, "outside"),
         ({"ages": ("old",)}, "not numbers of years"),
         ({"strength": ("hair",)}, "write PART=SHARE"),
+        ({"strength": ("skin=1", "hair=nan")}, "--strength hair=nan: write PART=SHARE"),
         ({"picture": "absent.png"}, "no such picture or folder"),
         ({"picture": "."}, "no pictures in this folder"),
         ({"layout": "absent.png"}, "no layout"),
