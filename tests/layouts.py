@@ -284,7 +284,7 @@ def reid(root: Path) -> None:
             paint(root / "grid" / view / f"{person:04d}_{name}.jpeg")
     cells = np.empty((1, 10), dtype=object)
     for n in range(10):
-        cells[0, n] = {"first": [0], "second": [0], "third": np.array([[1]])}
+        cells[0, n] = {"first": [0], "second": [0], "third": np.array([[99]])}
     savemat(root / "grid/features_and_partitions.mat", {"trainIdxAll": cells})
 
 
