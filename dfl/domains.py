@@ -286,6 +286,9 @@ def _with_attributes(
     rows = list(csv.DictReader(io.StringIO(read_utf8(table, "a table of attributes"), newline="")))
     if not rows or not {"file", "attribute"} <= rows[0].keys():
         raise UserError(f"{table}: expected a header with the columns file and attribute")
+    short = next((row for row in rows if not row["file"] or row["attribute"] is None), None)
+    if short is not None:
+        raise UserError(f"{table}: no attribute in the line of {short['file']!r}")
     values = sorted({row["attribute"] for row in rows})
     known = {row["file"]: values.index(row["attribute"]) for row in rows}
 

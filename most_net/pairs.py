@@ -136,6 +136,8 @@ def read_list(root: Path, path: Path) -> list[Pair]:
         photo, sketch = (root / field.strip() for field in fields[:2])
         subset = Path(fields[0]).parts[0]
         pairs.append(Pair(f"{subset}-{photo.stem}", photo, sketch, subset))
+    if not pairs:
+        raise UserError(f"{path}: lists no pair")
     return pairs
 
 

@@ -216,6 +216,9 @@ def test_folder_federation_with_attributes(tmp_path):
     (tmp_path / "attributes.csv").write_text("\n".join(rows[:-1]) + "\n")
     with pytest.raises(UserError, match="no attribute for empty/test/attack/0.png"):
         load_data(config, 0)
+    (tmp_path / "attributes.csv").write_text("\n".join(rows[:4]) + "\nsensor b/train/att")
+    with pytest.raises(UserError, match="attributes.csv: no attribute in the line of 'sensor b/train/att'"):
+        load_data(config, 0)
     (tmp_path / "sensor b" / "test").rename(tmp_path / "sensor b" / "tests")
     with pytest.raises(UserError, match="sensor b: has train/ and no test/"):
         load_data(config, 0)

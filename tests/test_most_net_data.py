@@ -56,6 +56,9 @@ def test_lists(tmp_path):
     train.write_text("AR/photos/1.png AR/sketches/1.png\n")
     with pytest.raises(UserError, match=r"train.txt, line 1: expected photo\|\|sketch"):
         load_dataset("pairs", tmp_path, train_list=train)
+    train.write_text("\n")
+    with pytest.raises(UserError, match="train.txt: lists no pair"):
+        load_dataset("pairs", tmp_path, train_list=train)
 
 
 @pytest.mark.parametrize("join", ["{}_{}", "{}/{}"])
