@@ -89,11 +89,11 @@ def dfdc_crops(root: Path, parts: range = range(50)) -> tuple[list[CropFolder], 
     folders = [root / f"dfdc_train_part_{part}" for part in parts]
     here = [folder for folder in folders if folder.is_dir()]
     for folder in here:
-        for name, entry in _read_json(folder / "metadata.json").items():
+        for name, label in _dfdc_labels(folder).items():
             if next((folder / name).glob("*.png"), None) is None:
                 empty += 1
             else:
-                found.append(CropFolder(folder / name, int(entry["label"] == "FAKE")))
+                found.append(CropFolder(folder / name, label))
     if not found:
         raise UserError(f"{root}: no crops in dfdc_train_part_0 ... dfdc_train_part_49")
     if len(here) < len(folders):
@@ -253,14 +253,22 @@ def dfdc(root: Path) -> list[Video]:
         raise UserError(f"{root}: no dfdc_train_part_* here; get DFDC from its Kaggle page")
     videos = []
     for folder in folders:
-        for name, entry in _read_json(folder / "metadata.json", dict).items():
+        for name, label in _dfdc_labels(folder).items():
             path = folder / name
-            if not isinstance(entry, dict) or "label" not in entry:
-                raise UserError(f"{folder / 'metadata.json'}: {name} has no label")
             if not path.is_file():
                 raise UserError(f"{path}: named in metadata.json but not there")
-            videos.append(Video(path, int(entry["label"] == "FAKE"), f"DFDC/{folder.name}", "train"))
+            videos.append(Video(path, label, f"DFDC/{folder.name}", "train"))
     return videos
+
+
+def _dfdc_labels(folder: Path) -> dict[str, int]:
+    """metadata.json of a part: name of a video -> 1 for a fake, otherwise 0."""
+    path = folder / "metadata.json"
+    entries = _read_json(path, dict)
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or "label" not in entry:
+            raise UserError(f"{path}: {name} has no label")
+    return {name: int(entry["label"] == "FAKE") for name, entry in entries.items()}
 
 
 def deeperforensics(root: Path, method: str = "end_to_end_mix_4_distortions") -> list[Video]:

@@ -129,9 +129,15 @@ def test_dfdc_videos_and_crops(tmp_path, capsys):
     folders, empty = dfdc_crops(tmp_path)
     assert [(f.folder.name, f.label) for f in folders] == [("a.mp4", 1)] and empty == 1
     assert "49 of 50 parts of DFDC are not there" in capsys.readouterr().out
-    touch(part / "metadata.json", b"{")
-    with pytest.raises(UserError, match="not readable as JSON"):
-        dfdc(tmp_path)
+    for content, message in (
+        (b"{", "not readable as JSON"),
+        (b"[]", "expected a JSON object"),
+        (b'{"a.mp4": {"split": "train"}}', "metadata.json: a.mp4 has no label"),
+    ):
+        touch(part / "metadata.json", content)
+        for reader in (dfdc, dfdc_crops):
+            with pytest.raises(UserError, match=message):
+                reader(tmp_path)
 
 
 def test_deeperforensics(tmp_path):
