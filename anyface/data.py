@@ -99,7 +99,7 @@ class Cache:
 
     codes w (N, L, D); image features f_i (N, F) of the reconstructions G(w); text features f_t (N, K, F),
     rows beyond a face's own captions empty; counts (N,) of captions; mean code (1, L, D); tokens (N, K, T),
-    only for a text stream that reads words.
+    only for a text stream that reads words; ids (N,) of `face_ids`, None for row numbers.
     """
 
     codes: Tensor
@@ -108,6 +108,13 @@ class Cache:
     counts: np.ndarray
     mean: Tensor
     tokens: Tensor | None = None
+    ids: np.ndarray | None = None
+
+
+def face_ids(names: list[str]) -> np.ndarray:
+    """The number (N,) that each face is called by, which chooses its caption in the released code; of a name
+    that is no number, its place in the list."""
+    return np.array([int(name) if name.isdecimal() else i for i, name in enumerate(names)])
 
 
 @torch.no_grad()
@@ -172,7 +179,7 @@ def build_cache(
     if images:
         image = reconstruction_features(faces, clip, generator, clip_input, device, batch)
     codes = faces.codes.to(device)
-    return Cache(codes, image, text, counts, codes.mean(0, keepdim=True), tokens)
+    return Cache(codes, image, text, counts, codes.mean(0, keepdim=True), tokens, face_ids(faces.names))
 
 
 def draw_pairs(
@@ -191,8 +198,8 @@ def draw_pairs(
     rng = step_generator(seed, step, stream=11)
     jump = torch.randint(1, n, (len(faces),), generator=rng).numpy()
     other = (faces + jump) % n
-    own_caption = choose_captions(cache.counts, faces, draws, seed, choice)
-    other_caption = choose_captions(cache.counts, other, draws, seed + 1, choice)
+    own_caption = choose_captions(cache.counts, faces, draws, seed, choice, cache.ids)
+    other_caption = choose_captions(cache.counts, other, draws, seed + 1, choice, cache.ids)
     # One copy to the device that the loop does not wait for.
     drawn = torch.from_numpy(np.stack((faces, own_caption, other, other_caption)))
     face, own, other, others = drawn.to(cache.codes.device, non_blocking=True)

@@ -271,16 +271,22 @@ def _one_code(path: Path) -> Tensor:
 
 
 def choose_captions(
-    counts: Sequence[int], faces: np.ndarray, draws: np.ndarray, seed: int, choice: Literal["sample", "id"]
+    counts: Sequence[int],
+    faces: np.ndarray,
+    draws: np.ndarray,
+    seed: int,
+    choice: Literal["sample", "id"],
+    ids: np.ndarray | None = None,
 ) -> np.ndarray:
     """Which caption of each face a draw uses.
 
-    counts: captions of every face of the set. sample: uniformly, a pure function of (seed, draw). id: face
-    number modulo the count, the released trainer's only caption of a face.
+    counts: captions of every face of the set; faces: their rows in it. sample: uniformly, a pure function of
+    (seed, draw). id: the number that the face is called by (ids, of every face; None: its row) modulo the
+    count, the released trainer's only caption of a face.
     """
     counts = np.asarray(counts)[faces]
     if choice == "id":
-        return faces % counts
+        return (faces if ids is None else ids[faces]) % counts
     # A hash of the draw's number: the same whatever process or batch the draw falls into.
     mixed = (np.asarray(draws, np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)) * np.uint64(
         0xBF58476D1CE4E5B9

@@ -16,7 +16,15 @@ from anyface import sheets
 from anyface.baselines import nearest_caption, optimise_codes
 from anyface.claims import code_claims, mean, picture_claims
 from anyface.clip import BPETokenizer, image_features
-from anyface.data import Cache, Faces, build_cache, encode_captions, open_faces, reconstruction_features
+from anyface.data import (
+    Cache,
+    Faces,
+    build_cache,
+    encode_captions,
+    face_ids,
+    open_faces,
+    reconstruction_features,
+)
 from anyface.effects import caption_counts, caption_effects, code_effects, editing, named_accuracy, read_texts
 from anyface.judges import read
 from anyface.lightcnn import grey_faces
@@ -378,7 +386,7 @@ def main(settings: EvalConfig) -> Path:
 
 def one_caption_each(faces: Faces) -> Faces:
     """Captions reduced to number id mod count, the only one that the released test script uses."""
-    ids = [int(name) if name.isdigit() else i for i, name in enumerate(faces.names)]
+    ids = face_ids(faces.names).tolist()
     chosen = [[own[i % len(own)]] for i, own in zip(ids, faces.captions, strict=True)]
     return replace(faces, captions=chosen)
 

@@ -9,8 +9,18 @@ import torch
 from safetensors.torch import save_file
 
 from anyface.captions import NOUNS, STATES, WORN, celeba_captions, read_attributes
+from anyface.clip import WordTokenizer
 from anyface.codes import CodesOptions, main
-from anyface.data import build_cache, cut, draw_pairs, encode_captions, mixed, open_faces, world_codes
+from anyface.data import (
+    build_cache,
+    cut,
+    draw_pairs,
+    encode_captions,
+    face_ids,
+    mixed,
+    open_faces,
+    world_codes,
+)
 from anyface.datasets import (
     choose_captions,
     find_layout,
@@ -339,6 +349,23 @@ def test_caption_choice():
     assert (choose_captions(counts, np.full(6000, 30), draws, 0, "sample") < 3).all()
     part = choose_captions(counts, np.full(10, 5), np.arange(100, 110), 0, "sample")
     assert part.tolist() == chosen[100:110].tolist()
+
+
+def test_the_released_choice_goes_by_the_number_a_face_is_called_by(small, mm_celeba):
+    """Line id mod 10, wherever in its part of the set the face stands."""
+    clip, _, generator, config, _, _ = small
+    write_codes(mm_celeba / "codes.safetensors", [str(i) for i in range(5)], torch.randn(5, 8, 64))
+    faces = open_faces(replace(config, data="auto", data_root=mm_celeba), "train", generator)
+    assert faces.names == ["0", "3", "1"]
+    tokenizer = WordTokenizer.from_captions([line for own in faces.captions for line in own], 28)
+    known = (clip, tokenizer, generator, "correct", torch.device("cpu"))
+    cache = build_cache(faces, *known, words=True)
+    batch = draw_pairs(cache, [(row, row) for row in range(3)], 0, 0, "id")
+    wanted = tokenizer([f"caption {number} of face {number}" for number in (0, 3, 1)])
+    assert torch.equal(batch["tokens"], wanted)
+    others = [int(faces.names[row]) for row in batch["other"].tolist()]
+    assert torch.equal(batch["tokens_other"], tokenizer([f"caption {k} of face {k}" for k in others]))
+    assert face_ids(["12", "a/7", "5"]).tolist() == [12, 1, 5]
 
 
 def test_test_faces_are_others_and_codes_must_fit(small, mm_celeba):
