@@ -324,7 +324,7 @@ def learn(
         if position.step % config.log_every == 0 or final:
             run.log(before + position.step, **position.means(accelerator, learner.label))
         if show and (position.step % config.sample_every == 0 or final):
-            run.picture(learner.label.replace("/", "-"), show())
+            run.picture(learner.label.replace("/", "-"), show(), synthetic=f"AnyFace, step {position.step}")
         if position.step % config.checkpoint_every == 0 and not final:
             position.optimisers = [learner.optimiser.state_dict()]
             run.save(learner.models, {"position": position}, {"stage": learner.label, "step": position.step})

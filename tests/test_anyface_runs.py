@@ -10,6 +10,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from anyface import bench
@@ -219,7 +220,8 @@ def test_training_leaves_the_run_folder_described(run_folder):
     log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 2 + 3 + 3 + 2 + 1 + 4 * 4
     assert any("no-dt/0/text_mse" in row for row in log) and not any("no-cmd/0/cmd" in row for row in log)
-    assert (run_folder / "samples" / "full-0.png").is_file()
+    with Image.open(run_folder / "samples" / "full-0.png") as picture:
+        assert picture.text["DigitalSourceType"].endswith("trainedAlgorithmicMedia")
     model = load_model(run_folder)
     codes = model.codes(["a person with a hat", ""])
     assert codes.shape == (2, 8, 64) and model.paint(codes).shape == (2, 3, 64, 64)
