@@ -67,9 +67,10 @@ def to_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array[..., :3])).permute(2, 0, 1).float() / 255
 
 
-def remarks(model: Model, captions: list[str], more: list[str] = ()) -> str:
-    """Notices of all captions as Markdown."""
-    found = [notice for caption in captions for notice in use.notices(model, caption)]
+def remarks(model: Model, captions: list[str], together: bool, more: list[str] = ()) -> str:
+    """Notices of all captions, of one face each or of one together, as Markdown."""
+    groups = [captions] if together else [[caption] for caption in captions]
+    found = [notice for group in groups for notice in use.notices_together(model, group)]
     return "\n\n".join(f"**Note:** {notice}" for notice in [*found, *more])
 
 
@@ -110,7 +111,7 @@ def build_page(model: Model, folder: Path, steps: int):
         scored = [title for title in titles for _ in range(int(count))]
         scores = use.clip_scores(model, pictures.flatten(0, 1), scored)
         note = f"{len(files)} synthetic faces, mean CLIP score {sum(scores) / len(scores):.1f}."
-        return files, "\n\n".join([note, remarks(model, captions)]), codes.flatten(0, 1), 0
+        return files, "\n\n".join([note, remarks(model, captions, together)]), codes.flatten(0, 1), 0
 
     def choose(event: gr.SelectData) -> int:
         return event.index
@@ -139,7 +140,7 @@ def build_page(model: Model, folder: Path, steps: int):
         row = folder / f"strip_{save.count:05d}.png"
         write_image(row, labelled_row(pictures, [str(d) for d in degrees]), f"{model.name}, editing strip")
         note = f"degree {int(degree)} of {layers}: the larger, the more of the source stays."
-        return before, after, str(row), "\n\n".join([note, remarks(model, captions, list(warnings))])
+        return before, after, str(row), "\n\n".join([note, remarks(model, captions, True, list(warnings))])
 
     with gr.Blocks(title="AnyFace: faces from text") as page:
         gr.Markdown(

@@ -75,4 +75,4 @@ def write_page(
     ]
     small = sections[0][2].shape[-1] < 128
     rendering = "pixelated" if small else "auto"
-    path.write_text(PAGE.render(title=title, maker=maker, sections=shown, rendering=rendering))
+    path.write_text(PAGE.render(title=title, maker=maker, sections=shown, rendering=rendering), "utf-8")

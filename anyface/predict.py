@@ -23,7 +23,7 @@ from anyface.attention import picture, word_weights
 from anyface.bundle import Model, load_model, load_plus_plus
 from anyface.gallery import grid, labelled_row, write_page
 from anyface.weights import load_e4e, load_generator
-from shared.io import keep_inputs, read_image, write_image
+from shared.io import SYNTHETIC_SOURCE, keep_inputs, read_image, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -137,7 +137,8 @@ def generate(config: PredictConfig, model: Model, captions: list[str]) -> dict:
     write_image(config.out / "grid.png", grid(pictures, titles), made_by)
     for title, row in zip(titles, pictures, strict=True):
         labels = [f"draw {k}" for k in range(len(row))]
-        sections.append((title or "(no words)", use.notices(model, title), row, labels))
+        remarks = use.notices_together(model, captions if config.together else [title])
+        sections.append((title or "(no words)", remarks, row, labels))
     if config.together:
         steps = [use.combined_code(model, captions[: i + 1]) for i in range(len(captions))]
         built, _ = use.draw(model, torch.cat(steps), 1, config.seed, config.m, config.psi)
@@ -147,8 +148,12 @@ def generate(config: PredictConfig, model: Model, captions: list[str]) -> dict:
     write_page(config.out / "index.html", "Faces from captions", made_by, sections)
     save_file({"codes": codes.flatten(0, 1).cpu().contiguous()}, config.out / "codes.safetensors")
     if model.words:
-        for i, title in enumerate(titles):
-            picture(*word_weights(model, title)).savefig(config.out / f"attention_{i:03d}.png")
+        said = {
+            "DigitalSourceType": SYNTHETIC_SOURCE,
+            "Description": f"synthetic image: {made_by}, attention",
+        }
+        for i, text in enumerate([use.joined(captions)] if config.together else captions):
+            picture(*word_weights(model, text)).savefig(config.out / f"attention_{i:03d}.png", metadata=said)
     scored = [title for title in titles for _ in range(config.count)]
     scores = use.clip_scores(model, pictures.flatten(0, 1), scored)
     faces = [
@@ -214,8 +219,11 @@ def main(config: PredictConfig) -> Path:
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"{config.out}: not a folder; give another --out")
     config.out.mkdir(parents=True, exist_ok=True)
-    remarks = [remark for caption in captions for remark in use.notices(model, caption)]
     editing = config.edit is not None or config.code is not None
+    if config.together or editing:
+        remarks = use.notices_together(model, captions)
+    else:
+        remarks = [remark for caption in captions for remark in use.notices(model, caption)]
     record = (manipulate if editing else generate)(config, model, captions)
     for remark in [*remarks, *record.get("warnings", [])]:
         print(f"warning: {remark}")

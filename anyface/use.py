@@ -52,6 +52,18 @@ def notices(model: Model, caption: str) -> list[str]:
     return found
 
 
+def notices_together(model: Model, captions: list[str]) -> list[str]:
+    """`notices` of captions that describe one face: each is read for itself, but a stream that reads words
+    gets them as one text."""
+    texts = [joined(captions)] if model.words else captions
+    return [notice for text in texts for notice in notices(model, text)]
+
+
+def joined(captions: list[str]) -> str:
+    """Several captions as the one text that a stream that reads words gets."""
+    return ", ".join(captions)
+
+
 def shortened(text: str, length: int = 60) -> str:
     """At most `length` characters of a text, in one line."""
     text = " ".join(text.split())
@@ -75,7 +87,7 @@ def combined_code(model: Model, captions: list[str]) -> Tensor:
     if not captions:
         raise UserError("give at least one caption, for instance: a young woman with brown hair")
     if model.words:
-        return model.codes([", ".join(captions)])
+        return model.codes([joined(captions)])
     features = model.features(captions)
     if model.memory is not None:
         return model.text(model.memory(features).mean(0, keepdim=True))

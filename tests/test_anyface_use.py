@@ -136,6 +136,25 @@ def test_notices(model):
     assert "cut to its first 75 tokens" in use.notices(model, "smile " * 1700)[0]
 
 
+def test_captions_of_one_face_are_cut_only_where_they_are_read_as_one_text(model, tmp_path, capsys):
+    half = "red hair " * 12  # 24 of 26 tokens
+    assert use.notices_together(model, [half, half]) == []
+    words = make_model(words=True)
+    assert use.notices(words, half) == []
+    assert "cut to its first 26 tokens, 22 left out" in use.notices_together(words, [half, half])[0]
+    save_model(tmp_path / "model", model)
+    predict(half, half, "--together", "--run", tmp_path / "model", "--out", tmp_path / "out")
+    assert "left out" not in capsys.readouterr().out + (tmp_path / "out" / "index.html").read_text("utf-8")
+    save_model(tmp_path / "words", words)
+    predict(half, half, "--together", "--run", tmp_path / "words", "--out", tmp_path / "all")
+    assert "22 left out" in capsys.readouterr().out
+    assert "22 left out" in (tmp_path / "all" / "index.html").read_text("utf-8")
+    assert json.loads((tmp_path / "all" / "result.json").read_text())["notices"]
+    # What is looked at is the text that was read, and that picture too says where it comes from.
+    assert [path.name for path in (tmp_path / "all").glob("attention_*")] == ["attention_000.png"]
+    assert SYNTHETIC in Image.open(tmp_path / "all" / "attention_000.png").text["DigitalSourceType"]
+
+
 def test_clip_score_is_the_cosine(model):
     pictures = torch.rand(2, 3, 32, 32)
     cosine = F.cosine_similarity(model.see(pictures * 2 - 1), model.features(["red hair", "a hat"]))
@@ -340,11 +359,21 @@ def test_predict_says_what_is_wrong(folder, tmp_path):
 # --- sheets, words, export, report ----------------------------------------------------------------
 
 
-def test_sheet_and_page(tmp_path):
+def test_sheet_and_page(tmp_path, monkeypatch):
     pictures = torch.rand(2, 3, 3, 32, 32)
     assert grid(pictures, ["a", "<b>"]).shape[0] == 3
-    write_page(tmp_path / "p.html", "T", "M", [("<script>", ["<note>"], pictures[0], ["a", "b", "c"])])
-    text = (tmp_path / "p.html").read_text()
+    written, plain = [], Path.write_text
+
+    def noted(self, text, encoding=None, **options):
+        written.append(encoding)
+        return plain(self, text, encoding, **options)
+
+    monkeypatch.setattr(Path, "write_text", noted)
+    labels = ["a", "b", "\u4e2d\u6587 \U0001f642"]
+    write_page(tmp_path / "p.html", "T", "M", [("<script>", ["<note>"], pictures[0], labels)])
+    assert written == ["utf-8"]  # as the page says of itself, whatever the locale
+    text = (tmp_path / "p.html").read_text("utf-8")
+    assert labels[2] in text
     assert "&lt;script&gt;" in text and "<script>" not in text and "<note>" not in text
 
 
