@@ -169,11 +169,14 @@ def load_model(run: Path | None = None, device: torch.device | str = "cpu") -> M
     return _ready(model, device)
 
 
-def load_plus_plus(checkpoint: Path, memory: Path, clip: Path, generator: Path, device="cpu") -> Model:
+def load_plus_plus(
+    checkpoint: Path, memory: Path, clip: Path, generator: Path, device="cpu", bf16: bool = False
+) -> Model:
     """AnyFace++ from its released files: `iteration_N.pt`, `memory_N.pt`, CLIP ViT-L/14@336px, and `ffhq.pkl`
-    or rosinality's generator. UserError when their widths do not fit each other."""
+    or rosinality's generator. bf16: the mapper's weights in bfloat16, half the memory. UserError when their
+    widths do not fit each other."""
     network, mean = load_generator(generator)
-    mapper, banks, sees = load_release(checkpoint), load_memory(memory), load_clip(clip)
+    mapper, banks, sees = load_release(checkpoint, bf16), load_memory(memory), load_clip(clip)
     width = sees.sizes["embed_dim"]
     if banks.slots.shape[2] != width or banks.slots.shape[0] * width != mapper.mapping[0].weight.shape[1]:
         raise UserError(

@@ -135,7 +135,8 @@ def average_captions(features: Tensor) -> Tensor:
 
 
 class FlatMapper(nn.Module):
-    """AnyFace++: memory-completed features (B, banks, E) -> codes (B, L, D) through 15 linear layers."""
+    """AnyFace++: memory-completed features (B, banks, E) -> codes (B, L, D) float32 through 15 linear layers,
+    in the arithmetic of their weights."""
 
     def __init__(
         self,
@@ -153,7 +154,8 @@ class FlatMapper(nn.Module):
         self.n_latent, self.style_dim = n_latent, style_dim
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.mapping(h.flatten(1)).view(-1, self.n_latent, self.style_dim)
+        codes = self.mapping(h.flatten(1).to(self.mapping[0].weight.dtype))
+        return codes.float().view(-1, self.n_latent, self.style_dim)
 
 
 class CANet(nn.Module):

@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +42,17 @@ class _EasyDict(dict):
     """Stand-in for dnnlib.util.EasyDict."""
 
 
+class _Unread:
+    """Stand-in for numpy's types and functions: nothing here needs their values, and numpy trusts what a
+    pickle says of memory."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
 def _storage(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
@@ -50,25 +60,23 @@ def _storage(data: bytes) -> Any:
 def read_nvidia(path: Path) -> dict[str, Any]:
     """An NVIDIA network pickle (stylegan2-ada-pytorch) -> its entries, networks as `Stored`.
 
-    Only tensors, plain values and these stand-ins are made; whatever else the pickle names is refused with a
-    UserError.
+    Only tensors, plain values and these stand-ins are made (numpy's values come as empty ones); whatever else
+    the pickle names is refused with a UserError.
     """
-    multiarray = np._core.multiarray
     replace: dict[str, Any] = {
         "torch_utils.persistence._reconstruct_persistent_obj": Stored,
         "dnnlib.util.EasyDict": _EasyDict,
         "torch.storage._load_from_bytes": _storage,
+        "numpy.dtype": _Unread,
+        "numpy.ndarray": _Unread,
     }
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        replace[f"{module}.scalar"] = multiarray.scalar
-        replace[f"{module}._reconstruct"] = multiarray._reconstruct
+        replace[f"{module}.scalar"] = replace[f"{module}._reconstruct"] = _Unread
     allowed = (
         "torch._utils._rebuild_tensor_v2",
         "torch._utils._rebuild_parameter",
         "collections.OrderedDict",
         "builtins.set",
-        "numpy.dtype",
-        "numpy.ndarray",
     )
     entries = load_pickle(path, allowed, replace)
     if not isinstance(entries, dict) or not isinstance(entries.get("G_ema"), Stored):
@@ -127,7 +135,17 @@ def generator_from_state(state: dict[str, Tensor], path: Path) -> Generator:
         raise UserError(
             f"{path}: no StyleGAN2 generator in rosinality's names ({error} is missing)"
         ) from None
+    except IndexError:
+        raise UserError(f"{path}: no StyleGAN2 generator (weights of odd dimensions)") from None
     return Generator(4 * 2**levels, style_dim, n_mlp, channels=channels)
+
+
+def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
+    """A state dict as it is. UserError for anything else."""
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds no state dict of tensors")
+    return state
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,24 +155,30 @@ def _fill(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def generator_state(path: Path) -> tuple[dict[str, Tensor], Tensor | None]:
-    """rosinality's `.pt`, NVIDIA's `.pkl` or a plain state dict -> (state in rosinality's names, mean w)."""
+    """rosinality's `.pt`, NVIDIA's `.pkl` or a plain state dict -> (state in rosinality's names, mean w).
+    UserError when the file holds no state dict."""
     if path.suffix == ".pkl":
         network = read_nvidia(path)["G_ema"]
-        if network.state.get("c_dim"):
+        try:
+            labels, tensors = network.state.get("c_dim"), network.tensors()
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            raise UserError(f"{path}: G_ema in it is no network as NVIDIA stores them ({error!r})") from None
+        if isinstance(labels, int) and labels:
             raise UserError(f"{path}: a generator with class labels; AnyFace needs one without")
-        state = nvidia_to_rosinality(network.tensors(), path)
-        return state, state.pop("latent_avg", None)
+        state = nvidia_to_rosinality(tensors, path)
+        return _tensors(state, path), state.pop("latent_avg", None)
     content = load_torch(path)
     if isinstance(content, dict) and "g_ema" in content:
-        return content["g_ema"], content.get("latent_avg")
+        return _tensors(content["g_ema"], path), content.get("latent_avg")
     if isinstance(content, dict) and "state_dict" in content:
-        state = {
-            key.removeprefix("decoder."): value
-            for key, value in content["state_dict"].items()
-            if key.startswith("decoder.")
-        }
-        return state, content.get("latent_avg")
-    return content, None
+        return _under(content["state_dict"], "decoder.", path), content.get("latent_avg")
+    return _tensors(content, path), None
+
+
+def _under(state: Any, prefix: str, path: Path) -> dict[str, Tensor]:
+    """The part of a state dict whose names begin with a prefix, without it."""
+    state = _tensors(state, path)
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def load_generator(path: Path) -> tuple[Generator, Tensor]:
@@ -164,38 +188,44 @@ def load_generator(path: Path) -> tuple[Generator, Tensor]:
     file, that of 4,096 draws.
     """
     state, mean = generator_state(path)
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise UserError(f"{path}: holds no state dict of tensors")
     network = generator_from_state(state, path)
     load_state(network, _fill(network, state), path)
     network.eval().requires_grad_(False)
     if mean is None:
         mean = network.mean_latent(generator=torch.Generator().manual_seed(0))
-    mean = mean.float().reshape(1, -1, network.style_dim).expand(1, network.n_latent, -1)
+    width, count = network.style_dim, network.n_latent
+    if not isinstance(mean, Tensor) or mean.numel() not in (width, count * width):
+        raise UserError(f"{path}: latent_avg is no mean code of {width} numbers, or of {count} x {width}")
+    mean = mean.float().reshape(1, -1, width).expand(1, count, -1)
     return network, mean.contiguous()
 
 
 def clip_state(path: Path) -> dict[str, Tensor]:
-    """OpenAI's TorchScript archive, or a state dict (open_clip's), as float32 tensors by OpenAI's names."""
-    try:
-        with warnings.catch_warnings():
-            # TorchScript is deprecated, but it is the form that OpenAI publishes.
-            warnings.simplefilter("ignore", FutureWarning)
-            script = torch.jit.load(str(path), map_location="cpu")
-    except (RuntimeError, ValueError):
-        content = load_torch(path)
-    else:
-        content = script.state_dict()
+    """OpenAI's TorchScript archive, or a state dict (open_clip's), as float32 tensors by OpenAI's names.
+
+    What is called .safetensors is read as that and as nothing else.
+    """
+    content = load_torch(path) if path.suffix == ".safetensors" else _archive(path)
     if isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no CLIP state dict")
+    content = _tensors(content, path)
     notes = ("input_resolution", "context_length", "vocab_size")
     return {
         key.removeprefix("module."): value.float() if value.is_floating_point() else value
         for key, value in content.items()
         if key not in notes
     }
+
+
+def _archive(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # TorchScript is deprecated, but it is the form that OpenAI publishes.
+            warnings.simplefilter("ignore", FutureWarning)
+            script = torch.jit.load(str(path), map_location="cpu")
+    except (RuntimeError, ValueError):
+        return load_torch(path)
+    return script.state_dict()
 
 
 def load_clip(path: Path) -> CLIP:
@@ -216,11 +246,7 @@ def load_e4e(path: Path) -> tuple[E4E, Tensor]:
     content = load_torch(path)
     if not isinstance(content, dict) or not {"state_dict", "latent_avg"} <= content.keys():
         raise UserError(f"{path}: not an e4e checkpoint (state_dict and latent_avg expected)")
-    state = {
-        key.removeprefix("encoder."): value
-        for key, value in content["state_dict"].items()
-        if key.startswith("encoder.")
-    }
+    state = _under(content["state_dict"], "encoder.", path)
     n_latent = len({key.split(".")[1] for key in state if key.startswith("styles.")})
     network = E4E(n_latent)
     load_state(network, state, path)
@@ -233,36 +259,42 @@ def load_memory(path: Path) -> Memory:
     banks = load_torch(path)
     if isinstance(banks, dict):
         banks = list(banks.values())
-    if not isinstance(banks, (list, tuple, Tensor)) or not all(
-        isinstance(bank, Tensor) and bank.ndim == 2 for bank in banks
+    listed = isinstance(banks, (list, tuple, Tensor))
+    if (
+        not listed
+        or not all(isinstance(bank, Tensor) and bank.ndim == 2 for bank in banks)
+        or len({bank.shape[1] for bank in banks}) != 1
     ):
         raise UserError(f"{path}: no memory; one tensor (slots, width) for each of its banks is expected")
     return Memory(list(banks))
 
 
-def load_release(path: Path) -> FlatMapper:
-    """`iteration_N.pt` of the AnyFace++ release -> its mapper, the one part that inference uses."""
+def load_release(path: Path, bf16: bool = False) -> FlatMapper:
+    """`iteration_N.pt` of the AnyFace++ release -> its mapper, the one part that inference uses.
+
+    The weights stay in the file until they are read; bf16: then they take half the memory. UserError when the
+    file holds another network.
+    """
     state = _part(path, "I_map.")
-    width, inputs = state["mapping.0.weight"].shape if "mapping.0.weight" in state else (0, 0)
-    depth = len([key for key in state if key.endswith(".weight")])
-    if not width or width % 512:
+    first = state.get("mapping.0.weight")
+    if first is None or first.ndim != 2 or not len(first) or len(first) % 512:
         raise UserError(
             f"{path}: no AnyFace++ checkpoint (I_map.mapping.0.weight is missing or of odd width)"
         )
+    depth = len([key for key in state if key.endswith(".weight")])
     with torch.device("meta"):
-        network = FlatMapper(inputs, width // 512, 512, depth)
+        network = FlatMapper(first.shape[1], len(first) // 512, 512, depth)
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in network.state_dict().items()}:
+        raise UserError(f"{path}: no AnyFace++ checkpoint (its I_map is more than linear layers in a row)")
     network.load_state_dict(state, assign=True)
-    return network.eval().requires_grad_(False)
+    return network.to(torch.bfloat16 if bf16 else torch.float32).eval().requires_grad_(False)
 
 
 def _part(path: Path, prefix: str) -> dict[str, Tensor]:
-    content = load_torch(path)
+    content = load_torch(path, mmap=True)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no state dict")
-    part = {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)}
-    return part or content
+    return _under(content, prefix, path) or content
 
 
 PREFIXES = {
@@ -279,7 +311,8 @@ def load_into(network: nn.Module, name: str, path: Path) -> None:
         state = _fill(network, generator_state(path)[0])
     elif name.startswith("stylegan2_discriminator"):
         content = load_torch(path)
-        state = _fill(network, content.get("d", content))
+        state = content["d"] if isinstance(content, dict) and "d" in content else content
+        state = _fill(network, _tensors(state, path))
     elif name.startswith("openai_clip"):
         state = clip_state(path)
     else:

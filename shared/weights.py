@@ -65,8 +65,10 @@ def download_url(url: str) -> Callable[[], Path]:
     return download
 
 
-def load_torch(path: Path | str) -> Any:
+def load_torch(path: Path | str, mmap: bool = False) -> Any:
     """A .pt/.pth/.pkl/.tar file of tensors, or .safetensors, to the CPU, without unpickling code.
+
+    mmap: tensors are read from the file only where they are used, if it is of PyTorch's newer form.
 
     Raises UserError on a missing, truncated or foreign file, and on one that holds more than data.
     """
@@ -74,7 +76,9 @@ def load_torch(path: Path | str) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # The older form, no zip archive, cannot be mapped.
+        mapped = mmap and zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except pickle.UnpicklingError as error:

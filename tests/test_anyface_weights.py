@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from anyface import bundle, model, weights
@@ -228,6 +229,26 @@ def test_nvidia_pickle_without_running_it(tmp_path, nvidia_modules, protocol):
     assert torch.equal(loaded.synthesis(codes), network.synthesis(codes))
 
 
+def test_numpy_values_of_a_pickle_are_not_made(tmp_path, nvidia_modules):
+    """Nothing needs them, and numpy builds arrays from what a pickle says of its memory."""
+    network = small_generator(32)
+    whole = tree(nvidia_modules, nvidia_names(network.state_dict()), torch.zeros(64))
+    content = {"G_ema": whole, "training_set_kwargs": {"mean": np.arange(3.0), "scale": np.float64(2)}}
+    (tmp_path / "ffhq.pkl").write_bytes(pickle.dumps(content, 4))
+    entries = read_nvidia(tmp_path / "ffhq.pkl")
+    made = [*entries["training_set_kwargs"].values(), entries["G_ema"].state["scale"]]
+    assert not any(isinstance(value, np.ndarray | np.generic) for value in made)
+
+
+def test_an_nvidia_pickle_of_odd_insides_is_a_message(tmp_path, nvidia_modules):
+    for state in (None, {"_parameters": {}}, {"_parameters": {"w": 1}, "_buffers": {}, "_modules": {}}):
+        whole = tree(nvidia_modules, nvidia_names(small_generator(32).state_dict()), torch.zeros(64))
+        whole.state = state
+        (tmp_path / "odd.pkl").write_bytes(pickle.dumps({"G_ema": whole}))
+        with pytest.raises(UserError, match="odd.pkl: G_ema in it is no network"):
+            load_generator(tmp_path / "odd.pkl")
+
+
 class Bomb:
     def __init__(self, path):
         self.path = path
@@ -329,6 +350,12 @@ def test_clip_files(tmp_path, tiny_openai):
     half = load_clip(tmp_path / "ViT.pt")
     assert half.logit_scale.dtype == torch.float32
     assert torch.equal(half.token_embedding.weight, tiny_openai.token_embedding.weight.half().float())
+    # What is called safetensors is read as safetensors, never as an archive of code.
+    save_file(state, tmp_path / "clip.safetensors")
+    assert same_weights(load_clip(tmp_path / "clip.safetensors"), tiny_openai)
+    (tmp_path / "archive.safetensors").write_bytes((tmp_path / "ViT.pt").read_bytes())
+    with pytest.raises(UserError, match=r"archive.safetensors: truncated or not a checkpoint"):
+        load_clip(tmp_path / "archive.safetensors")
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pt")
     with pytest.raises(UserError, match=r"resnet.pt: no CLIP with a vision transformer"):
         load_clip(tmp_path / "resnet.pt")
@@ -369,6 +396,58 @@ def test_load_official_takes_the_release_apart(tmp_path, monkeypatch):
     torch.save({"state_dict": {}}, tmp_path / "empty.pt")
     with pytest.raises(UserError, match="no AnyFace"):
         load_release(tmp_path / "empty.pt")
+    half = load_release(tmp_path / "iteration_1.pt", bf16=True)
+    h = torch.randn(2, 3, 8)
+    assert half.mapping[0].weight.dtype == torch.bfloat16 and half(h).dtype == torch.float32
+    assert (half(h) - mapper(h)).abs().max() < 0.03 * mapper(h).abs().max()
+    # A file of another network with layers of the same names.
+    torch.save(Stream(512, (1,), 4, 512, 1, 2, 16).state_dict(), tmp_path / "stream.pt")
+    with pytest.raises(UserError, match="stream.pt: no AnyFace.. checkpoint .its I_map is more than"):
+        load_release(tmp_path / "stream.pt")
+
+
+@pytest.mark.parametrize("newer", [True, False])
+def test_the_release_is_mapped_into_memory_where_its_form_allows_it(tmp_path, monkeypatch, newer):
+    state = {"state_dict": {"I_map.mapping.0.weight": torch.randn(512, 24)}}
+    state["state_dict"]["I_map.mapping.0.bias"] = torch.randn(512)
+    torch.save(state, tmp_path / "iteration.pt", _use_new_zipfile_serialization=newer)
+    mapped, plain = [], torch.load
+
+    def noted(*given, mmap=None, **options):
+        mapped.append(mmap)
+        return plain(*given, mmap=mmap, **options)
+
+    monkeypatch.setattr(torch, "load", noted)
+    mapper = load_release(tmp_path / "iteration.pt")
+    assert torch.equal(mapper.mapping[0].weight, state["state_dict"]["I_map.mapping.0.weight"])
+    assert mapped == [newer]
+
+
+def test_files_of_something_else_are_messages(tmp_path, monkeypatch):
+    channels = {4: 8, 8: 8, 16: 8, 32: 4}
+    small_official(monkeypatch, "stylegan2_discriminator_256", lambda: Discriminator(32, channels=channels))
+    small_official(monkeypatch, "stylegan2_generator_256", lambda: Generator(32, 16, 2, channels=channels))
+    small_official(monkeypatch, "anyface_T_map", lambda: Stream(16, (2,), 4, 8, 1, 2, 16))
+    small_official(monkeypatch, "lightcnn9", lambda: LightCNN9(classes=5))
+    torch.save([torch.zeros(2)], tmp_path / "list.pt")
+    for name in ("stylegan2_discriminator_256", "stylegan2_generator_256", "anyface_T_map", "lightcnn9"):
+        with pytest.raises(UserError, match=r"list.pt: holds no state dict"):
+            model.load_official(name, tmp_path / "list.pt")
+    for content in ({"g_ema": [1]}, {"g_ema": {"w": 1}}, {"state_dict": 3}, [torch.zeros(1)]):
+        torch.save(content, tmp_path / "odd.pt")
+        with pytest.raises(UserError, match=r"odd.pt: holds no state dict"):
+            load_generator(tmp_path / "odd.pt")
+    state = small_generator(32).state_dict()
+    torch.save({"g_ema": state, "latent_avg": torch.zeros(7)}, tmp_path / "mean.pt")
+    with pytest.raises(UserError, match=r"mean.pt: latent_avg is no mean code of 64 numbers"):
+        load_generator(tmp_path / "mean.pt")
+    torch.save({**state, "input.input": torch.zeros(3)}, tmp_path / "flat.pt")
+    with pytest.raises(UserError, match=r"flat.pt: no StyleGAN2 generator"):
+        load_generator(tmp_path / "flat.pt")
+    for banks in ([], [torch.zeros(2, 3), torch.zeros(2, 4)]):
+        torch.save(banks, tmp_path / "memory.pt")
+        with pytest.raises(UserError, match=r"memory.pt: no memory"):
+            load_memory(tmp_path / "memory.pt")
 
 
 def test_load_official_light_cnn_discriminator_and_generator(tmp_path, monkeypatch):
