@@ -60,6 +60,8 @@ class PredictConfig:
     """Layers that come from noise; 0 makes one certain face. Default: as trained."""
     psi: float | None = None
     """Truncation of the noise, 1 is none. Default: as trained."""
+    cutoff: int = 8
+    """Layers, from the first on, whose noise is truncated."""
     seed: int = 0
     """Seed of the noise."""
     run: Path | None = None
@@ -72,6 +74,8 @@ class PredictConfig:
     """AnyFace++: memory_N.pt of the release."""
     clip: Path | None = None
     """AnyFace++: OpenAI's ViT-L-14-336px.pt."""
+    bf16: bool = False
+    """AnyFace++: keep the mapper's weights in bfloat16, 2.7 GB instead of 5.5."""
     out: Path = Path("faces")
     """Folder for the results."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -88,7 +92,8 @@ def open_model(config: PredictConfig) -> Model:
             raise UserError(
                 f"AnyFace++ needs --checkpoint with {', '.join(missing)} too; README, 'Weights of others'"
             )
-        return load_plus_plus(config.checkpoint, config.memory, config.clip, config.generator, device)
+        files = (config.checkpoint, config.memory, config.clip, config.generator)
+        return load_plus_plus(*files, device, config.bf16)
     model = load_model(config.run, device)
     if config.generator is not None:
         network, _ = load_generator(config.generator)
@@ -132,7 +137,7 @@ def generate(config: PredictConfig, model: Model, captions: list[str]) -> dict:
         titles = [" + ".join(captions)]
     else:
         code, titles = use.caption_codes(model, captions), captions
-    pictures, codes = use.draw(model, code, config.count, config.seed, config.m, config.psi)
+    pictures, codes = use.draw(model, code, config.count, config.seed, config.m, config.psi, config.cutoff)
     names = write_faces(config.out, model, pictures, titles)
     write_image(config.out / "grid.png", grid(pictures, titles), made_by)
     for title, row in zip(titles, pictures, strict=True):
@@ -141,7 +146,7 @@ def generate(config: PredictConfig, model: Model, captions: list[str]) -> dict:
         sections.append((title or "(no words)", remarks, row, labels))
     if config.together:
         steps = [use.combined_code(model, captions[: i + 1]) for i in range(len(captions))]
-        built, _ = use.draw(model, torch.cat(steps), 1, config.seed, config.m, config.psi)
+        built, _ = use.draw(model, torch.cat(steps), 1, config.seed, config.m, config.psi, config.cutoff)
         labels = [("+ " if i else "") + use.shortened(text, 24) for i, text in enumerate(captions)]
         write_image(config.out / "captions.png", labelled_row(built[:, 0], labels), made_by)
         sections.append(("caption by caption", [], built[:, 0], labels))

@@ -96,11 +96,18 @@ def combined_code(model: Model, captions: list[str]) -> Tensor:
 
 @torch.no_grad()
 def draw(
-    model: Model, codes: Tensor, count: int, seed: int = 0, m: int | None = None, psi: float | None = None
+    model: Model,
+    codes: Tensor,
+    count: int,
+    seed: int = 0,
+    m: int | None = None,
+    psi: float | None = None,
+    cutoff: int = 8,
 ) -> tuple[Tensor, Tensor]:
     """`count` faces of each code: pictures (N, count, 3, S, S) and codes (N, count, L, D).
 
-    m: layers that come from noise, 0 for one certain face; psi: truncation of the noise. Default: as trained.
+    m: layers that come from noise, 0 for one certain face; psi: truncation of the noise in the first `cutoff`
+    layers. Default: as trained.
     Draw k is the same noise for every caption, so that columns of a grid share what captions do not say.
     """
     m, psi = model.m if m is None else m, model.psi if psi is None else psi
@@ -116,7 +123,11 @@ def draw(
         )
     z = torch.randn(count, model.generator.style_dim, generator=torch.Generator().manual_seed(seed))
     w_z = model.generator.mapping(z.to(model.device))
-    every = torch.cat([assemble(w_z, code.expand(count, -1, -1), m, psi, mean=model.mean) for code in codes])
+    if cutoff < 0:
+        raise UserError(f"--cutoff counts layers from the first on, so it is 0 or more, not {cutoff}")
+    every = torch.cat(
+        [assemble(w_z, code.expand(count, -1, -1), m, psi, cutoff, model.mean) for code in codes]
+    )
     pictures = paint(model, every)
     return pictures.unflatten(0, (len(codes), count)), every.unflatten(0, (len(codes), count))
 
