@@ -1,6 +1,8 @@
 """Measurements of what the method's parts are for: codes that do not collapse to the mean face, streams that
 agree, one caption with many faces, continuous editing, any number of captions."""
 
+import time
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from anyface.losses import code_distance
 from anyface.model import Stream, assemble, average_captions, edit
 from anyface.protocol import clip_score, mean_rank
 from anyface.stages import Constants
+from anyface.stylegan2 import Generator
 from anyface.world import TRAITS, describe, mentioned
 from shared.runtime import step_generator
 
@@ -145,3 +148,42 @@ def editing(text: Stream, cache: Cache, constants: Constants, count: int = 64) -
         match.append(clip_score(image_features(constants.clip, picture), features) / 100)
     start = (generator.synthesis(w_t) - generator.synthesis(edit(w, w_t, 0))).abs().max().item()
     return {"L1": distance, "cosine": match, "first end": [start], "last end": [distance[-1]]}
+
+
+@torch.inference_mode()
+def kept_identity(
+    w: Tensor, w_t: Tensor, generator: Generator, identity: nn.Module, count: int = 64, batch: int = 8
+) -> dict[int, float]:
+    """How much of a face its edits keep: degree -> mean cosine of the embeddings before and after.
+
+    Faces w (N, L, D), the first `count`, edited with the next caption's code of w_t (N, L, D), at up to seven
+    degrees from 0 to L. identity: IR-SE50, by its `embed`.
+    """
+    wanted, w = w_t.roll(-1, 0)[:count], w[:count]
+
+    def embed(codes: Tensor) -> Tensor:
+        return torch.cat([identity.embed(generator.synthesis(part)) for part in codes.split(batch)])
+
+    source, last = embed(w), generator.n_latent
+    degrees = sorted({*range(0, last, -(-last // 6)), last})
+    return {
+        degree: torch.cosine_similarity(embed(edit(w, wanted, degree)), source).mean().item()
+        for degree in degrees
+    }
+
+
+@torch.inference_mode()
+def timing(
+    text: Stream, cache: Cache, constants: Constants, words: bool, repeats: int = 5
+) -> dict[str, float]:
+    """Milliseconds for one caption's feature to become one picture, mean and deviation over `repeats`."""
+    times = []
+    for i in range(repeats + 1):
+        began = time.perf_counter()
+        at = i % len(cache.text)
+        tokens = cache.tokens[at, :1] if words else None
+        codes = read_texts(text, constants.clip, cache.text[at, :1], tokens)[0]
+        constants.generator.synthesis(codes).cpu()
+        times.append(1000 * (time.perf_counter() - began))
+    kept = torch.tensor(times[1:])  # the first one warms up
+    return {"mean": kept.mean().item(), "deviation": kept.std().item()}

@@ -21,11 +21,20 @@ from anyface.data import (
     Faces,
     build_cache,
     encode_captions,
-    face_ids,
+    one_caption_each,
     open_faces,
     reconstruction_features,
 )
-from anyface.effects import caption_counts, caption_effects, code_effects, editing, named_accuracy, read_texts
+from anyface.effects import (
+    caption_counts,
+    caption_effects,
+    code_effects,
+    editing,
+    kept_identity,
+    named_accuracy,
+    read_texts,
+    timing,
+)
 from anyface.judges import read
 from anyface.lightcnn import grey_faces
 from anyface.model import Stream, assemble, load_official
@@ -34,6 +43,7 @@ from anyface.protocol import (
     Networks,
     diversity,
     face_similarity,
+    feature_diversity,
     features_of,
     frechet_networks,
     lpips_network,
@@ -45,7 +55,7 @@ from anyface.protocol import (
 from anyface.stages import Constants, load_constants, load_streams, plan, reads_words, variant_config
 from anyface.train import Config
 from anyface.userstudy import write_study
-from anyface.weights import load_clip
+from anyface.weights import load_clip, load_light_cnn
 from shared.io import find_run, load_config, write_image
 from shared.published import (
     Claim,
@@ -76,16 +86,18 @@ class EvalConfig:
     optimise_steps: int = 60
     """Steps of latent optimisation for each caption; 0 leaves it out. StyleCLIP takes 200 to 300."""
     psi: float = 1.0
-    """Truncation of the noise layers in the draws."""
+    """Truncation of the noise layers, in the row with noise and in the diversity of draws."""
     fid_weights: Path | None = None
     """torch-fidelity's weights-inception-2015-12-05-6726825d.pth; FID is left out without it."""
     lpips_weights: Path | None = None
     """torchvision's alexnet-owt-7be5be79.pth; LPIPS is left out without it."""
     lightcnn_weights: Path | None = None
-    """LightCNN_29Layers_V2_checkpoint.pth.tar, for RFRR; without it RFRR is left out, or in the simple
-    world measured with the judge's features and named so."""
+    """LightCNN_29Layers_V2_checkpoint.pth.tar or LightCNN_9Layers_checkpoint.pth.tar, for RFRR; without it
+    RFRR is left out, or in the simple world measured with the judge's features and named so."""
+    identity_weights: Path | None = None
+    """model_ir_se50.pth: how much of the source's identity an edit keeps; left out without it."""
     second_clip: Path | None = None
-    """Another CLIP, which was no training signal, for a second R-precision."""
+    """Another of OpenAI's CLIPs (QuickGELU), which was no training signal, for a second R-precision."""
     rows: Path | None = None
     """CSV with published rows that you hold (method, dataset, metric, value, protocol), shown below the
     measured ones."""
@@ -99,7 +111,7 @@ def make_networks(settings: EvalConfig, config: Config, constants: Constants, de
     """The networks that metrics need, as far as they are given."""
     face = None
     if settings.lightcnn_weights is not None:
-        light = load_official("lightcnn29v2", settings.lightcnn_weights).to(device)
+        light = load_light_cnn(settings.lightcnn_weights).to(device)
         face = ("LightCNN", lambda pictures: light(grey_faces(pictures)))
     elif constants.judge is not None:
         face = ("judge's features", constants.judge.features)
@@ -296,29 +308,14 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> str:
 
 
 @torch.inference_mode()
-def three_draws(w_t: Tensor, constants: Constants, config: Config) -> float:
-    """Mean pixel difference between three draws of the coarse layers of a caption's code, over codes."""
+def three_draws(w_t: Tensor, constants: Constants, config: Config, psi: float, mean: Tensor) -> Tensor:
+    """Pictures (3, N, 3, S, S) on the CPU: three draws of the coarse layers of each caption's code. psi:
+    truncation of the noise towards the mean code (1, L, D)."""
     rng = step_generator(config.seed, 0, 27)
     noise = torch.randn(3, len(w_t), constants.generator.style_dim, generator=rng).to(w_t)
-    codes = [assemble(constants.generator.mapping(z), w_t, config.noise_layers) for z in noise]
-    return diversity(torch.stack([paint(code, constants) for code in codes]))
-
-
-@torch.inference_mode()
-def timing(
-    text: Stream, cache: Cache, constants: Constants, words: bool, repeats: int = 5
-) -> dict[str, float]:
-    """Milliseconds for one caption's feature to become one picture, mean and deviation over `repeats`."""
-    times = []
-    for i in range(repeats + 1):
-        began = time.perf_counter()
-        at = i % len(cache.text)
-        tokens = cache.tokens[at, :1] if words else None
-        codes = read_texts(text, constants.clip, cache.text[at, :1], tokens)[0]
-        constants.generator.synthesis(codes).cpu()
-        times.append(1000 * (time.perf_counter() - began))
-    kept = torch.tensor(times[1:])  # the first one warms up
-    return {"mean": kept.mean().item(), "deviation": kept.std().item()}
+    w_z = [constants.generator.mapping(z) for z in noise]
+    codes = [assemble(z, w_t, config.noise_layers, psi, 8, mean) for z in w_z]
+    return torch.stack([paint(code, constants) for code in codes])
 
 
 def main(settings: EvalConfig) -> Path:
@@ -355,10 +352,18 @@ def main(settings: EvalConfig) -> Path:
     first = streams[stages[0].name][stages[0].seed]
     texts, words = test.text[:, 0], variant_config(config, stages[0].name).words
     w_t = read_texts(first[0], constants.clip, texts, test.tokens[:, 0] if words else None)[0]
-    drawn = three_draws(w_t[:n], constants, config)
+    draws = three_draws(w_t[:n], constants, config, settings.psi, train.mean)
+    drawn = {"L1": diversity(draws)} | feature_diversity(draws, networks, device)
+    told = ", ".join(f"{name} {value:.4f}" for name, value in drawn.items())
+    print(f"\ndiversity of three draws of a caption, mean over pairs: {told}")
+    kept = {}
+    if settings.identity_weights is not None:
+        identity = load_official("ir_se50_112", settings.identity_weights).to(device)
+        kept = kept_identity(test.codes[:n], w_t[:n], constants.generator, identity)
+        told = ", ".join(f"{degree}: {value:.3f}" for degree, value in kept.items())
+        print(f"identity kept by edits (IR-SE50 cosine to the source) at degree {told}")
     speed = timing(first[0], test, constants, words)
-    print(f"\ndiversity of three draws of a caption (L1): {drawn:.4f}")
-    print(f"run time, one caption to one picture: {speed['mean']:.2f} +- {speed['deviation']:.2f} ms")
+    print(f"run time, CLIP feature to one picture: {speed['mean']:.2f} +- {speed['deviation']:.2f} ms")
     draw_sheets(config, folder, first[0], w_t, constants, test_faces, test, pictures)
     if settings.study:
         captions = [own[0] for own in test_faces.captions[: min(settings.study, n)]]
@@ -377,18 +382,12 @@ def main(settings: EvalConfig) -> Path:
         print()
         claims = [replace(claim, id=f"C{i}") for i, claim in enumerate(claims, start=1)]
         print_claims(claims)
-    extra = {"effects": effects, "diversity": drawn, "milliseconds": speed, "rows given": held}
+    extra = {"effects": effects, "diversity": drawn["L1"], "diversity by measure": drawn}
+    extra |= {"identity kept by edits": kept, "milliseconds": speed, "rows given": held}
     write_results(
         folder, claims, metrics, environment(config, time.perf_counter() - began, settings.device), extra
     )
     return folder
-
-
-def one_caption_each(faces: Faces) -> Faces:
-    """Captions reduced to number id mod count, the only one that the released test script uses."""
-    ids = face_ids(faces.names).tolist()
-    chosen = [[own[i % len(own)]] for i, own in zip(ids, faces.captions, strict=True)]
-    return replace(faces, captions=chosen)
 
 
 if __name__ == "__main__":

@@ -226,6 +226,7 @@ OFFICIAL: dict[str, Callable[[], nn.Module]] = {
     "stylegan2_generator_256": lambda: Generator(256),
     "stylegan2_generator_1024": lambda: Generator(1024),
     "stylegan2_discriminator_256": lambda: Discriminator(256),
+    "stylegan2_discriminator_1024": lambda: Discriminator(1024),
     "ir_se50_112": IRSE50,
     "lightcnn9": LightCNN9,
     "lightcnn29v2": LightCNN29v2,

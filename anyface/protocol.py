@@ -5,7 +5,7 @@ A metric that needs a network which is not given is left out, or computed with a
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,10 +77,13 @@ def rfrr(similarity: dict[str, Tensor]) -> dict[str, float]:
 
 
 def diversity(draws: Tensor) -> float:
-    """Mean absolute pixel difference between pictures of one caption, over pairs; draws (K, N, 3, S, S)."""
-    k = len(draws)
-    pairs = [(draws[i] - draws[j]).abs().mean() for i in range(k) for j in range(i)]
-    return torch.stack(pairs).mean().item()
+    """Mean absolute difference between pictures of one caption, over pairs of draws (K, N, 3, S, S)."""
+    return _over_pairs(draws, lambda a, b: (a - b).abs().mean().item())
+
+
+def _over_pairs(draws: Tensor, distance: Callable[[Tensor, Tensor], float]) -> float:
+    values = [distance(draws[i], draws[j]) for i in range(len(draws)) for j in range(i)]
+    return sum(values) / len(values)
 
 
 class UnitInput(nn.Module):
@@ -142,6 +145,17 @@ def features_of(pictures: Tensor, network, size: int = 64) -> Tensor:
     return torch.cat([network(part) for part in pictures.split(size)])
 
 
+def _lpips(pictures: Tensor, others: Tensor, network: nn.Module) -> float:
+    """Mean LPIPS of matching pictures (N, 3, S, S) in [-1, 1], at `LPIPS_SIZE`."""
+    total = 0.0
+    for pair in zip(batches(pictures), batches(others), strict=True):
+        made, other = (
+            F.interpolate(part, (LPIPS_SIZE, LPIPS_SIZE), mode="bilinear", antialias=True) for part in pair
+        )
+        total += lpips(made, other, network) * len(made)
+    return total / len(pictures)
+
+
 @torch.inference_mode()
 def measure(pictures: Tensor, truth: Tensor, texts: Tensor, networks: Networks) -> dict[str, float]:
     """All metrics of one method that need no other method.
@@ -153,19 +167,27 @@ def measure(pictures: Tensor, truth: Tensor, texts: Tensor, networks: Networks) 
     for name, network in networks.frechet.items():
         row[name] = fid(batches(truth), batches(pictures), network)
     if networks.lpips is not None:
-        total = 0.0
-        for made, true in zip(batches(pictures), batches(truth), strict=True):
-            made, true = (
-                F.interpolate(part, (LPIPS_SIZE, LPIPS_SIZE), mode="bilinear", antialias=True)
-                for part in (made, true)
-            )
-            total += lpips(made, true, networks.lpips) * len(made)
-        row["LPIPS"] = total / len(pictures)
+        row["LPIPS"] = _lpips(pictures, truth, networks.lpips)
     row["L1 to truth"] = (pictures.clamp(-1, 1) - truth).abs().mean().item()
     seen = features_of(pictures, lambda part: image_features(networks.clip, part, networks.clip_input))
     row["R-precision@1"] = 100 * r_precision(seen, texts)
     row["R-precision@10"] = 100 * r_precision(seen, texts, top=10)
     row["CLIP score"] = clip_score(seen, texts)
+    return row
+
+
+@torch.inference_mode()
+def feature_diversity(draws: Tensor, networks: Networks, device: torch.device) -> dict[str, float]:
+    """Distance between pictures of one caption, mean over pairs of draws (K, N, 3, S, S) in [-1, 1], as the
+    networks see them: 1 - cosine of CLIP's features, and LPIPS where its network is given."""
+
+    def see(part: Tensor) -> Tensor:
+        return image_features(networks.clip, part.to(device), networks.clip_input)
+
+    seen = torch.stack([features_of(own, see) for own in draws])
+    row = {"CLIP": _over_pairs(seen, lambda a, b: 1 - cosine(a, b).mean().item())}
+    if networks.lpips is not None:
+        row["LPIPS"] = _over_pairs(draws, lambda a, b: _lpips(a.to(device), b.to(device), networks.lpips))
     return row
 
 

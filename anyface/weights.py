@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from anyface.clip import CLIP, clip_from_state
 from anyface.encoder import E4E
-from anyface.model import FlatMapper, Memory
+from anyface.model import FlatMapper, Memory, load_official
 from anyface.stylegan2 import Generator
 from shared.runtime import UserError
 from shared.weights import load_pickle, load_state, load_torch
@@ -295,6 +295,12 @@ def _part(path: Path, prefix: str) -> dict[str, Tensor]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     return _under(content, prefix, path) or content
+
+
+def load_light_cnn(path: Path) -> nn.Module:
+    """Light CNN 9 or 29 v2, whichever the file holds, in eval mode. UserError for neither."""
+    nine = any(key.endswith("features.0.filter.weight") for key in _part(path, ""))
+    return load_official("lightcnn9" if nine else "lightcnn29v2", path)
 
 
 PREFIXES = {

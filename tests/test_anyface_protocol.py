@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from anyface.baselines import nearest_caption, optimise_codes
 from anyface.claims import code_claims, picture_claims
 from anyface.clip import image_features
 from anyface.data import Cache
-from anyface.effects import collapse_index, editing, named_accuracy, spread
+from anyface.effects import collapse_index, editing, kept_identity, named_accuracy, spread
+from anyface.eval import three_draws
 from anyface.judges import Judge, accuracy, read, split_heads
 from anyface.muon import Muon, orthogonalise
 from anyface.parts import small_clip, small_generator, teach_mapping, wide_learner, widen
@@ -22,6 +24,7 @@ from anyface.protocol import (
     clip_score,
     diversity,
     face_similarity,
+    feature_diversity,
     frechet_networks,
     mean_rank,
     measure,
@@ -94,6 +97,55 @@ def test_clip_score_and_diversity_in_closed_form():
     assert clip_score(a, b) == pytest.approx(100 * (0.5**0.5) / 2, abs=1e-4)
     draws = torch.tensor([0.0, 1.0, 3.0]).view(3, 1, 1, 1, 1).expand(3, 2, 3, 4, 4)
     assert diversity(draws) == pytest.approx((1 + 3 + 2) / 3)
+
+
+class Apart(torch.nn.Module):
+    """Stand-in for LPIPS: the mean difference of two pictures in [-1, 1]."""
+
+    def forward(self, a, b):
+        assert a.shape[-1] == 256
+        return (a - b).abs().mean((1, 2, 3))
+
+
+def test_diversity_of_draws_as_networks_see_them(constants):
+    rng = torch.Generator().manual_seed(5)
+    draws = (2 * torch.rand(3, 70, 3, 32, 32, generator=rng) - 1) * torch.tensor([1, 1, 0.2]).view(
+        3, 1, 1, 1, 1
+    )
+    cpu = torch.device("cpu")
+    given = Networks(constants.clip, "correct", None, {}, None, None)
+    row = feature_diversity(draws, given, cpu)
+    assert set(row) == {"CLIP"}
+    seen = [image_features(constants.clip, own) for own in draws]
+    apart = [1 - F.cosine_similarity(seen[i], seen[j]).mean().item() for i, j in ((1, 0), (2, 0), (2, 1))]
+    assert row["CLIP"] == pytest.approx(sum(apart) / 3, abs=1e-5) and row["CLIP"] > 1e-4
+    flat = torch.tensor([0.0, 0.5, 0.8]).view(3, 1, 1, 1, 1).expand(3, 70, 3, 8, 8)
+    row = feature_diversity(flat, replace(given, lpips=Apart()), cpu)
+    assert row["LPIPS"] == pytest.approx((0.5 + 0.8 + 0.3) / 3, abs=1e-5)
+
+
+def test_edits_keep_the_more_of_an_identity_the_higher_the_degree(constants):
+    class Identity:
+        def embed(self, pictures):
+            return pictures.flatten(1)
+
+    rng = torch.Generator().manual_seed(4)
+    w, w_t = torch.randn(2, 9, 8, 64, generator=rng)
+    kept = kept_identity(w, w_t, constants.generator, Identity(), count=5, batch=2)
+    assert list(kept) == [0, 2, 4, 6, 8] and kept[8] == pytest.approx(1, abs=1e-5) and kept[0] < 0.99
+    made = constants.generator.synthesis(torch.cat((w[:5, :4], w_t[1:6, 4:]), 1)).flatten(1)
+    wanted = F.cosine_similarity(made, constants.generator.synthesis(w[:5]).flatten(1)).mean().item()
+    assert kept[4] == pytest.approx(wanted, abs=1e-4)
+    at_1024 = type("G", (), {"n_latent": 18, "synthesis": staticmethod(lambda codes: codes)})
+    assert list(kept_identity(*torch.randn(2, 2, 18, 4), at_1024, Identity())) == [0, 3, 6, 9, 12, 15, 18]
+
+
+def test_draws_of_the_evaluation_are_truncated_as_asked(constants):
+    config, mean = PRESETS["demo"], torch.randn(1, 8, 64)
+    w_t = torch.randn(3, 8, 64)
+    loose, tight = (three_draws(w_t, constants, config, psi, mean) for psi in (1.0, 0.0))
+    assert loose.shape == (3, 3, 3, 32, 32) and diversity(loose) > 0
+    assert diversity(tight) == 0
 
 
 def test_rfrr_splits_ties_and_sums_to_one():

@@ -18,7 +18,7 @@ from anyface import bundle, model, weights
 from anyface.bundle import Model, load_model, load_plus_plus, save_model
 from anyface.clip import BPETokenizer, build_clip
 from anyface.encoder import E4E
-from anyface.lightcnn import LightCNN9
+from anyface.lightcnn import LightCNN9, LightCNN29v2
 from anyface.model import CANet, FlatMapper, Stream
 from anyface.parts import small_clip, small_generator
 from anyface.stylegan2 import Discriminator, Generator
@@ -27,6 +27,7 @@ from anyface.weights import (
     load_clip,
     load_e4e,
     load_generator,
+    load_light_cnn,
     load_memory,
     load_release,
     nvidia_to_rosinality,
@@ -457,6 +458,13 @@ def test_load_official_light_cnn_discriminator_and_generator(tmp_path, monkeypat
     torch.save({"epoch": 80, "state_dict": state, "prec1": 98.0}, tmp_path / "LightCNN_9.pth.tar")
     small_official(monkeypatch, "lightcnn9", lambda: LightCNN9(classes=5))
     assert same_weights(model.load_official("lightcnn9", tmp_path / "LightCNN_9.pth.tar"), light)
+    assert same_weights(load_light_cnn(tmp_path / "LightCNN_9.pth.tar"), light)
+    torch.save(
+        {"state_dict": {"module.conv1.filter.weight": torch.zeros(1)}}, tmp_path / "LightCNN_29.pth.tar"
+    )
+    small_official(monkeypatch, "lightcnn29v2", lambda: LightCNN29v2(classes=5))
+    with pytest.raises(UserError, match="another model than LightCNN29v2"):
+        load_light_cnn(tmp_path / "LightCNN_29.pth.tar")
     channels = {4: 8, 8: 8, 16: 8, 32: 4}
     critic, network = Discriminator(32, channels=channels), Generator(32, 16, 2, channels=channels)
     torch.save({"g_ema": network.state_dict(), "d": critic.state_dict()}, tmp_path / "both.pt")
