@@ -30,7 +30,7 @@ TEST_FACES, TEST_MASKS = 1_000_003, 1_000_033
 
 class Pictures(Protocol):
     """Where pictures come from: `load(i)` gives (3, S, S) in [0, 1] and the parts (S, S) int64, -1 if
-    unknown. `parts`: names of the facial parts; `name`: for results; `names[i]`: the file or number of a
+    unknown. `parts`: names of the facial parts; `name`: for results; `label(i)`: the file or number of a
     picture."""
 
     parts: tuple[str, ...]
@@ -121,6 +121,10 @@ class TestSet(Dataset):
     def mask_key(self, i: int) -> int:
         """Number of the mask that goes with picture i."""
         return mixed(self.seed, i)
+
+    def pairing(self) -> list[tuple[str, str]]:
+        """Which mask every picture has, by their labels."""
+        return [(self.pictures.label(i), self.masks.label(self.mask_key(i))) for i in range(len(self))]
 
     def __getitem__(self, i: int) -> dict[str, Tensor | int]:
         image, parts = self.pictures.load(i)

@@ -35,6 +35,7 @@ from shared.published import (
     print_metrics,
     write_results,
 )
+from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
 Results = dict[str, dict[int, dict[str, dict[str, float]]]]
@@ -96,16 +97,18 @@ def complete(net: nn.Module, name: str, batch: dict[str, Tensor], parts: int, or
 @torch.inference_mode()
 def evaluate(
     settings: EvalConfig, config: Config, pictures: Pictures, networks: dict[str, dict[int, nn.Module]]
-) -> tuple[Results, dict[str, float]]:
-    """Scores of all networks and of the untrained baselines in every bin; and the bins' measured mean
-    ratios."""
+) -> tuple[Results, dict[str, float], dict[str, list[tuple[str, str]]]]:
+    """Scores of all networks and of the untrained baselines in every bin; the bins' measured mean ratios; and
+    which mask every picture had in each."""
     device = pick_device(settings.device)
     optional = optional_networks(settings.lpips_weights, settings.fid_weights, device)
     results: Results = {}
     ratios: dict[str, float] = {}
+    pairings: dict[str, list[tuple[str, str]]] = {}
     for name, masks in masks_by_bin(config).items():
+        tests = TestSet(pictures, masks, TEST_MASKS)
         loader = DataLoader(
-            TestSet(pictures, masks, TEST_MASKS),
+            tests,
             settings.batch_size,
             num_workers=config.workers,
             pin_memory=device.type == "cuda",
@@ -124,10 +127,10 @@ def evaluate(
                     net, parts = networks[method][seed], len(pictures.parts)
                     output = complete(net, method, batch, parts, settings.oracle_parsing)
                 score.add(output, batch["image"], batch["mask"])
-        ratios[name] = torch.cat(shares).mean().item()
+        ratios[name], pairings[name] = torch.cat(shares).mean().item(), tests.pairing()
         for (method, seed), score in scores.items():
             results.setdefault(method, {}).setdefault(seed, {})[name] = score.means()
-    return results, ratios
+    return results, ratios, pairings
 
 
 def to_metrics(results: Results, settings: EvalConfig, dataset: str, count: int) -> list[Metric]:
@@ -168,7 +171,8 @@ def evaluate_data(
     """Tables, pictures, claims and mechanism checks on one data set."""
     pictures = open_pictures(config, data, "test", config.seed)
     networks = load_networks(config, folder, data, len(pictures.parts), device)
-    results, ratios = evaluate(settings, config, pictures, networks)
+    results, ratios, pairings = evaluate(settings, config, pictures, networks)
+    write_json(folder / f"test_masks-{data}.json", pairings)
     batch = batch_of_tests(pictures, config, 128, device)
     nets = {name: first(seeds) for name, seeds in networks.items()}
     gaps = {}
@@ -200,7 +204,8 @@ def evaluate_data(
         repaired = repair(nets["disentangled-ema"], batch) if "disentangled-ema" in nets else None
         claims = make_claims(pictures.name, mean_over(results, "PSNR hole"), tampering, repaired, gaps)
     metrics = to_metrics(results, settings, pictures.name, len(pictures))
-    return claims, metrics, {"hole_ratio": ratios, "by_seed": results, "gaps": gaps}
+    extra = {"hole_ratio": ratios, "by_seed": results, "gaps": gaps}
+    return claims, metrics, extra | {"test_masks": f"test_masks-{data}.json"}
 
 
 def main(settings: EvalConfig) -> Path:

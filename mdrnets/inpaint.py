@@ -113,9 +113,11 @@ def hiding_mask(model: Model, image: Tensor, hide: Hide, box: tuple[int, int, in
         mask[:, top : top + high, left : left + wide] = 1
         return mask
     with torch.no_grad():
-        x = F.interpolate(image[None], (model.size, model.size), mode="bilinear", antialias=True) * 2 - 1
         parser = model.net.parser
-        if isinstance(parser, BiSeNetParser):
+        public = isinstance(parser, BiSeNetParser)
+        side = parser.size if public else model.size  # each parser at the size that it learned at
+        x = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True) * 2 - 1
+        if public:
             found = (parser.labels(x.to(model.device)).argmax(1) == {"glasses": GLASSES, "hat": HAT}[hide])[0]
         else:
             cells = (model.size // model.net.stride,) * 2
@@ -203,16 +205,17 @@ def attention_of(model: Model, done: Completed, pixel: tuple[int, int]) -> tuple
     refine = model.net.refine
     if done.inputs is None:
         raise UserError("nothing was completed: there is no attention to show")
-    x, m = done.inputs
+    seen, stride = done.inputs[0].shape[-2:], model.net.stride
+    x, m = model.net.padded(*done.inputs)  # as the network itself does: a cell is `stride` of its pixels
     left, top, width, height = done.box
-    column, row = ((pixel[0] - left) / width, (pixel[1] - top) / height)
+    column, row = ((pixel[0] + 0.5 - left) / width, (pixel[1] + 0.5 - top) / height)
     if not (0 <= column < 1 and 0 <= row < 1):
         raise UserError(f"pixel {pixel} lies outside the part of the picture that was completed")
     out = model.net(x, m)
     features = refine.features(out["coarse_comp"], m, out["parsing"])
     cells = features.shape[-2:]
     holes = hole_cells(m, cells)
-    at = (int(row * cells[0]), int(column * cells[1]))
+    at = (int(row * seen[0]) // stride, int(column * seen[1]) // stride)
     if holes[0, 0, at[0], at[1]] < 0.5:
         raise UserError(f"pixel {pixel} is not in the hole; choose one that was completed")
     index = at[0] * cells[1] + at[1]

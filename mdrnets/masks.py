@@ -28,9 +28,12 @@ log = logging.getLogger(__name__)
 
 
 class MaskSource(Protocol):
-    """Where masks come from. `mask(key)` is a pure function of the key, (1, size, size) float in {0, 1}."""
+    """Where masks come from. `mask(key)` is a pure function of the key, (1, size, size) float in {0, 1};
+    `label(key)` says which it is: a file, or what it is drawn from."""
 
     def mask(self, key: int) -> Tensor: ...
+
+    def label(self, key: int) -> str: ...
 
 
 def mixed(seed: int, *numbers: int) -> int:
@@ -62,6 +65,9 @@ class StrokeMasks:
         if key not in self._kept:
             self._kept[key] = self.draw(key)
         return self._kept[key]
+
+    def label(self, key: int) -> str:
+        return f"strokes of seed {self.seed}, number {key if self.pool is None else key % self.pool}"
 
     def draw(self, key: int) -> Tensor:
         """The mask number `key`, (1, size, size)."""
@@ -108,6 +114,9 @@ class BoxMasks:
         mask[:, y : y + height, x : x + width] = 1
         return mask
 
+    def label(self, key: int) -> str:
+        return f"box of seed {self.seed}, number {key}"
+
 
 def to_mask(values: Tensor, size: tuple[int, int] | None, polarity: Polarity) -> Tensor:
     """Grey values (1, H, W) in [0, 1] -> mask (1, h, w) in {0, 1}: nearest neighbour, then threshold 0.5."""
@@ -150,7 +159,14 @@ class MaskFiles:
             )
 
     def mask(self, key: int) -> Tensor:
-        return read_mask(self.files[key % len(self.files)], (self.size, self.size), self.polarity)
+        return read_mask(self._file(key), (self.size, self.size), self.polarity)
+
+    def label(self, key: int) -> str:
+        path = self._file(key)
+        return f"{path.parent.name}/{path.name}"
+
+    def _file(self, key: int) -> Path:
+        return self.files[key % len(self.files)]
 
 
 def measure_masks(folder: Path, size: int, polarity: Polarity) -> list[tuple[Path, float]]:

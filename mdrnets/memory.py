@@ -8,6 +8,7 @@ rules of related work: slots learned by gradient (MemAE) or written from clean f
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -147,7 +148,7 @@ class DMM(nn.Module):
         reads."""
         if self._reads is None:
             return
-        reads = _summed(self._reads)
+        reads = _reduced(self._reads)
         share = reads / reads.sum(1, keepdim=True).clamp_min(1e-8)
         self.usage.lerp_(share, 0.01)
         self._reads = None
@@ -158,8 +159,8 @@ class DMM(nn.Module):
 
         M_ki <- normalize(mu M_ki + (1 - mu) normalize(sum of alpha q over the positions of slot ki)); alpha
         is 1, or with `weighted_write` MNAD's softmax over positions divided by its largest value. A slot
-        unused for `revive_after` writes becomes a random clean query of its part. Under several processes the
-        sums are added before the update, so that all keep the same memory.
+        unused for more than `revive_after` writes becomes a random clean query of its part. Under several
+        processes the sums are added before the update, so that all keep the same memory.
         """
         if self.blocks == 1:
             block = torch.zeros_like(block)
@@ -170,9 +171,10 @@ class DMM(nn.Module):
         if self.weighted_write:
             similarity = (q * memory[slot]).sum(1)
             largest = torch.full_like(memory[:, 0], -2.0).scatter_reduce(0, slot, similarity, "amax")
+            largest = _reduced(largest, dist.ReduceOp.MAX)
             alpha = (similarity - largest[slot]).exp()
-        sums = _summed(torch.zeros_like(memory).index_add_(0, slot, alpha[:, None] * q))
-        counts = _summed(_counts(slot, len(memory)).float())
+        sums = _reduced(torch.zeros_like(memory).index_add_(0, slot, alpha[:, None] * q))
+        counts = _reduced(_counts(slot, len(memory)).float())
         used = counts > 0
         moved = F.normalize(self.decay * memory + (1 - self.decay) * F.normalize(sums, dim=-1), dim=-1)
         memory = torch.where(used[:, None], moved, self.memory.flatten(0, 1))
@@ -196,11 +198,11 @@ class DMM(nn.Module):
         pick = (random * counts.repeat_interleave(self.slots)).long() + start
         candidates = q[order[pick.clamp(max=len(q) - 1)]]
         exists = counts > 0
-        if torch.distributed.is_initialized():
+        if dist.is_initialized():
             # All processes must take the same candidates: those of the first one.
-            torch.distributed.broadcast(candidates, 0)
+            dist.broadcast(candidates, 0)
             exists = exists.long()
-            torch.distributed.broadcast(exists, 0)
+            dist.broadcast(exists, 0)
             exists = exists.bool()
         return candidates, exists
 
@@ -210,9 +212,10 @@ def _counts(index: Tensor, length: int) -> Tensor:
     return index.new_zeros(length).index_add_(0, index, torch.ones_like(index))
 
 
-def _summed(value: Tensor) -> Tensor:
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(value)
+def _reduced(value: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    """The sum (or what `operation` says) over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(value, operation)
     return value
 
 

@@ -296,6 +296,11 @@ class MDRNet(nn.Module):
         super().__init__()
         self.coarse, self.parser, self.refine, self.stride = coarse, parser, refine, stride
 
+    def padded(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """x and mask, (B, 3, H, W) and (B, 1, H, W), reflected on the right and below to whole cells."""
+        pad = (0, -x.shape[-1] % self.stride, 0, -x.shape[-2] % self.stride)
+        return F.pad(x, pad, mode="reflect"), F.pad(mask, pad, mode="reflect")
+
     def forward(
         self, x: Tensor, mask: Tensor, parsing: Tensor | None = None, read: bool = True
     ) -> dict[str, Tensor]:
@@ -307,9 +312,8 @@ class MDRNet(nn.Module):
         `parsing`, `refined` and `output`, which equals x bit for bit wherever the mask is 0.
         """
         height, width = (int(n) for n in x.shape[-2:])
-        pad = (0, -width % self.stride, 0, -height % self.stride)
-        if any(pad):
-            out = self(F.pad(x, pad, mode="reflect"), F.pad(mask, pad, mode="reflect"), parsing, read)
+        if height % self.stride or width % self.stride:
+            out = self(*self.padded(x, mask), parsing, read)
             return {k: v if k == "parsing" else v[..., :height, :width] for k, v in out.items()}
         x_in = x.masked_fill(mask > 0.5, 0.0)
         coarse = self.coarse(x_in, mask)

@@ -21,6 +21,14 @@ def needs_features(config: "Config", inco: bool) -> bool:
     return bool(config.perceptual or config.style or inco)
 
 
+FEATURES: dict[losses.FeatureKind, str] = {
+    "vgg": "VGG-16, ImageNet's weights",
+    "coarse": "the frozen encoder of the coarse network",
+    "random": "a fixed random network",
+}
+"""What --features names, as training says it."""
+
+
 def feature_network(config: "Config", net: MDRNet) -> nn.Module:
     """phi, frozen: also against training of the network that it may be a part of."""
     if config.features == "vgg":

@@ -65,6 +65,11 @@ def plan(config: "Config") -> list[Stage]:
         raise UserError(f"unknown variant {unknown[:1]}; there are {', '.join(VARIANTS)}")
     if config.parser == "bisenet" and "simple" in config.data:
         raise UserError("--data simple: the simple faces have parts of their own: use --parser tiny")
+    stride = SIZES[config.size].stride
+    if config.image_size % stride:
+        raise UserError(
+            f"--image-size {config.image_size}: networks of --size {config.size} need a multiple of {stride}"
+        )
     if config.unet and config.image_size % UNet.multiple:
         raise UserError(f"--image-size {config.image_size}: the U-Net needs a multiple of {UNet.multiple}")
     if config.adversarial and config.image_size < 24:

@@ -27,7 +27,14 @@ from mdrnets.gallery import training_sheet
 from mdrnets.masks import Polarity, show_ratio
 from mdrnets.memory import Addressing, Routing, Update
 from mdrnets.model import Discriminator, MDRNet, Order, SizeName
-from mdrnets.objective import coarse_losses, feature_network, needs_features, refine_losses, unet_losses
+from mdrnets.objective import (
+    FEATURES,
+    coarse_losses,
+    feature_network,
+    needs_features,
+    refine_losses,
+    unet_losses,
+)
 from mdrnets.parser import ParserKind, TinyParser, parts_on_grid
 from mdrnets.stages import TABLE_A, VARIANTS, Stage, learn_faces, plan, prepare, stage_file
 from shared.io import Run, load_weights, progress, save_safetensors
@@ -112,7 +119,7 @@ class Config(RunConfig):
     memory_decay: float = 0.98
     """`ema`: share of a slot that a write keeps."""
     revive_after: int = 1000
-    """`ema`: a slot unused for so many writes starts again from a random query of its part."""
+    """`ema`: a slot unused for more writes than this starts again from a random query of its part."""
     weighted_write: bool = False
     """`ema`: weight positions by their similarity, as MNAD does."""
     write_every: int = 1
@@ -233,7 +240,10 @@ def train_stage(
     inco = stage.name.endswith("+inco2") and bool(config.inter or config.intra)
     net = prepare(stage, config, run.folder, len(pictures.parts)).to(device)
     phi = feature_network(config, net) if refining and needs_features(config, inco) else None
-    phi = phi if phi is None else phi.to(device, memory_format=torch.channels_last)
+    if phi is not None:
+        phi = phi.to(device, memory_format=torch.channels_last)
+        if accelerator.is_main_process:
+            print(f"{stage.label}: features of the losses: {FEATURES[config.features]}")
     critic = Discriminator().to(device) if refining and config.adversarial else None
     average = copy.deepcopy(net).requires_grad_(False) if config.average else None
     models = {"net": net, "critic": critic, "average": average}

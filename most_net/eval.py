@@ -18,7 +18,7 @@ from most_net.artists import measure_artists
 from most_net.claims import Scores, judge
 from most_net.data import Pairs
 from most_net.figures import save_figures
-from most_net.learner import synthesise
+from most_net.learner import styles_in, synthesise
 from most_net.mechanism import atlas, measure
 from most_net.metrics import grey_bytes, nlda_rate, pretrained, quality, ssim, window_of
 from most_net.pairs import load_dataset
@@ -115,6 +115,13 @@ def networks(folder: Path, config: TrainConfig, device: torch.device) -> dict[Tr
     return {trial: load_network(folder, TrainConfig, trial.name)[0].to(device) for trial in finished}
 
 
+def of_first_memory(test: Pairs, net: nn.Module) -> Pairs:
+    """The test pairs on which the first memory of a network is examined: of its own style alone, where every
+    style has a memory."""
+    own = [i for i, style in enumerate(test.styles.tolist()) if styles_in(net) == 1 or style == 0]
+    return test.select(own[:PROBED])
+
+
 def score(config: Config, truth: Tensor, got: Tensor) -> dict[str, float]:
     """All metrics of sketches (N, 1, H, W) in [0, 1] against the drawn ones. UserError when `nlda_train` was
     given and does not leave people to train on and to search."""
@@ -155,7 +162,7 @@ def evaluate(config: Config) -> Path:
     window = window_of(test.photos.shape[-2])
     probe = test.select(list(range(min(PROBED, len(test)))))
     memories = {
-        trial.name: measure(nets[trial], probe, trial.size, window)
+        trial.name: measure(nets[trial], of_first_memory(test, nets[trial]), trial.size, window)
         for trial in main
         if hasattr(nets[trial], "memories")
     }

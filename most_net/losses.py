@@ -70,7 +70,7 @@ class Perceptual(nn.Module):
     def __init__(self, weights: Path | None = None):
         super().__init__()
         url = VGG19_Weights.IMAGENET1K_V1.url
-        where = "give torchvision's vgg19 file with --vgg, or leave the term out with --perceptual-weight 0"
+        where = "give torchvision's vgg19 file with --vgg, or leave the term out with --weights.perceptual 0"
         path = pretrained_path("VGG-19 (perceptual loss)", weights, where, download_url(url))
         features = make_layers(cfgs["E"])
         state = {k: v for k, v in load_torch(path).items() if not k.startswith("classifier.")}

@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -249,10 +250,20 @@ def split_standard(pairs: list[Pair], dataset: str) -> tuple[list[Pair], list[Pa
 
 
 def _subset(name: str) -> str:
-    return next((known for known in STANDARD if known in name.lower()), name)
+    # The longest first: "ar" is in many a word, also in a folder called XM2VTS_warped.
+    return next((known for known in sorted(STANDARD, key=len, reverse=True) if known in name.lower()), name)
+
+
+def _counts(pairs: list[Pair]) -> str:
+    """How many pairs of each subset, in words."""
+    subsets = Counter(pair.subset for pair in pairs)
+    each = ", ".join(f"{subset} {count}" for subset, count in subsets.items() if subset)
+    return f"{len(pairs)}" + (f" ({each})" if each else "")
 
 
 def _compare_with_standard(dataset: str, train: list[Pair], test: list[Pair]) -> None:
+    """Print how many pairs of each subset train and test; warn when they are not the standard split's."""
+    print(f"{dataset}: {_counts(train)} training pairs, {_counts(test)} test pairs")
     standard = {"cufs": (268, 338), "cufsf": STANDARD["cufsf"]}.get(dataset)
     if standard and (len(train), len(test)) != standard:
         warnings.warn(

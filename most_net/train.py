@@ -118,7 +118,7 @@ class Config(RunConfig):
     batch: int = 4
     """Pairs per step, of all processes together."""
     steps: int = 54000
-    """Steps. 54,000 are 800 epochs of 268 pairs at batch 4."""
+    """Steps. 54,000 are about 800 epochs of 268 pairs at batch 4."""
     decay: float = 0.5
     """Share of the steps at the end in which the learning rate falls linearly to 0."""
     lr: float = 2e-4
@@ -132,7 +132,7 @@ class Config(RunConfig):
     save_every: int = 1000
     """Steps between checkpoints."""
     validate_every: int = 1650
-    """Steps between validations, 25 epochs of 268 pairs."""
+    """Steps between validations, about 25 epochs of 268 pairs at batch 4."""
 
 
 DEMO = Config(

@@ -135,6 +135,22 @@ def test_test_pairs_are_fixed():
     for a, b in zip(sets, again, strict=True):
         assert torch.equal(a[2]["mask"], b[2]["mask"])
     assert not torch.equal(sets[0][2]["mask"], sets[0][3]["mask"])
+    for pairs, tests in zip((s.pairing() for s in sets), sets, strict=True):
+        assert [name for name, _ in pairs] == [f"seed 1, face {i}" for i in range(4)]
+        assert len({mask for _, mask in pairs}) == 4
+        assert pairs[2][1] == tests.masks.label(tests.mask_key(2))
+
+
+def test_a_mask_says_which_it_is(tmp_path):
+    for i in range(3):
+        save(tmp_path / "irregular" / f"{i}.png", np.full((10, 10), 255) * (np.arange(10) < 2 + i))
+    files = MaskFiles(measure_masks(tmp_path, 10, "white-hole"), 10, 0.1, 0.6, "white-hole")
+    for key in range(4):
+        shown = read_mask(tmp_path / files.label(key), None)
+        assert torch.equal(files.mask(key), shown)
+    pool = StrokeMasks(16, 0.1, 0.6, 0, pool=3)
+    assert pool.label(1) == pool.label(4) != pool.label(2)
+    assert BoxMasks(16, 0.1, 0.6, 0).label(1) != BoxMasks(16, 0.1, 0.6, 0).label(2)
 
 
 # --- public layouts ---------------------------------------------------------------------------------

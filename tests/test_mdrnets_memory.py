@@ -1,9 +1,15 @@
 """MDRNets: disentangled memory and masked attention against slow references."""
 
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
+from mdrnets import memory
 from mdrnets.memory import DMM, perplexity
 from mdrnets.model import composite
 from mdrnets.mrem import MREM, hole_cells
@@ -121,6 +127,30 @@ def test_writing_equals_the_loops(weighted):
     assert torch.allclose(dmm.memory, wanted, atol=1e-5)
     assert torch.equal(dmm.age, age)
     assert torch.equal(dmm.memory[2], before[2])
+
+
+def test_weighted_writes_of_two_processes_are_those_of_one(monkeypatch):
+    """Two threads stand for the processes: they meet in every reduction, each with every other position."""
+    torch.manual_seed(0)
+    q, block = F.normalize(torch.randn(60, 5), dim=-1), torch.randint(0, 3, (60,))
+    whole = DMM(5, 3, 4, update="ema", decay=0.5, weighted_write=True)
+    halves = [copy.deepcopy(whole) for _ in range(2)]
+    whole.write(q, block)
+    meeting, given = threading.Barrier(2, timeout=30), {}
+
+    def reduced(value, operation=dist.ReduceOp.SUM):
+        given[threading.get_ident()] = value
+        meeting.wait()
+        both = torch.stack(list(given.values()))
+        meeting.wait()
+        return both.sum(0) if operation == dist.ReduceOp.SUM else both.amax(0)
+
+    monkeypatch.setattr(memory, "_reduced", reduced)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda i: halves[i].write(q[i::2], block[i::2]), range(2)))
+    for half in halves:
+        assert torch.allclose(half.memory, whole.memory, atol=1e-6)
+        assert torch.equal(half.age, whole.age)
 
 
 def test_slots_that_are_never_used_start_again_from_their_own_part():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from mdrnets.model import (
     SIZES,
@@ -56,6 +57,103 @@ def test_bisenet_gives_three_maps_of_the_input_size():
     with torch.no_grad():
         maps = BiSeNet().eval()(torch.zeros(1, 3, 64, 96))
     assert [tuple(m.shape) for m in maps] == [(1, 19, 64, 96)] * 3
+
+
+def slow_bisenet(p: dict[str, torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
+    """The public network's forward pass in eval mode, step by step from its parameters."""
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        names = ("running_mean", "running_var", "weight", "bias")
+        mean, variance, weight, bias = (p[f"{name}.{k}"].view(1, -1, 1, 1) for k in names)
+        return (x - mean) / (variance + 1e-5).sqrt() * weight + bias
+
+    def conv(name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
+        weight = p[f"{name}.weight"]
+        return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2)
+
+    def conv_bn_relu(name: str, x: torch.Tensor) -> torch.Tensor:
+        return norm(f"{name}.bn", conv(f"{name}.conv", x)).relu()
+
+    def layer(name: str, x: torch.Tensor, stride: int) -> torch.Tensor:
+        for i, s in enumerate((stride, 1)):
+            block = f"cp.resnet.{name}.{i}"
+            y = norm(f"{block}.bn1", conv(f"{block}.conv1", x, s)).relu()
+            y = norm(f"{block}.bn2", conv(f"{block}.conv2", y))
+            if f"{block}.downsample.0.weight" in p:
+                x = norm(f"{block}.downsample.1", conv(f"{block}.downsample.0", x, s))
+            x = (x + y).relu()
+        return x
+
+    def average(x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3), keepdim=True)
+
+    def refined(name: str, x: torch.Tensor) -> torch.Tensor:
+        x = conv_bn_relu(f"cp.{name}.conv", x)
+        return x * norm(f"cp.{name}.bn_atten", conv(f"cp.{name}.conv_atten", average(x))).sigmoid()
+
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def between(n: int, wanted: int) -> torch.Tensor:
+        """(wanted, n): linear interpolation whose first and last samples are those of the map."""
+        places = torch.arange(wanted).double() * (n - 1) / (wanted - 1)
+        return (1 - (places[:, None] - torch.arange(n)).abs()).clamp_min(0)
+
+    def head(name: str, features: torch.Tensor) -> torch.Tensor:
+        y = conv(f"{name}.conv_out", conv_bn_relu(f"{name}.conv", features))
+        (h, w), (height, width) = y.shape[-2:], x.shape[-2:]
+        return between(h, height) @ y @ between(w, width).T
+
+    f = norm("cp.resnet.bn1", conv("cp.resnet.conv1", x, 2)).relu()
+    f8 = layer("layer2", layer("layer1", F.max_pool2d(f, 3, 2, 1), 1), 2)
+    f16 = layer("layer3", f8, 2)
+    f32 = layer("layer4", f16, 2)
+    context32 = refined("arm32", f32) + conv_bn_relu("cp.conv_avg", average(f32))
+    context32 = conv_bn_relu("cp.conv_head32", doubled(context32))
+    context16 = conv_bn_relu("cp.conv_head16", doubled(refined("arm16", f16) + context32))
+    fused = conv_bn_relu("ffm.convblk", torch.cat((f8, context16), 1))
+    gate = conv("ffm.conv2", conv("ffm.conv1", average(fused)).relu()).sigmoid()
+    return [
+        head("conv_out", fused * gate + fused),
+        head("conv_out16", context16),
+        head("conv_out32", context32),
+    ]
+
+
+def test_bisenet_computes_what_the_public_network_does():
+    rng = torch.Generator().manual_seed(0)
+    network = BiSeNet().double().eval()
+    for name, value in network.state_dict().items():
+        if name.endswith(("running_mean", "bias")):
+            value.normal_(0, 0.1, generator=rng)
+        elif value.ndim == 4:
+            nn.init.kaiming_normal_(value, generator=rng)
+        elif name.endswith("running_var") or (value.ndim == 1 and value.is_floating_point()):
+            value.uniform_(0.5, 1.5, generator=rng)
+    x = torch.randn(2, 3, 64, 96, generator=rng, dtype=torch.float64)
+    with torch.no_grad():
+        maps, wanted = network(x), slow_bisenet(network.state_dict(), x)
+    for got, expected in zip(maps, wanted, strict=True):
+        assert torch.allclose(got, expected, atol=1e-9) and expected.std() > 1e-3
+
+
+def test_the_public_parser_is_asked_as_it_was_trained():
+    """RGB normalised with ImageNet's numbers at 512x512; the first output; labels in the public order."""
+    parser, seen = BiSeNetParser(), []
+
+    def network(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen.append(x)
+        nose = torch.zeros(1, 19, *x.shape[-2:]).index_fill_(1, torch.tensor(10), 50.0)
+        return nose, -nose, -nose
+
+    parser.network.forward = network
+    colour = torch.tensor((0.2, 0.5, 0.9)).view(1, 3, 1, 1)
+    parts = parser((colour * 2 - 1).expand(1, 3, 256, 256), (64, 64))
+    normal = (colour - torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)) / torch.tensor(
+        (0.229, 0.224, 0.225)
+    ).view(1, 3, 1, 1)
+    assert torch.allclose(seen[0], normal.expand(1, 3, 512, 512), atol=1e-5)
+    assert parts.shape == (1, 8, 64, 64) and (parts.argmax(1) == list(GROUPS).index("nose")).all()
 
 
 @pytest.mark.parametrize("wrap", ["bare", "module", "state_dict"])

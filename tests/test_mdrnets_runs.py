@@ -72,6 +72,10 @@ def test_evaluation_prints_claims_and_writes_results(run_folder):
     assert all("SSIM 11x11" in setting for setting in settings) and len(settings) == 6
     assert {m["method"] for m in results["metrics"]} >= {"coarse", "unet", "Telea (OpenCV)", *VARIANTS_HERE}
     assert (run_folder / "samples" / "test-faces.png").is_file()
+    holes = json.loads((run_folder / results["simple"]["test_masks"]).read_text())
+    assert len(holes) == 5 and all(len(pairs) == 10 for pairs in holes.values())
+    picture_of_first, mask_of_first = holes["10-20 %"][0]
+    assert picture_of_first.endswith("face 0") and mask_of_first.startswith("strokes of seed 1000033, number")
 
 
 def test_every_form_of_the_memory_trains_in_bf16_and_logs_in_fp32(tmp_path):
@@ -116,12 +120,13 @@ def test_two_processes_learn_what_one_does(tmp_path):
                 assert torch.allclose(a[key].float(), b[key].float(), atol=2e-4), f"{path.name} {key}"
 
 
-def test_adversarial_training_with_all_terms_and_an_average(tmp_path):
+def test_adversarial_training_with_all_terms_and_an_average(tmp_path, capsys):
     config = tiny(
         out=tmp_path / "run", image_size=32, features="random", perceptual=0.05, style=120.0, tv=0.1,
         adversarial=0.1, joint_from=2, average=0.9, last_steps=2, lr_last=1e-4, variants=("full+inco2",),
     )  # fmt: skip
     folder = train(config)
+    assert "simple/full+inco2/0: features of the losses: a fixed random network" in capsys.readouterr().out
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     last = {name.rsplit("/", 1)[1] for name in log[-1] if name != "step"}
     terms = {
@@ -158,6 +163,7 @@ def test_presets_and_plans():
     for changes, words in (
         ({"variants": ("nothing",)}, "unknown variant"),
         ({"parser": "bisenet"}, "simple faces have parts of their own: use --parser tiny"),
+        ({"image_size": 17}, "--image-size 17: networks of --size unit need a multiple of 2"),
         ({"unet": True, "image_size": 20}, "--image-size 20: the U-Net needs a multiple of 8"),
         ({"adversarial": 0.1}, "--image-size 16: the discriminator needs at least 24"),
     ):

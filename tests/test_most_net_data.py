@@ -101,14 +101,18 @@ def test_standard_split_counts():
     assert (len(train), len(test)) == (268, 338)
     counts = [(sum(p.subset == s for p in train), sum(p.subset == s for p in test)) for s in subsets]
     assert counts == [(88, 100), (80, 43), (100, 195)]
+    warped = [Files(f"{i:03d}", Path("p"), Path("s"), "XM2VTS_warped") for i in range(295)]
+    assert [len(part) for part in split_standard(warped, "cufs")] == [100, 195]  # not AR's 80
     faces = [Files(f"{i:05d}", Path("p"), Path("s")) for i in range(1194)]
     assert [len(part) for part in split_standard(faces, "cufsf")] == [250, 944]
 
 
-def test_an_incomplete_standard_set_is_told(tmp_path):
+def test_an_incomplete_standard_set_is_told(tmp_path, capsys):
     put_pairs(tmp_path / "AR", ["1", "2"])
-    with pytest.warns(UserWarning, match="2 training and 0 test pairs; the standard split has 268 and 338"):
+    put_pairs(tmp_path / "CUHK_student", ["00"])
+    with pytest.warns(UserWarning, match="3 training and 0 test pairs; the standard split has 268 and 338"):
         load_dataset("cufs", tmp_path)
+    assert "cufs: 3 (AR 2, CUHK_student 1) training pairs, 0 test pairs" in capsys.readouterr().out
 
 
 def test_side_by_side(tmp_path):

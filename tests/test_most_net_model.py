@@ -9,7 +9,9 @@ from most_net import literal, losses
 from most_net.baselines import UNet, dodge, grey, neighbour_patches
 from most_net.memory import Memory, merge, usage_perplexity
 from most_net.model import FULL, TINY, Architecture, Discriminator, MostNet, adain, flatten, initialise
+from most_net.train import PRESETS
 from shared.bench import count_macs, count_parameters
+from shared.runtime import UserError, parse_presets
 
 SMALL = Architecture(base=4, downs=2, dilations=(1,), decoder_blocks=1, slots=6, revive_after=2)
 
@@ -255,6 +257,10 @@ def test_perceptual_loss_from_a_file(tmp_path):
     loss(a, torch.rand(1, 1, 32, 32)).backward()
     assert a.grad.abs().sum() > 0
     assert [x.shape[1] for x in loss.activations(a)] == [64, 128, 256, 512, 512]
+    with pytest.raises(UserError, match="no file .*gone.pth; .*--weights.perceptual 0"):
+        losses.Perceptual(tmp_path / "gone.pth")
+    # The option that it names is one.
+    assert parse_presets(PRESETS, "", ["paper", "--weights.perceptual", "0"]).weights.perceptual == 0
 
 
 # --- baselines ----------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def test_training_on_files_with_a_discriminator(tmp_path):
     assert torch.isfinite(synthesise(net, simple_pairs(2, 1, 25), 32)).all()
 
 
-def test_every_style_of_fs2k_has_a_memory(tmp_path):
+def test_every_style_of_fs2k_has_a_memory(tmp_path, monkeypatch):
     drawn = face_pairs(2, 0, 25, ("outline", "pencil", "bold"))
     for i in range(6):
         style, number = i // 2 + 1, i % 2
@@ -148,9 +148,15 @@ def test_every_style_of_fs2k_has_a_memory(tmp_path):
         size=32,
         load=32,
     )
-    net, _, _ = load_network(train(config), Config)
+    folder = train(config)
+    net, _, _ = load_network(folder, Config)
     # Six steps in turns: every artist's memory was written twice, from two crops each of 16x16 positions.
     assert [int(memory.usage.sum()) for memory in net.memories] == [2 * 2 * 256] * 3
+    examined = []
+    monkeypatch.setattr(evaluation, "measure", lambda net, pairs, *rest: examined.append(pairs) or {})
+    monkeypatch.setattr(evaluation, "save_figures", lambda *arguments: None)
+    evaluation.evaluate(evaluation.Config(folder, device="cpu", patches=False))
+    assert [pairs.styles.tolist() for pairs in examined] == [[0]]  # the first memory knows the first style
 
 
 def test_only_the_reconstruction_trains_in_the_warm_up(tmp_path):
@@ -395,6 +401,7 @@ def test_learning_an_artist_recalls_its_features():
 
 def test_two_processes_write_one_memory(tmp_path):
     settings = ["demo", *helpers.TINY["most_net"], "--steps", "6", "--batch", "4"]
+    settings += ["--weights.adversarial", "1"]
     one, two = run_one(train, PRESETS, tmp_path, *settings), run_two("most_net", tmp_path, *settings)
     assert_same_curves(one, two, lines=1)  # of the sixth step, which the five before led to
     state = load_file(two / "checkpoint/most-4-0.safetensors")

@@ -1,0 +1,62 @@
+"""MDRNets on a user's picture, with networks that need no run: the public parser, sides of any length."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mdrnets.inpaint import Model, attention_of, complete, hiding_mask
+from mdrnets.model import SIZES, CoarseNet, MDRNet, RefineNet
+from mdrnets.parser import GROUPS, BiSeNetParser, TinyParser
+from shared.runtime import UserError
+
+
+def picture(height: int, width: int) -> torch.Tensor:
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def test_hiding_with_the_public_parser_takes_its_own_labels_at_its_own_size():
+    parser, seen = BiSeNetParser(64), []
+
+    def network(x: torch.Tensor) -> tuple[torch.Tensor]:
+        seen.append(x)
+        logits = torch.zeros(1, 19, 64, 64)
+        logits[:, 6, 20:24, 10:50], logits[:, 18, :8] = 9, 9
+        return (logits,)
+
+    parser.network.forward = network
+    model = Model(SimpleNamespace(parser=parser), tuple(GROUPS), 16, "test", torch.device("cpu"))
+    image = picture(128, 128)
+    glasses, hat = (hiding_mask(model, image, hide, None) for hide in ("glasses", "hat"))
+    # Grown by two of the parser's pixels, each two of the picture's.
+    assert glasses[0, 36:52, 16:104].all() and glasses.sum() == 16 * 88
+    assert hat[0, :20].all() and hat.sum() == 20 * 128
+    halved = F.interpolate(image[None], (64, 64), mode="bilinear", antialias=True)
+    assert torch.allclose(seen[0] * parser.deviation + parser.mean, halved, atol=1e-5)
+    parser.network.forward = lambda x: (torch.zeros(1, 19, 64, 64),)
+    with pytest.raises(UserError, match="--hide hat: none found"):
+        hiding_mask(model, image, "hat", None)
+
+
+def test_attention_of_a_picture_whose_sides_are_no_whole_cells():
+    """The full-size networks halve by kernels of 4, which leave out what is beyond the last whole cell."""
+    torch.manual_seed(0)
+    small = {"widths": (8, 8, 8), "coarse_dilations": (1,), "before": (1,), "after": (1,)}
+    size = replace(SIZES["mdrnet_256"], slots=4, keys=4, **small)
+    net = MDRNet(CoarseNet(size), TinyParser(8), RefineNet(size, 8), size.stride).eval()
+    model = Model(net, tuple(GROUPS), 16, "test", torch.device("cpu"))
+    mask = torch.zeros(1, 16, 21)
+    mask[:, 4:12, 12:] = 1
+    done = complete(model, picture(16, 21), mask, seamless=False)
+    asked = []
+    net.refine.dmm.query.register_forward_hook(lambda layer, inputs, output: asked.append(inputs[0]))
+    with torch.no_grad():
+        net(*done.inputs)
+    weights, slots = attention_of(model, done, (20, 8))
+    assert len(asked) >= 3 and all(torch.equal(features, asked[0]) for features in asked)
+    assert weights.shape == (2, 4, 6) and torch.allclose(weights.sum((1, 2)), torch.ones(2))
+    assert len(slots) == 8
+    with pytest.raises(UserError, match="not in the hole"):
+        attention_of(model, done, (11, 8))
