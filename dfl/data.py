@@ -3,12 +3,14 @@
 In every client an attribute (the background colour, say) follows the label by a rule of that client's own, on
 a share rho of the samples. Within a client the attribute predicts the label, between clients the rules
 contradict each other: predictive, only locally valid, and not causal. The attribute of every sample is
-recorded. Real domains and folders of images are read in `domains.py`.
+recorded. Real domains and folders of images are read in `domains.py`. Both are our choice: the text that
+names the paper's data sets was not available to us.
 """
 
 import gzip
 import math
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -123,17 +125,20 @@ def mnist(root: Path) -> tuple[Tensor, Tensor]:
     for kind in ("train", "t10k"):
         found = [_idx_file(root, f"{kind}-{what}") for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
         if all(found):
-            pairs.append((read_idx(found[0]), read_idx(found[1])))
+            images, labels = read_idx(found[0]), read_idx(found[1])
+            if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
+                raise UserError(
+                    f"{root}: {found[0].name} holds {tuple(images.shape)} and {found[1].name} "
+                    f"{tuple(labels.shape)}, expected images (n, 28, 28) and labels (n,); the files do not "
+                    "belong together"
+                )
+            pairs.append((images, labels))
     if not pairs:
         raise UserError(
             f"{root}: no MNIST files; expected train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz and "
             "the two t10k files (or the t10k files alone), as distributed by LeCun, Cortes and Burges"
         )
     images, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    if len(images) != len(labels):
-        raise UserError(
-            f"{root}: {len(images)} images but {len(labels)} labels; the files do not belong together"
-        )
     return images.float() / 255, labels.long()
 
 
@@ -146,7 +151,7 @@ def read_idx(path: Path) -> Tensor:
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             content = file.read()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not readable ({error}); get the file again") from None
     dims = content[3] if len(content) > 4 else 0
     shape = np.frombuffer(content, ">i4", dims, 4) if len(content) >= 4 + 4 * dims else np.zeros(0)

@@ -101,7 +101,7 @@ def federate(
     """Domains {name: ((train images, labels), (test images, labels))} -> one client each.
 
     The attribute of a sample is the number of its domain. `config.hold_out` becomes the unseen domain. Raises
-    UserError when no domain has that name.
+    UserError when no domain has that name, or nobody is left to train.
     """
     if config.hold_out is not None and config.hold_out not in domains:
         raise UserError(f"--hold-out {config.hold_out}: the domains are {', '.join(domains)}")
@@ -113,6 +113,8 @@ def federate(
             unseen = test
         else:
             clients.append(ClientData(number, domain, train, test))
+    if not any(len(client.train) for client in clients):
+        raise UserError(f"{config.data_root}: no client has training images")
     return Federated(
         name, len(classes), len(clients), clients, None, unseen, mean, std, change, class_names=classes
     )
@@ -158,8 +160,8 @@ def _digits(path: Path) -> tuple[Tensor, Tensor]:
 def _pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
     content = load_pickle(path, NUMPY_PICKLE)
     pair = [np.asarray(part) for part in content] if isinstance(content, tuple | list) else []
-    if len(pair) != 2 or min(part.ndim for part in pair) < 1 or len(pair[0]) != len(pair[1]):
-        raise UserError(f"{path}: expected a pair of equally long lists")
+    if len(pair) != 2 or min(part.ndim for part in pair) < 1 or not len(pair[0]) == len(pair[1]) > 0:
+        raise UserError(f"{path}: expected a pair of equally long lists, not empty")
     return pair[0], pair[1]
 
 

@@ -35,7 +35,6 @@ from shared.published import (
     format_table,
     load_published,
     print_claims,
-    print_metrics,
     write_results,
 )
 from shared.runtime import UserError, parse, run_main
@@ -58,6 +57,8 @@ COLUMNS = {
     "bytes_down": "kB down",
 }
 
+RECIPES = ("digits", "mnist")
+"""Data whose attribute is drawn by recipe; in the others it is the domain, or what attributes.csv names."""
 SWEPT = {"rho": "strength of the skew rho", "fraction": "share of clients in a round"}
 """Settings that a run may sweep over."""
 
@@ -75,7 +76,9 @@ class EvalConfig:
 def read_log(folder: Path) -> dict[str, dict[str, list[float]]]:
     """log.jsonl -> {trial label: {scalar: values by round}}."""
     series: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for line in (folder / "log.jsonl").read_text().splitlines():
+    for line in (folder / "log.jsonl").read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):
+            continue  # half a line, of a run that was killed while it wrote
         for key, value in json.loads(line).items():
             if key not in ("step", "round"):
                 trial, seed, scalar = key.split("/", 2)
@@ -112,7 +115,8 @@ def probe_table(folder: Path, trials: list[Trial], everything: bool) -> dict[str
 
 
 def draw_maps(folder: Path, trial: Trial) -> dict[str, float]:
-    """samples/maps.png: where each branch of client 0 looks; returns the background's share of each map."""
+    """samples/maps.png: where each branch of client 0 looks; returns the background's share of each map, in
+    per cent, where images have a background that can be told from the rest: on coloured digits."""
     method, net, states, _ = load_trial(folder, trial)
     data = load_data(trial.config, trial.config.seed)
     samples = probe_samples(data)
@@ -127,6 +131,8 @@ def draw_maps(folder: Path, trial: Trial) -> dict[str, float]:
     scale = max(1, 64 // raw.shape[-1])
     rows = ["image", *maps]
     write_image(folder / "samples" / "maps.png", image_grid(tiles, len(raw), row_labels=rows, scale=scale))
+    if trial.config.data not in RECIPES or trial.config.style != "coloured":
+        return {}
     ink = raw.amin(1)  # the background has a saturated colour: its smallest channel is dark
     return {f"{name} on background": background_share(each, ink) * 100 for name, each in maps.items()}
 
@@ -146,8 +152,11 @@ def limits(table: dict[str, dict[str, float]], sweep: dict[str, dict[str, dict[f
         points = ", ".join(
             f"rho {rho:g}: {course['dfl'][rho]:.1f} against {course['fedavg'][rho]:.1f}"
             for rho in course["dfl"]
+            if rho in course["fedavg"]  # in a run that has not ended one of the two may be missing
         )
-        lines.append(f"In-domain accuracy of DFL against FedAvg by strength of the skew: {points}.")
+        lines.append(
+            f"In-domain accuracy of DFL against FedAvg by strength of the skew, first seed: {points}."
+        )
     if dfl and "dfl-no-max-mi" in table:
         lines.append(
             f"Without the max-MI term in-domain accuracy is {table['dfl-no-max-mi']['in_domain']:.1f} %, "
@@ -217,14 +226,15 @@ def evaluate_run(options: EvalConfig) -> Path:
         for name, row in table.items()
     }
     write_image(samples / "accuracies.png", bars_figure(bars, "Accuracy by method"))
-    write_image(samples / "probes.png", matrix_figure(probed, "Linear probes [%]"))
+    if probed:
+        write_image(samples / "probes.png", matrix_figure(probed, "Linear probes [%]"))
     for setting, tables in sweeps.items():
         for number, series in tables.items():
             picture = sweep_figure(series, number.replace("_", "-"), SWEPT[setting])
             write_image(samples / f"{setting}_{number}.png", picture)
     looks = draw_maps(folder, grouped["dfl"][0]) if "dfl" in grouped else {}
 
-    made_by_recipe = config.data in ("digits", "mnist")
+    made_by_recipe = config.data in RECIPES
     found = [*(skew_claims(table) if made_by_recipe else domain_claims(table)), engine_claim()]
     dataset = f"{config.style} {config.data}" if made_by_recipe else config.data
     metrics = [
@@ -263,12 +273,14 @@ def evaluate_run(options: EvalConfig) -> Path:
         "stability: standard deviation\nof the last eight rounds; kB: per client and round"
     )
     heads = list(dict.fromkeys(number for row in probed.values() for number in row))
-    print("\nlinear probes on counterfactual images, accuracy in %")
-    print(
-        format_table(
-            ["method", *heads], [[name, *(row.get(h) for h in heads)] for name, row in probed.items()]
+    if probed:
+        kind = "counterfactual images" if made_by_recipe else "all clients' test images"
+        print(f"\nlinear probes on {kind}, accuracy in %")
+        print(
+            format_table(
+                ["method", *heads], [[name, *(row.get(h) for h in heads)] for name, row in probed.items()]
+            )
         )
-    )
     for name, points in sweeps.get("fraction", {}).get("in_domain", {}).items():
         course = ", ".join(f"{x:g}: {value:.1f}" for x, value in points.items())
         print(f"in-domain accuracy of {name} by share of participants: {course}")
@@ -282,7 +294,9 @@ def evaluate_run(options: EvalConfig) -> Path:
     own = [row for row in published["rows"] if not row["setting"].startswith("context")]
     print(f"\nDFL's own published tables: {f'{len(own)} rows' if own else 'not available'}")
     if own:
-        print_metrics(metrics, published)
+        keys = ["table", "setting", "dataset", "protocol", "method", "metric", "unit", "value", "source"]
+        print(format_table(keys, [[row.get(key) for key in keys] for row in own]))
+        print("nothing here was measured under their data and protocol, so they are not set beside the above")
     else:
         print(published["note"])
     seconds = time.perf_counter() - begin

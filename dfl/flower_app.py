@@ -89,14 +89,17 @@ def settle(settings: str) -> tuple[Config, Federation]:
     return config, make_federation(config)
 
 
-def own_client(message: Message, context: Context) -> tuple[Config, Federation, int]:
-    """Settings of a message, the federation's parts, and this node's client with its state put in place."""
+def own_client(message: Message, context: Context) -> tuple[Config, Federation, int, Client]:
+    """Settings of a message, the federation as it began, this node's number, and its client as it stands.
+
+    The federation is kept between messages and runs, so a client's later state is never put into it.
+    """
     config, federation = settle(message.content["config"]["settings"])
     number = int(context.node_config["partition-id"])
-    if "local" in context.state.array_records:
-        memory = unpack("memory", context.state).get("own", {})
-        federation.clients[number] = Client(to_state(context.state["local"]), memory)
-    return config, federation, number
+    if "local" not in context.state.array_records:
+        return config, federation, number, federation.clients[number]
+    memory = unpack("memory", context.state).get("own", {})
+    return config, federation, number, Client(to_state(context.state["local"]), memory)
 
 
 @client_app.query()
@@ -109,7 +112,7 @@ def who(message: Message, context: Context) -> Message:
 @client_app.train()
 def train_client(message: Message, context: Context) -> Message:
     """One local round."""
-    config, federation, number = own_client(message, context)
+    config, federation, number, client = own_client(message, context)
     content = message.content
     bank = {int(key): state for key, state in unpack("specific", content).items()}
     extra = unpack("extra", content).get("all", {})
@@ -119,18 +122,19 @@ def train_client(message: Message, context: Context) -> Message:
         federation.method,
         config,
         federation.net,
-        [federation.clients[number]],
+        [client],
         [data.clients[number]],
         [download],
         data,
     )
     client, upload = clients[0], uploads[0]
-    context.state["local"] = to_record(client.state)
-    if client.memory:
-        context.state["memory-own"] = to_record(client.memory)
-    # A node's state lives as long as the Flower run; the file outlives it.
-    folder = Path(str(content["config"]["folder"]))
-    write_state(folder / f"client_{number}.safetensors", client.state)
+    if fault(upload) is None:  # a faulty answer is left out by the server, and its client stays as it was
+        context.state["local"] = to_record(client.state)
+        if client.memory:
+            context.state["memory-own"] = to_record(client.memory)
+        # A node's state lives as long as the Flower run; the file outlives it.
+        folder = Path(str(content["config"]["folder"]))
+        write_state(folder / f"client_{number}.safetensors", client.state)
     metrics = {"client": number, "num-examples": upload.samples, **upload.metrics}
     records = {"arrays": to_record(upload.shared), "metrics": MetricRecord(metrics)}
     return Message(
@@ -142,9 +146,9 @@ def train_client(message: Message, context: Context) -> Message:
 @client_app.evaluate()
 def evaluate_client(message: Message, context: Context) -> Message:
     """In-domain accuracy in per cent of the personal model under the new global part."""
-    _, federation, number = own_client(message, context)
+    _, federation, number, client = own_client(message, context)
     test = federation.data.clients[number].test
-    state = {**federation.clients[number].state, **to_state(message.content["arrays"])}
+    state = {**client.state, **to_state(message.content["arrays"])}
     logits = predict(federation.method, federation.net, [state], [test.images], federation.data, False)
     metrics = {"num-examples": len(test), "in_domain": accuracy(logits[0], test.labels)}
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
@@ -262,18 +266,6 @@ class DFLStrategy(FedAvg):
         return MetricRecord({"in_domain": self.scalars["in_domain"]}) if values else None
 
 
-def make_server(config: Config, folder: Path, report: Report) -> tuple[ServerApp, Federation]:
-    """A server for one trial, and the federation it works on."""
-    federation = make_federation(config)
-    app = ServerApp()
-
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        run_rounds(grid, federation, folder, report)
-
-    return app, federation
-
-
 def run_rounds(grid: Grid, federation: Federation, folder: Path, report: Report) -> None:
     """All rounds of a trial over the nodes of `grid`."""
     strategy = DFLStrategy(federation, folder, report)
@@ -317,16 +309,29 @@ def serve(grid: Grid, context: Context) -> None:
 def simulate(config: Config, report: Report, cores: int = 1) -> Federation:
     """One trial as a Flower simulation on this machine; `report` is called after each round.
 
-    Returns the federation with every client's final state. cores: per client actor.
+    Returns the federation with every client's final state. cores: per client actor. Raises UserError when
+    too few clients answered.
     """
+    federation, app = make_federation(config), ServerApp()
+    mistakes: list[UserError] = []
     with tempfile.TemporaryDirectory() as folder:
-        app, federation = make_server(config, Path(folder), report)
+
+        @app.main()
+        def main(grid: Grid, context: Context) -> None:
+            # Flower runs this in a thread, and makes of any error there a RuntimeError without its message.
+            try:
+                run_rounds(grid, federation, Path(folder), report)
+            except UserError as error:
+                mistakes.append(error)
+
         run_simulation(
             server_app=app,
             client_app=client_app,
             num_supernodes=len(federation.clients),
             backend_config={"client_resources": {"num_cpus": cores, "num_gpus": 0.0}},
         )
+        if mistakes:
+            raise mistakes[0]
         if federation.round < config.rounds:
             raise UserError(f"the Flower simulation ended after {federation.round} rounds; see its log above")
         for k, client in enumerate(federation.clients):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -98,20 +99,24 @@ class Config(RunConfig):
     image_size: int = 256
     """Side to which photographs are resized (office, domainnet, pacs, folder)."""
 
-    method: Literal[
-        "dfl",
-        "local",
-        "fedavg",
-        "fedprox",
-        "fedbn",
-        "fedper",
-        "fedrep",
-        "scaffold",
-        "moon",
-        "ditto",
-        "fedproto",
+    method: tyro.conf.Suppress[
+        tyro.conf.Fixed[
+            Literal[
+                "dfl",
+                "local",
+                "fedavg",
+                "fedprox",
+                "fedbn",
+                "fedper",
+                "fedrep",
+                "scaffold",
+                "moon",
+                "ditto",
+                "fedproto",
+            ]
+        ]
     ] = "dfl"
-    """Federated method. Trials set it."""
+    """Federated method. Only trials set it: with another one the row "dfl" would not be DFL."""
     trials: tuple[str, ...] = ("dfl",)
     """Rows of the result table to run, by their names in TRIALS."""
     seeds: int = 1
@@ -154,8 +159,8 @@ class Config(RunConfig):
     """Learning rate of the critics."""
     weighting: Literal["samples", "uniform"] = "samples"
     """Weights of the average: by number of training images, or all equal."""
-    mu: float = 0.1
-    """Weight of the extra term of fedprox, moon, ditto and fedproto."""
+    mu: tyro.conf.Suppress[tyro.conf.Fixed[float]] = 0.1
+    """Weight of the extra term of fedprox, moon, ditto and fedproto. Their trials set it."""
 
     mi: Literal["jsd", "club", "none"] = "jsd"
     """Estimator of the mutual information between z_s and z_c; none trains without both MI terms."""
@@ -225,11 +230,21 @@ class Trial:
     swept: Literal["rho", "fraction"] | None = None
 
 
+POSITIVE = (
+    "clients", "per_client", "test_images", "digit_parts", "seeds", "rounds", "local_epochs", "lend_every",
+    "min_clients", "checkpoint_every",
+)  # fmt: skip
+"""Numbers of `Config` that must be at least 1."""
+
+
 def plan(config: Config) -> list[Trial]:
-    """All trials of a run in their order. Raises UserError for an unknown one and a batch of one image."""
+    """All trials of a run in their order. Raises UserError for an unknown one and for numbers too small."""
     unknown = sorted({*config.trials, *config.sweep_trials} - TRIALS.keys())
     if unknown:
         raise UserError(f"unknown trial '{unknown[0]}'; there are {', '.join(TRIALS)}")
+    for name in POSITIVE:
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least 1 is needed")
     if config.batch_size < 2:
         raise UserError(f"--batch-size {config.batch_size}: negative pairs need at least 2 images")
     trials = []
@@ -257,7 +272,9 @@ class Position(Standing):
 
 def train(config: Config) -> Path:
     """Run all trials of `config`; returns the run folder. Continues a run that was interrupted (on Flower:
-    from the last finished trial)."""
+    from the last finished trial). Raises UserError for settings that cannot be met."""
+    if config.compile:
+        raise UserError("--compile: clients train under torch.func, which torch.compile does not serve here")
     trials = plan(config)
     accelerator = start(config)
     if config.backbone == "mlp":

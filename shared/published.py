@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 from shared.records import write_json
-from shared.runtime import REPOSITORY, RunConfig, UserError, pick_device
+from shared.runtime import REPOSITORY, RunConfig, UserError
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,9 @@ def environment(config: RunConfig, seconds: float, device: str | None = None) ->
 
     config: of the run. device: where the result was computed, when not where the run was.
     """
-    used = pick_device(device or config.device).type
-    gpu = torch.cuda.get_device_name() if used == "cuda" else None
+    # A run of a GPU may be evaluated where there is none.
+    on_gpu = (device or config.device) != "cpu" and torch.cuda.is_available()
+    gpu = torch.cuda.get_device_name() if on_gpu else None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -348,6 +348,11 @@ def test_limits_state_numbers_and_no_verdict():
     assert "Without the max-MI term in-domain accuracy is 40.0 %, with it 90.0 %." in lines[1]
     assert "90.0 % in-domain and 60.0 % counterfactual" in lines[2]
     assert not any(word in line for line in lines for word in ("nothing", "worth"))
+    half = {"in_domain": {"dfl": {0.0: 80.0, 0.9: 92.0}, "fedavg": {0.9: 85.0}}}  # a run that has not ended
+    assert limits({}, half) == [
+        "In-domain accuracy of DFL against FedAvg by strength of the skew, first seed: "
+        "rho 0.9: 92.0 against 85.0."
+    ]
 
 
 def test_a_batch_needs_two_images():

@@ -40,6 +40,17 @@ def test_mnist_files_packed_or_not_and_the_test_file_alone(tmp_path):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"junk")
     with pytest.raises(UserError, match="train-images-idx3-ubyte.gz: not readable"):
         mnist(tmp_path)
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", train)
+    content = bytearray((tmp_path / "train-images-idx3-ubyte.gz").read_bytes())
+    content[40:60] = bytes(20)  # damaged inside: not the file's head, but its compressed data
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(UserError, match="train-images-idx3-ubyte.gz: not readable"):
+        mnist(tmp_path)
+    for images, labels in ((np.arange(7), np.arange(7)), (train, np.arange(6))):
+        write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
+        write_idx(tmp_path / "train-labels-idx1-ubyte.gz", labels)
+        with pytest.raises(UserError, match="train-labels-idx1-ubyte.gz .*do not belong together"):
+            mnist(tmp_path)
     with pytest.raises(UserError, match="no MNIST files; expected"):
         mnist(tmp_path / "absent")
 
@@ -127,7 +138,7 @@ def test_digits5_layout(tmp_path):
         load_data(config, 0)
 
 
-@pytest.mark.parametrize("content", [(1, 2), ([1], ["a"]), {"images": 3}])
+@pytest.mark.parametrize("content", [(1, 2), ([1], ["a"]), {"images": 3}, ([], [])])
 def test_a_foreign_data_pickle_is_named(tmp_path, content):
     for name in DIGITS:
         dump(tmp_path / name / "partitions" / "train_part0.pkl", content)
@@ -213,6 +224,14 @@ def test_folder_federation_with_attributes(tmp_path):
     data = load_data(config, 0)
     assert data.attributes == 2 and [len(c.train) for c in data.clients] == [0, 6, 6]
     assert data.clients[1].train.attributes.tolist() == [0, 1, 1] * 2
+    wrong = {
+        b"sensor a/train/attack/0.png": "no attribute in the line of",
+        b"\xff,x": "not readable as a table of attributes in UTF-8",
+    }
+    for line, message in wrong.items():
+        (tmp_path / "attributes.csv").write_bytes("\n".join(rows).encode() + b"\n" + line + b"\n")
+        with pytest.raises(UserError, match=message):
+            load_data(config, 0)
     (tmp_path / "attributes.csv").write_text("\n".join(rows[:-1]) + "\n")
     with pytest.raises(UserError, match="no attribute for empty/test/attack/0.png"):
         load_data(config, 0)
@@ -226,6 +245,14 @@ def test_folder_federation_with_attributes(tmp_path):
         load_data(replace(config, data_root=tmp_path / "absent"), 0)
     with pytest.raises(UserError, match="--data folder needs --data-root"):
         load_data(replace(config, data_root=None), 0)
+
+
+def test_somebody_must_have_training_images(tmp_path):
+    for split in ("train", "test"):
+        picture(tmp_path / "only" / split / "attack" / "0.png")
+    config = replace(PRESETS["folder"], data_root=tmp_path, image_size=8, hold_out="only")
+    with pytest.raises(UserError, match="no client has training images"):
+        load_data(config, 0)
 
 
 def test_augmentation_is_a_function_of_its_numbers():

@@ -1,5 +1,6 @@
 """dfl on Flower: a real simulation against the in-process engine, and messages that go wrong."""
 
+import math
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,90 @@ def test_a_client_without_data_is_left_out(monkeypatch, capfd):
     app.simulate(replace(TOY, fraction=1.0), lambda federation, scalars: rounds.append(dict(scalars)))
     assert [scalars["clients"] for scalars in rounds] == [2, 2]
     assert "client1 left out: no training data" in capfd.readouterr().out
+
+
+def test_too_few_answers_end_a_simulation_with_their_message():
+    from dfl.flower_app import simulate
+
+    with pytest.raises(UserError, match="2 of the 3 clients needed .--min-clients. answered"):
+        simulate(replace(TOY, min_clients=3), lambda federation, scalars: None)
+
+
+class Nodes:
+    """A Flower grid whose nodes answer in this process, one after another."""
+
+    def __init__(self, clients: int):
+        from flwr.app import Context, RecordDict
+
+        self.sent = []
+        self.contexts = {
+            100 + k: Context(1, 100 + k, {"partition-id": k}, RecordDict(), {}) for k in range(clients)
+        }
+
+    def get_node_ids(self):
+        return list(self.contexts)
+
+    def send_and_receive(self, messages, **options):
+        from dfl.flower_app import client_app
+
+        messages = list(messages)
+        self.sent += messages
+        return [client_app(message, self.contexts[message.metadata.dst_node_id]) for message in messages]
+
+
+@pytest.fixture
+def app():
+    import dfl.flower_app as app
+
+    app.settle.cache_clear()
+    yield app
+    app.settle.cache_clear()
+
+
+def test_a_client_whose_answer_is_faulty_stays_as_it_was(app, tmp_path, monkeypatch):
+    def broken(config, seed):
+        data = load_data(config, seed)
+        clients = list(data.clients)
+        train = clients[1].train
+        clients[1] = replace(clients[1], train=replace(train, images=train.images * math.nan))
+        return replace(data, clients=clients)
+
+    monkeypatch.setattr(app, "load_data", broken)
+    federation, nodes = app.make_federation(replace(TOY, fraction=1.0)), Nodes(3)
+    app.run_rounds(nodes, federation, tmp_path, lambda *_: None)
+    assert federation.round == 2 and set(federation.bank) == {0, 2}
+    assert {k for k in range(3) if "local" in nodes.contexts[100 + k].state} == {0, 2}
+    assert {path.name for path in tmp_path.iterdir()} == {"client_0.safetensors", "client_2.safetensors"}
+
+
+def test_a_second_run_with_the_same_settings_begins_anew(app, tmp_path):
+    config = replace(TOY, **TRIALS["local"], fraction=1.0)
+    ends = []
+    for _ in range(2):
+        nodes = Nodes(3)  # what a node keeps ends with a run; its process may go on
+        app.run_rounds(nodes, app.make_federation(config), tmp_path, lambda *_: None)
+        ends.append(app.to_state(nodes.contexts[101].state["local"]))
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+
+
+@pytest.mark.parametrize("source", ["models", "prototypes", "none"])
+def test_a_message_carries_exactly_what_the_sharing_option_names(app, tmp_path, source):
+    from flwr.app import MessageType
+
+    federation = app.make_federation(replace(TOY, fraction=1.0, bank_per_round=None, source=source))
+    nodes = Nodes(3)
+    app.run_rounds(nodes, federation, tmp_path, lambda *_: None)
+    sent = [message for message in nodes.sent if message.metadata.message_type == MessageType.TRAIN]
+    assert len(sent) == 6
+    extractor = {name.removeprefix("specific.") for name in federation.clients[0].state if "specific" in name}
+    lent = {"models": extractor, "prototypes": {"prototypes"}}
+    for number, message in enumerate(sent):
+        k, records = message.metadata.dst_node_id - 100, message.content.array_records
+        assert set(records["arrays"]) == set(federation.shared)
+        # The bank is empty in the first round, and nobody gets his own.
+        others = {f"specific-{i}" for i in range(3) if i != k} if number >= 3 and source != "none" else set()
+        assert set(records) == {"arrays"} | others
+        assert all(set(records[name]) == lent[source] for name in others)
 
 
 def test_the_run_configuration_names_preset_trial_and_data():

@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dfl import eval as evaluation
 from dfl import train as training
 from dfl.baselines import build_method
 from dfl.data import load_data
 from dfl.eval import EvalConfig, evaluate_run
 from dfl.federation import Federation, evaluate
-from dfl.train import Config
+from dfl.train import PRESETS, Config
 from shared.io import read_image, write_image
 
 SMALL = ["demo", "--trials", "dfl", "fedavg", *helpers.TINY["dfl"]]
@@ -137,6 +138,10 @@ def test_two_processes_give_the_curve_of_one(run, tmp_path):
         (["demo", "--trials", "nonsense"], "unknown trial 'nonsense'; there are dfl, local"),
         (["demo", "--out", "/proc/nowhere"], "no run folder"),
         (["demo", "--device", "cuda"], "PyTorch finds no CUDA device"),
+        (["demo", "--method", "fedavg"], "--method"),  # a trial's business: see TRIALS
+        (["demo", "--mu", "1"], "--mu"),
+        (["demo", "--min-clients", "0"], "--min-clients 0: at least 1 is needed"),
+        (["demo", "--compile"], "--compile: clients train under torch.func"),
         (["demo", "--backbone", "digit_cnn"], "digit_cnn takes 28x28 images, the data are 8x8"),
     ],
 )
@@ -184,6 +189,40 @@ def test_participation_is_swept(tmp_path):
     }
     assert clients == {"dfl": 4, "dfl@0.5": 4, "dfl@fraction0.25": 1, "dfl@fraction0.5": 2}
     assert (folder / "samples" / "fraction_in_domain.png").is_file()
+
+
+TWO_ROUNDS = {"clients": 4, "per_client": 40, "test_images": 60, "rounds": 2}
+
+
+def test_baselines_alone_half_a_line_and_rows_of_the_paper(tmp_path, monkeypatch, capsys):
+    folder = training.train(Config(trials=("local",), out=tmp_path / "run", **TWO_ROUNDS))
+    with open(folder / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "local/0/in_')  # what a kill may leave
+    keys = ("table", "setting", "dataset", "protocol", "method", "metric", "unit", "source")
+    row = {key: f"their {key}" for key in keys} | {"value": 93.21}
+    monkeypatch.setattr(evaluation, "load_published", lambda paper: {"note": "", "rows": [row]})
+    evaluate_run(EvalConfig(run=folder))
+    shown = capsys.readouterr().out
+    assert "own published tables: 1 rows" in shown and "93.21  their source" in shown
+    assert "linear probes" not in shown
+
+
+def test_only_coloured_digits_have_a_background_to_look_at(tmp_path):
+    for style, measured in (("coloured", True), ("textured", False)):
+        folder = training.train(Config(style=style, out=tmp_path / style, **TWO_ROUNDS))
+        evaluate_run(EvalConfig(run=folder))
+        metrics = json.loads((folder / "results.json").read_text())["metrics"]
+        assert any(metric["table"] == "maps" for metric in metrics) == measured
+        assert (folder / "samples" / "maps.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_demo_holds_its_claims(tmp_path):
+    """The demo itself, three seeds."""
+    folder = training.train(replace(PRESETS["demo"], out=tmp_path / "run", device="cpu"))
+    claims = json.loads((evaluate_run(EvalConfig(run=folder)) / "results.json").read_text())["claims"]
+    assert [claim["id"] for claim in claims] == [*(f"C{i}" for i in range(1, 9)), "T1"]
+    assert [claim["id"] for claim in claims if not claim["holds"]] == []
 
 
 def test_evaluating_nothing(tmp_path):

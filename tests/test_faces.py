@@ -95,34 +95,47 @@ LOCAL = [
     ({"eye_open": 0.2}, EYES, 5),
     ({"lipstick": 1.0}, LIPS, 0),
     ({"eye_shadow": 1.0}, EYES | {"l_brow", "r_brow"}, 4),
-    ({"background_r": 0.0, "background_g": 0.9}, {"background"}, 0),
+    ({"background_r": 0.0, "background_g": 0.9, "background_b": 0.1}, {"background"}, 0),
+    ({"background2_r": 0.0, "background2_g": 0.9, "background2_b": 0.1}, {"background"}, 0),
+    ({"background_angle": 270.0}, {"background"}, 0),
     ({"background_pattern": 1.0}, {"background"}, 0),
-    ({"cloth_r": 0.9, "cloth_g": 0.1}, {"cloth"}, 0),
+    ({"cloth_r": 0.9, "cloth_g": 0.1, "cloth_b": 0.9}, {"cloth"}, 0),
+    ({"collar": 1.0}, {"neck", "cloth"}, 0),
     ({"necklace": 1.0}, {"neck", "cloth"}, 0),
+    ({"hat_r": 0.9, "hat_g": 0.1, "hat_b": 0.9}, {"hat"}, 0),
+    ({"lipstick_hue": 1.0}, LIPS, 0),
+    ({"eye_shadow_hue": 1.0}, EYES | {"l_brow", "r_brow"}, 4),
+    ({"earrings": 1.0}, {"l_ear", "r_ear"}, 6),
 ]
+WORN = {"hat_r": "hat", "lipstick_hue": "lipstick", "eye_shadow_hue": "eye_shadow"}
+"""What must be worn for an attribute to show."""
 
 
 @pytest.mark.parametrize(("change", "where", "grow"), LOCAL, ids=[next(iter(case[0])) for case in LOCAL])
 def test_local_attributes_change_their_place_and_nothing_else(change, where, grow):
     params = plain(6, seed=2)
+    params = params.replace(**{WORN[name]: 1.0 for name in change if name in WORN})
     difference = changed(params, **change)
     inside = region(params, where, grow=2 + grow)
     assert difference[inside].max() > 0.05
     assert difference[~inside].max() < 0.02
 
 
-@pytest.mark.parametrize(
-    ("change", "low", "high"),
-    [
-        # Rows in which it may change something, in shares between the landmarks: 0 brows, 1 chin.
-        ({"mouth_open": 1.0}, 0.10, 3.0),  # all below the cheekbones
-        ({"smile": 1.0}, -0.10, 1.1),
-        ({"glasses": 2.0}, -0.35, 0.65),
-        ({"glasses": 3.0}, -0.35, 0.65),
-        ({"moustache": 1.0}, 0.35, 0.90),
-        ({"hat": 1.0}, -2.0, 0.25),
-    ],
-)
+REGIONAL = [
+    # Rows in which it may change something, in shares between the landmarks: 0 brows, 1 chin.
+    ({"mouth_open": 1.0}, 0.10, 3.0),  # all below the cheekbones
+    ({"smile": 1.0}, -0.10, 1.1),
+    ({"brow_raise": 1.0}, -0.60, 0.25),
+    ({"glasses": 2.0}, -0.35, 0.65),
+    ({"glasses": 3.0}, -0.35, 0.65),
+    ({"moustache": 1.0}, 0.35, 0.90),
+    ({"beard": 1.0}, 0.10, 1.30),
+    ({"blush": 1.0}, 0.05, 0.85),
+    ({"hat": 1.0}, -2.0, 0.25),
+]
+
+
+@pytest.mark.parametrize(("change", "low", "high"), REGIONAL)
 def test_regional_attributes_stay_in_their_rows(change, low, high):
     params = plain(6, seed=5)
     difference = changed(params, **change)
@@ -134,9 +147,13 @@ def test_regional_attributes_stay_in_their_rows(change, low, high):
     assert difference.amax(2)[outside].max() < 0.02
 
 
-@pytest.mark.parametrize(
-    "name", ["yaw", "pitch", "roll", "light_azimuth", "light_warmth", "exposure", "scale"]
+GLOBAL = (
+    *("yaw", "pitch", "roll", "scale", "shift_x", "shift_y"),
+    *("light_azimuth", "light_elevation", "light_strength", "light_warmth", "exposure", "noise", "blur"),
 )
+
+
+@pytest.mark.parametrize("name", GLOBAL)
 def test_global_attributes_change_the_face(name):
     neutral, low, high = ATTRIBUTES[name]
     params = plain(4)
@@ -144,6 +161,11 @@ def test_global_attributes_change_the_face(name):
     difference = changed(params, **{name: value})
     skin = draw(params, 96).semantics == LABEL["skin"]
     assert difference[skin].mean() > 0.01
+
+
+def test_no_attribute_is_forgotten():
+    tested = {name for change, *_ in (*LOCAL, *REGIONAL) for name in change}
+    assert tested | set(GLOBAL) == set(ATTRIBUTES)
 
 
 @pytest.mark.parametrize("name", IDENTITY)

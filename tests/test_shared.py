@@ -281,6 +281,11 @@ def test_a_result_computed_on_the_cpu_names_no_gpu(monkeypatch):
         assert published.environment(runtime.RunConfig(device="cuda"), 1.0, device)["gpu"] == gpu
 
 
+def test_a_run_of_a_gpu_may_be_evaluated_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert published.environment(runtime.RunConfig(device="cuda"), 1.0)["gpu"] is None
+
+
 def test_results_are_strict_json(tmp_path):
     claim = published.Claim("C1", "x", {"a": float("nan"), "b": np.float32(1.5)}, "", np.bool_(True))
     published.write_results(tmp_path, [claim], [measured(False)], {"seed": 0}, {"more": torch.ones(2)})
