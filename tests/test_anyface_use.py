@@ -83,7 +83,7 @@ def test_draws_differ_by_their_noise_alone(model):
     assert torch.equal(certain[:, 0], certain[:, 1])
     half, cut = use.draw(model, codes, 1, psi=0.0)
     assert torch.allclose(cut[0, 0, :4], model.mean[0, :4])
-    _, first = use.draw(model, codes, 1, seed=1, psi=0.0, cutoff=1)
+    _, first = use.draw(model, codes, 3, seed=1, psi=0.0, cutoff=1)
     assert torch.allclose(first[0, 0, :1], model.mean[0, :1]) and torch.equal(
         first[0, 0, 1:], drawn[0, 0, 1:]
     )
