@@ -105,7 +105,7 @@ LOCAL = [
     ({"hat_r": 0.9, "hat_g": 0.1, "hat_b": 0.9}, {"hat"}, 0),
     ({"lipstick_hue": 1.0}, LIPS, 0),
     ({"eye_shadow_hue": 1.0}, EYES | {"l_brow", "r_brow"}, 4),
-    ({"earrings": 1.0}, {"l_ear", "r_ear"}, 6),
+    ({"earrings": 1.0}, {"l_ear", "r_ear"}, 9),
 ]
 WORN = {"hat_r": "hat", "lipstick_hue": "lipstick", "eye_shadow_hue": "eye_shadow"}
 """What must be worn for an attribute to show."""
@@ -143,7 +143,7 @@ def test_regional_attributes_stay_in_their_rows(change, low, high):
     brows, chin = points[:, 17:27, 1].mean(1), points[:, 8, 1]
     rows = (torch.arange(96)[None] - brows[:, None]) / (chin - brows)[:, None]  # (B, H)
     outside = (rows < low) | (rows > high)
-    assert difference.amax(2)[~outside].max() > 0.1
+    assert difference.amax(2)[~outside].max() > (0.05 if "blush" in change else 0.1)  # a faint shade
     assert difference.amax(2)[outside].max() < 0.02
 
 
