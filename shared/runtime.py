@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import random
 import re
 import signal
@@ -119,8 +120,13 @@ def _run(main: Callable[[], None]) -> None:
     try:
         main()
         if torch.distributed.is_initialized():
-            # Its threads would outlive the interpreter, and now and then abort a process that has finished.
+            several = torch.distributed.get_world_size() > 1
             torch.distributed.destroy_process_group()
+            if several:
+                # Threads that outlive the interpreter now and then abort a process that has finished.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)
     except UserError as error:
         # From a data-loading process it comes wrapped in that process's traceback.
         message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2].strip()
