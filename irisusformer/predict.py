@@ -7,8 +7,9 @@
 Per image: NAME_mask.png, NAME_overlay.png (mask, ellipses, contour of the high-uncertainty region),
 NAME_uncertainty.png (heat map over the image), NAME_polar.png, NAME_polar_mask.png and
 NAME_polar_reliability.png (64x512) and NAME.json; for a video NAME.json with one record a frame, and
-NAME_overlay.mp4. summary.csv has a line per image or frame: `score` is 1 less the mean uncertainty inside
-the mask, `usable` the share of the iris ring that the mask leaves.
+NAME_overlay.mp4 (with --frame-maps also the pictures of every frame, below NAME/). summary.csv has a line per
+image or frame: `score` is 1 less the mean uncertainty inside the mask, `usable` the share of the iris ring
+that the mask leaves.
 """
 
 import csv
@@ -34,6 +35,7 @@ from shared.io import (
     VIDEO_ENDINGS,
     find_run,
     images_of,
+    keep_inputs,
     load_config,
     load_safetensors,
     load_weights,
@@ -45,6 +47,7 @@ from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
 SUMMARY = ("name", "score", "usable", "mean_uncertainty", "iris_pixels")
+PICTURES = ("mask", "overlay", "uncertainty", "polar", "polar_mask", "polar_reliability")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class PredictConfig:
     Default: the size the run was trained at where it learned from procedural eyes, otherwise 960."""
     every: int = 1
     """Take every n-th frame of a video."""
+    frame_maps: bool = False
+    """Also write the pictures of each frame taken of a video, as of an image, to OUTPUT/NAME/NUMBER_*.png."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 
@@ -219,7 +224,9 @@ def predict_video(model: IrisUsformer, config: PredictConfig, short_side: int) -
     rate, images = frames(path, config.every)
     for number, image in enumerate(progress(images, name)):
         maps = segment(model, image, config.tau, short_side)
-        record, _, ellipses = measure(image, maps)
+        record, sheet, ellipses = measure(image, maps)
+        if config.frame_maps:
+            write_maps(config.output / name, f"{number * config.every:06d}", image, maps, sheet, ellipses)
         records.append({"frame": number * config.every, **record})
         rows.append(summary_row(f"{name}#{number * config.every}", record))
         picture = np.asarray(to_pil(overlay(image, maps, ellipses)))[:, :, ::-1]
@@ -235,16 +242,22 @@ def predict_video(model: IrisUsformer, config: PredictConfig, short_side: int) -
 
 
 def predict_images(model: IrisUsformer, config: PredictConfig, short_side: int) -> list[list]:
-    """Write maps and record of every image; returns the lines of summary.csv. UserError without images."""
+    """Write maps and record of every image; returns the lines of summary.csv. UserError without images, and
+    where a result would replace one of them."""
     source = config.input
     paths = images_of(source)
     base = source.parent if source.is_file() else source
-    rows = []
-    for path in progress(paths, "segmenting"):
-        image = read_eye(path)
+    named: dict[str, Path] = {}
+    for path in paths:
         name = "_".join(path.relative_to(base).with_suffix("").parts)
-        if any(row[0] == name for row in rows):
+        if name in named:
             name = "_".join(path.relative_to(base).parts)  # same stem, another ending
+        named[name] = path
+    results = (config.output / f"{name}_{part}.png" for name in named for part in PICTURES)
+    keep_inputs(paths, results, "--output")
+    rows = []
+    for name, path in progress(named.items(), "segmenting"):
+        image = read_eye(path)
         maps = segment(model, image, config.tau, short_side)
         record, sheet, ellipses = measure(image, maps)
         write_maps(config.output, name, image, maps, sheet, ellipses)

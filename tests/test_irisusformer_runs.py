@@ -23,7 +23,7 @@ from irisusformer.eyes import draw_eye
 from irisusformer.iris import identity
 from irisusformer.metrics import ErrorDetection
 from irisusformer.model import IrisUsformer
-from irisusformer.predict import frames, segment
+from irisusformer.predict import PredictConfig, frames, predict_images, predict_video, segment
 from irisusformer.protocol import Result, evaluate
 from irisusformer.train import (
     DEMO,
@@ -112,6 +112,34 @@ def test_predict_reads_videos(trained, tmp_path):
     run("predict", "--run", trained, "--input", film, "--output", tmp_path / "out", "--every", 2)
     assert [r["frame"] for r in json.loads((tmp_path / "out/film.json").read_text())] == [0, 2]
     assert cv2.VideoCapture(str(tmp_path / "out/film_overlay.mp4")).read()[0]
+
+
+def test_predict_writes_the_pictures_of_frames_when_asked(tmp_path):
+    film = tmp_path / "film.avi"
+    writer = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"MJPG"), 10, (80, 60))
+    for seed in range(4):
+        writer.write((draw_eye(identity(1), seed, 60, 80, "visible", 1).image * 255).astype(np.uint8))
+    writer.release()
+    model = IrisUsformer("tiny").eval()
+    for asked in (False, True):
+        out = tmp_path / f"out-{asked}"
+        out.mkdir()
+        predict_video(model, PredictConfig(film, out, every=2, frame_maps=asked), 64)
+        assert (out / "film").is_dir() == asked and (out / "film_overlay.mp4").exists()
+    for kind in ("mask", "overlay", "uncertainty"):
+        found = sorted(path.name for path in (out / "film").glob(f"*_{kind}.png"))
+        assert found == [f"000000_{kind}.png", f"000002_{kind}.png"]
+
+
+def test_predict_replaces_no_picture_that_it_reads(eyes):
+    annotated = eyes / "eye0_mask.png"
+    annotated.write_bytes((eyes / "eye0.png").read_bytes())
+    before = annotated.read_bytes()
+    with pytest.raises(
+        UserError, match="eye0_mask.png would be overwritten by a result: give another --output"
+    ):
+        predict_images(IrisUsformer("tiny").eval(), PredictConfig(eyes, eyes), 64)
+    assert annotated.read_bytes() == before and len(list(eyes.iterdir())) == 3
 
 
 def test_a_video_that_ends_early_is_said(tmp_path, capsys):
