@@ -109,8 +109,11 @@ class TableBoxes:
 class MtcnnBoxes:
     """facenet-pytorch's MTCNN as the winner ran it: on half-size frames, thresholds 0.6, 0.7, 0.7, margin 0.
 
-    Raises UserError when facenet-pytorch is not installed.
+    Frames whose half is smaller than its least face, 20 pixels, hold no face. Raises UserError when
+    facenet-pytorch is not installed.
     """
+
+    LEAST = 20
 
     def __init__(self, device: str = "cpu"):
         if importlib.util.find_spec("facenet_pytorch") is None:
@@ -129,13 +132,18 @@ class MtcnnBoxes:
         for frame in frames:
             height, width = frame.shape[:2]
             halves.append(Image.fromarray(frame).resize((max(width // 2, 1), max(height // 2, 1))))
-        corners, probabilities = self.network.detect(halves)
-        return [
-            []
-            if boxes is None
-            else _sorted([(*map(float, 2 * box), float(p)) for box, p in zip(boxes, ps, strict=True)])
-            for boxes, ps in zip(corners, probabilities, strict=True)
-        ]
+        result: list[list[Box]] = [[] for _ in frames]
+        for size in dict.fromkeys(half.size for half in halves):
+            # It takes images of one size, and fails on those that are too small for its first scale.
+            numbers = [number for number, half in enumerate(halves) if half.size == size]
+            if min(size) < self.LEAST:
+                continue
+            corners, probabilities = self.network.detect([halves[number] for number in numbers])
+            for number, boxes, ps in zip(numbers, corners, probabilities, strict=True):
+                if boxes is not None:
+                    pairs = zip(boxes, ps, strict=True)
+                    result[number] = _sorted([(*map(float, 2 * box), float(p)) for box, p in pairs])
+        return result
 
 
 class YunetBoxes:

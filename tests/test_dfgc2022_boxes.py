@@ -136,3 +136,26 @@ def test_skin_finds_a_face_coloured_ellipse_and_nothing_in_a_grey_frame():
     (box,) = box_source("skin")("a", [0], [frame])[0]
     assert np.allclose(box[:4], (40, 14, 81, 67), atol=4)
     assert box_source("skin")("a", [0], [np.full((90, 121, 3), 90, np.uint8)]) == [[]]
+
+
+def test_mtcnn_is_asked_for_one_size_at_a_time_and_never_for_tiny_frames(monkeypatch):
+    """facenet-pytorch raises on images of several sizes, and on those without any scale of 20 pixel faces."""
+
+    class MTCNN:
+        def __init__(self, **options):
+            pass
+
+        def detect(self, images):
+            if len({image.size for image in images}) > 1:
+                raise Exception("MTCNN batch processing only compatible with equal-dimension images.")
+            if min(images[0].size) < 20:
+                raise RuntimeError("torch.cat(): expected a non-empty list of Tensors")
+            return [np.array([[0, 0, 5, image.width]], np.float32) for image in images], [[0.9]] * len(images)
+
+    module = types.ModuleType("facenet_pytorch")
+    module.MTCNN = MTCNN
+    module.__spec__ = types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "facenet_pytorch", module)
+    frames = [np.zeros((*shape, 3), np.uint8) for shape in ((60, 80), (39, 80), (40, 50), (60, 80), (1, 1))]
+    found = MtcnnBoxes()("a", range(5), frames)
+    assert [[box[3] for box in boxes] for boxes in found] == [[80], [], [50], [80], []]
