@@ -19,7 +19,7 @@ import cv2
 
 from dfgc2022.boxes import Rule, box_source, crop_face
 from dfgc2022.data import DATASETS
-from dfgc2022.video import VideoError, batched, list_videos, read_frames
+from dfgc2022.video import VideoError, batched, list_videos, read_frames, require_every
 from shared.io import progress
 from shared.runtime import UserError, parse, run_main
 
@@ -89,6 +89,7 @@ def extract_all(
 
     root: a folder whose structure the crops repeat; None: they lie side by side.
     """
+    require_every(every)
     box_source(boxes)  # reports a wrong choice once
     names = [path.relative_to(root).as_posix() if root else path.name for path, _ in videos]
     if len(set(names)) < len(names):

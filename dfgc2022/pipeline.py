@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dfgc2022.boxes import Rule, box_source, crop_face
 from dfgc2022.model import Detector, fake_probability
-from dfgc2022.video import VideoError, batched, read_frames
+from dfgc2022.video import VideoError, batched, read_frames, require_every
 from shared.io import progress
 from shared.runtime import UserError
 
@@ -35,7 +35,7 @@ Average = Literal["mean", "confident"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How videos become crops."""
+    """How videos become crops. Raises UserError when `every` is no positive number."""
 
     boxes: str = "auto"
     """Source of face boxes, see `dfgc2022.boxes.box_source`."""
@@ -47,6 +47,9 @@ class Settings:
     """Frames with several faces: the most probable one, or the largest or mean score of all of them."""
     average: Average = "mean"
     """Frames to video: the arithmetic mean (the contest's), or weighted by how sure each frame is."""
+
+    def __post_init__(self) -> None:
+        require_every(self.every)
 
 
 @dataclass
