@@ -54,12 +54,7 @@ def read_list(path: Path) -> tuple[list[CropFolder], int]:
     Lines are `<folder> <label>`, label 0 or 1; those that name landmarks are passed over, as there. A
     relative folder is looked for beside the list. Raises UserError on a bad line or a missing folder.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: not readable as a list of crop folders, which extract.py writes ({error})"
-        ) from None
+    lines = read_utf8(path, "a list of crop folders, which extract.py writes,").splitlines()
     found, empty = [], 0
     for number, line in enumerate(lines, 1):
         if not line.strip() or "landmarks" in line:

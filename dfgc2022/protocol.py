@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_curve
 
+from shared.io import read_utf8
 from shared.metrics import auc
 from shared.runtime import UserError
 
@@ -59,10 +60,7 @@ def read_submission(path: Path, names: Iterable[str] | None = None) -> tuple[dic
     asked for, which are left out. Raises UserError that names file and line on a score outside [0, 1], not a
     number, or on a clip named twice.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as a submission ({error})") from None
+    lines = read_utf8(path, "a submission").splitlines()
     scores: dict[str, float] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

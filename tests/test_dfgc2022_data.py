@@ -55,6 +55,8 @@ def test_list_files(tmp_path):
     (tmp_path / "l.txt").write_text("a.mp4 1\nb c\t0\n\nx_landmarks 1\nempty 1\n")
     folders, empty = read_list(tmp_path / "l.txt")
     assert [(f.folder.name, f.label) for f in folders] == [("a.mp4", 1), ("b c", 0)] and empty == 1
+    (tmp_path / "l.txt").write_text("a.mp4 1\n", encoding="utf-8-sig")
+    assert [f.folder.name for f in read_list(tmp_path / "l.txt")[0]] == ["a.mp4"]
     for text, message in (
         ("a.mp4 2\n", "line 1"),
         ("gone 1\n", "no folder"),
