@@ -29,13 +29,16 @@ from shared.runtime import UserError
 
 def clip_crops(videos: Sequence[Path], scorer: Scorer, settings: Settings) -> Iterator[dict[int, np.ndarray]]:
     """Crops of each video in memory: side -> (n, S, S, 3). Raises UserError on a video without any face."""
-    source = box_source(settings.boxes)
     for video in progress(videos, "crops"):
-        found = list(pieces(video, 0, source, scorer.sizes, settings))
-        parts = [piece.crops for piece in found if piece.frames]
-        if not parts:
-            raise UserError(found[-1].note or f"{video}: no face found")
-        yield {size: np.concatenate([part[size] for part in parts]) for size in scorer.sizes}
+        yield _crops(video, scorer, settings)
+
+
+def _crops(video: Path, scorer: Scorer, settings: Settings) -> dict[int, np.ndarray]:
+    found = list(pieces(video, 0, box_source(settings.boxes), scorer.sizes, settings))
+    parts = [piece.crops for piece in found if piece.frames]
+    if not parts:
+        raise UserError(found[-1].note or f"{video}: no face found")
+    return {size: np.concatenate([part[size] for part in parts]) for size in scorer.sizes}
 
 
 @torch.inference_mode()
@@ -54,6 +57,22 @@ def clip_features(scorer: Scorer, crops: dict[int, np.ndarray], vra_compat: bool
     joined = np.concatenate(features, 1)
     deviation = joined.std(0, ddof=1) if len(joined) > 1 else np.zeros(joined.shape[1], joined.dtype)
     return np.concatenate([joined.mean(0), deviation])
+
+
+def features_with_faces(
+    videos: Sequence[Path], scorer: Scorer, settings: Settings
+) -> tuple[list[int], np.ndarray]:
+    """(numbers of the videos in which a face was found, their features (n, 2 D)); the others are named in
+    warnings.
+    """
+    kept, rows = [], []
+    for number, video in enumerate(progress(videos, "features")):
+        try:
+            rows.append(clip_features(scorer, _crops(video, scorer, settings)))
+            kept.append(number)
+        except UserError as error:
+            print(f"warning: {video.name} takes no part in predicted realism: {error}")
+    return kept, np.array(rows)
 
 
 def select(
@@ -111,8 +130,8 @@ def predict_unrated(
 ) -> dict[str, float]:
     """Realism predicted for creators of whom no clip is rated: creator -> mean over its clips.
 
-    rated: clip -> mean realism of the raters; these clips train the model. Raises UserError with fewer than
-    20 of them.
+    rated: clip -> mean realism of the raters; these clips train the model. Clips without a face are left out,
+    with a warning. Raises UserError with fewer than 20 clips to train on.
     """
     known = [clip for clip in clips if clip.label == 1 and clip.name in rated]
     judged = {clip.creator for clip in known}
@@ -123,17 +142,16 @@ def predict_unrated(
         raise UserError(
             f"predicted realism needs 20 rated clips of this test set, the ratings name {len(known)}"
         )
-    features = [
-        np.stack(
-            [
-                clip_features(scorer, crops)
-                for crops in clip_crops([paths[c.name] for c in group], scorer, settings)
-            ]
-        )
+    (learnt, train), (asked, test) = (
+        features_with_faces([paths[clip.name] for clip in group], scorer, settings)
         for group in (known, unknown)
-    ]
-    model = RealismModel().fit(features[0], np.array([rated[clip.name] for clip in known]))
-    values, creators = model.predict(features[1]), np.array([clip.creator for clip in unknown])
+    )
+    if len(learnt) < 20:
+        raise UserError(f"predicted realism needs 20 rated clips with a face, there are {len(learnt)}")
+    if not asked:
+        return {}
+    model = RealismModel().fit(train, np.array([rated[known[number].name] for number in learnt]))
+    values, creators = model.predict(test), np.array([unknown[number].creator for number in asked])
     return {name: float(values[creators == name].mean()) for name in dict.fromkeys(creators.tolist())}
 
 

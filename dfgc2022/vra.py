@@ -7,6 +7,7 @@ both new) and prints the agreement with the raters, per clip and per submission.
 """
 
 import csv
+import itertools
 import re
 import time
 import zlib
@@ -111,8 +112,10 @@ def read_vra(root: Path) -> list[RatedClip]:
 
 
 def features_of(clips: Sequence[RatedClip], scorer: Scorer, config: Config, out: Path) -> np.ndarray:
-    """(clips, D) features; each clip's are kept below `out`, so that an interrupted call goes on."""
-    rows = []
+    """(clips, D) features; each clip's are kept below `out`, so that an interrupted call goes on. Clips
+    without a face are named in warnings, their rows are nan. Raises UserError when no clip has a face.
+    """
+    rows: list[np.ndarray | None] = []
     networks = [fingerprint(network) for network, _, _ in scorer.networks.values()]
     choice = "release" if config.boxes is None else f"{zlib.crc32(config.boxes.encode()):08x}"
     header = "-".join([*networks, choice, str(config.every), *["compat"] * config.vra_compat])
@@ -123,13 +126,21 @@ def features_of(clips: Sequence[RatedClip], scorer: Scorer, config: Config, out:
             kept = out / "features" / header / f"C{number}-{clip.path.stem}.npy"
             if not kept.exists():
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                (crops,) = clip_crops([clip.path], scorer, settings)
+                try:
+                    (crops,) = clip_crops([clip.path], scorer, settings)
+                except UserError as error:
+                    print(f"warning: {clip.path.name} is left out: {error}")
+                    rows.append(None)
+                    continue
                 part = kept.with_suffix(".part")
                 with open(part, "wb") as file:
                     np.save(file, clip_features(scorer, crops, config.vra_compat))
                 part.replace(kept)
             rows.append(np.load(kept))
-    return np.stack(rows)
+    first = next((row for row in rows if row is not None), None)
+    if first is None:
+        raise UserError(f"{config.root}: no clip with a face")
+    return np.stack([np.full_like(first, np.nan) if row is None else row for row in rows])
 
 
 def assess(clips: Sequence[RatedClip], features: np.ndarray, wide: bool = False) -> list[Metric]:
@@ -177,7 +188,9 @@ def main(config: Config) -> None:
     networks = load_detectors(config.run, config.members, config.official, config.weights)
     scorer = Scorer(networks, device, bf16=device.type == "cuda")
     out = config.out or runs_root() / "dfgc2022-vra"
-    metrics = assess(clips, features_of(clips, scorer, config, out), config.wide)
+    features = features_of(clips, scorer, config, out)
+    found = np.isfinite(features).all(1)
+    metrics = assess(list(itertools.compress(clips, found)), features[found], config.wide)
     print_metrics(metrics, load_published("dfgc2022"))
     write_results(out, [], metrics, environment(RunConfig(), time.perf_counter() - begin, config.device))
     print(out)

@@ -7,8 +7,10 @@ import pytest
 
 from dfgc2022 import vra
 from dfgc2022.model import detector
-from dfgc2022.pipeline import Scorer
+from dfgc2022.pipeline import Scorer, Settings
 from dfgc2022.predict import load_detectors
+from dfgc2022.protocol import Clip
+from dfgc2022.realism import predict_unrated
 from dfgc2022.video import write_clips
 from dfgc2022.vra import RatedClip, assess, read_vra
 from shared.published import load_published
@@ -118,3 +120,39 @@ def test_a_missing_table_and_unequal_weights_are_named(tmp_path):
         read_vra(tmp_path)
     with pytest.raises(UserError, match="names 1 networks, --weights 0 files"):
         load_detectors(None, (), ("xception_dfgc21_baseline",), ())
+
+
+def test_a_clip_without_a_face_is_left_out_with_a_warning(release, capsys):
+    clips, entry = read_vra(release), detector("convnext_micro")
+    scorer = Scorer({"a": (entry.build(), entry, entry.size)})
+    clips[1].path.write_bytes(b"no film")
+    found = vra.features_of(clips, scorer, vra.Config(release, every=1), release / "out")
+    assert np.isfinite(found).all(1).tolist() == [True, False, True]
+    assert f"{clips[1].path.name} is left out" in capsys.readouterr().out
+    for clip in clips:
+        clip.path.write_bytes(b"no film")
+    with pytest.raises(UserError, match="no clip with a face"):
+        vra.features_of(clips, scorer, vra.Config(release, every=1), release / "other")
+
+
+def test_realism_of_the_unrated_goes_without_clips_that_have_no_face(tmp_path, capsys):
+    entry = detector("convnext_micro")
+    scorer = Scorer({"a": (entry.build(), entry, entry.size)})
+    rng, clips, paths, rated = np.random.default_rng(0), [], {}, {}
+    for number in range(24):
+        name, creator = f"{number}.mp4", ("rated", "unrated", "gone")[(number > 20) + (number > 22)]
+        clips.append(Clip(name, 1, "Public", creator))
+        paths[name] = tmp_path / name
+        write_clips([paths[name]], [rng.integers(0, 255, (1, 48, 48, 3), np.uint8)], 10)
+        if creator == "rated":
+            rated[name] = float(rng.uniform(1, 5))
+    for number in (3, 22, 23):
+        paths[f"{number}.mp4"].write_bytes(b"no film")
+    settings = Settings("crops", every=1, crop="frame")
+    found = predict_unrated(clips, paths, rated, scorer, settings)
+    assert set(found) == {"unrated"} and 1 <= found["unrated"] <= 5
+    said = capsys.readouterr().out
+    assert all(f"warning: {number}.mp4 takes no part in predicted realism" in said for number in (3, 22, 23))
+    paths["4.mp4"].write_bytes(b"no film")
+    with pytest.raises(UserError, match="needs 20 rated clips with a face, there are 19"):
+        predict_unrated(clips, paths, rated, scorer, settings)
