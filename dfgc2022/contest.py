@@ -69,8 +69,11 @@ def read_submissions(paths: Sequence[Path], clips: Sequence[Clip]) -> dict[str, 
     return read
 
 
-def score_detection(contest: Contest, draws: int = 1000) -> tuple[list[Metric], Matrix]:
-    """Print the leaderboard, the winner's auxiliary metrics, break-downs and the matrix; return them."""
+def score_detection(contest: Contest, draws: int = 1000) -> tuple[list[Metric], Matrix | None]:
+    """Print the leaderboard, the winner's auxiliary metrics, break-downs and the matrix; return them.
+
+    No matrix, and a warning, where the creator of no fake is known.
+    """
     metrics = []
     board = leaderboard(contest.clips, contest.submissions, draws)
     parts = list(board[0][1])
@@ -117,6 +120,9 @@ def score_detection(contest: Contest, draws: int = 1000) -> tuple[list[Metric], 
             for name, areas in table.items()
             for key, found in areas.items()
         ]
+    if not any(clip.label and clip.creator for clip in contest.clips):
+        print("\nwarning: no fake has a creator ('face-swap method' in the table of clips): no matrix")
+        return metrics, None
     crossed = matrix(contest.clips, contest.submissions, draws)
     print("\ncreators x detectors: AUC against all real clips (mean width of the 95 % intervals "
           f"{float((crossed.high - crossed.low).mean()):.3f})")  # fmt: skip
@@ -186,15 +192,20 @@ def score_creation(
     """Print the creation track's table; return its rows, best first, and its numbers.
 
     terms: submission -> five means. predicted: realism by a model, used where there are no ratings; such rows
-    are labelled. Anti-detection is computed on the clips of the contest.
+    are labelled. Creators with neither are named in a warning. Anti-detection is computed on the clips of the
+    contest.
     """
-    rows = []
+    rows, unrated = [], []
     for creator in sorted({clip.creator for clip in contest.clips if clip.label == 1 and clip.creator}):
         anti = anti_detection(contest.clips, contest.submissions, creator, definition)
         if creator in terms:
             rows.append(Row(creator, dict(terms[creator]), anti))
         elif predicted and creator in predicted:
             rows.append(Row(creator, {"realism": predicted[creator]}, anti, predicted=True))
+        else:
+            unrated.append(creator)
+    if unrated:
+        print(f"\nwarning: no ratings of {', '.join(unrated)}; the creation track goes without them")
     rows = ranking(rows)
     print(f"\ncreation track; anti-detection: {DEFINITIONS[definition][2]}")
     table = [
@@ -229,8 +240,8 @@ def score_creation(
     return rows, metrics
 
 
-def draw_pictures(folder: Path, contest: Contest, crossed: Matrix) -> None:
-    """roc.png and matrix.png."""
+def draw_pictures(folder: Path, contest: Contest, crossed: Matrix | None) -> None:
+    """roc.png and, where there is a matrix, matrix.png."""
     folder.mkdir(parents=True, exist_ok=True)
     figure, axis = plt.subplots(figsize=(5, 5))
     for name, scores in contest.submissions.items():
@@ -241,6 +252,8 @@ def draw_pictures(folder: Path, contest: Contest, crossed: Matrix) -> None:
     axis.set(xlabel="real clips called fake", ylabel="fake clips called fake", title=contest.dataset)
     axis.legend(fontsize=7)
     _save(figure, folder / "roc.png")
+    if crossed is None:
+        return
     height, width = crossed.auc.shape
     figure, axis = plt.subplots(figsize=(2.5 + 0.7 * width, 1.8 + 0.4 * height))
     image = axis.imshow(crossed.auc, vmin=0, vmax=1, cmap="RdYlBu", aspect="auto")

@@ -167,7 +167,7 @@ def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
         terms = read_ratings(config.ratings)
         _, more = scoring.score_creation(contest, terms, config.anti_detection, predicted)
         metrics += more
-    return metrics, {"matrix": vars(crossed)}
+    return metrics, {"matrix": vars(crossed) if crossed else None}
 
 
 def print_published() -> None:

@@ -19,8 +19,9 @@ from dfgc2022.model import Detector, fake_probability, load_detector_state, load
 from dfgc2022.pipeline import normalise, per_channel
 from dfgc2022.video import list_videos
 from dfgc2022.world import build_world
+from shared.io import runs_root
 from shared.processes import gathered, rank
-from shared.runtime import StepBatches, UserError, one_opencv_thread
+from shared.runtime import REPOSITORY, StepBatches, UserError, one_opencv_thread
 from shared.weights import load_torch
 
 if TYPE_CHECKING:
@@ -28,6 +29,18 @@ if TYPE_CHECKING:
 
 
 FORBIDDEN = re.compile(r"dfgc-?2022|detection dataset|result clips|resource clips", re.IGNORECASE)
+
+
+def of_the_contest(folder: Path) -> bool:
+    """Whether a path looks like one into the contest's own clips. This project's folders, which are called
+    dfgc2022 as well, are no sign of it.
+    """
+    path = folder.resolve()
+    for own in (runs_root() / "dfgc2022", REPOSITORY / "dfgc2022", REPOSITORY):
+        if path.is_relative_to(own.resolve()):
+            path = path.relative_to(own.resolve())
+            break
+    return FORBIDDEN.search(str(path)) is not None
 
 
 def training_folders(config: "Config", world: Path) -> list[CropFolder]:
@@ -40,7 +53,7 @@ def training_folders(config: "Config", world: Path) -> list[CropFolder]:
     folders = [folder for found, _ in parts for folder in found]
     if config.competition_rules:
         for folder in folders:
-            if FORBIDDEN.search(str(folder.folder)):
+            if of_the_contest(folder.folder):
                 raise UserError(
                     f"--competition-rules: {folder.folder} looks like a clip of the contest itself"
                 )

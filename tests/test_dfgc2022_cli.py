@@ -15,8 +15,9 @@ from dfgc2022 import eval as evaluation
 from dfgc2022 import export, extract, model, predict, train
 from dfgc2022.data import dfgc2022 as read_release
 from dfgc2022.protocol import FUSION, write_submission
+from dfgc2022.recipe import of_the_contest
 from dfgc2022.world import Size, build_world
-from shared.runtime import UserError
+from shared.runtime import REPOSITORY, UserError
 
 FOLDER = Path(dfgc2022.__file__).parent
 TINY = helpers.TINY["dfgc2022"]
@@ -111,6 +112,20 @@ def test_extract_and_train_on_lists_then_export(trained, tmp_path, capsys):
         train.train(dataclasses.replace(config, lists=lists, out=tmp_path / "other"))
 
 
+def test_the_contests_clips_are_told_from_this_projects_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPERS_RUNS", str(tmp_path / "runs"))
+    for own in (tmp_path / "runs" / "dfgc2022" / "demo-0/world/crops/a", REPOSITORY / "dfgc2022/crops/ff/a"):
+        assert not of_the_contest(own)
+    for place in (
+        "DFGC-2022/Public/a",
+        "dfgc2022/a",
+        "sets/Detection Dataset/Public/a",
+        "runs/dfgc2022/x/Result Clips/a",
+    ):
+        assert of_the_contest(tmp_path / place)
+    assert of_the_contest(REPOSITORY / "dfgc2022" / "DFGC-2022" / "a")
+
+
 def test_contest_from_submission_files(tmp_path, capsys):
     build_world(tmp_path, 0, Size(train=2, test=4, keys=2))
     clips = read_release(tmp_path).clips
@@ -140,6 +155,27 @@ def test_contest_from_submission_files(tmp_path, capsys):
     assert choices[0] == "fixed 0.2, 0.3, 0.5" and any(name.startswith("searched on") for name in choices)
     by_group = {m["method"] for m in results["metrics"] if m["table"] == "by identity group"}
     assert by_group == set(board)
+
+
+def test_a_contest_without_known_creators_is_scored_all_the_same(tmp_path, capsys):
+    build_world(tmp_path, 0, Size(train=2, test=4, keys=2))
+    table = tmp_path / "Detection Dataset" / "Detection Dataset Meta.csv"
+    table.write_text("videoName,label\n")
+    clips = read_release(tmp_path).clips
+    write_submission(tmp_path / "a.txt", {clip.name: clip.label / 2 for clip in clips})
+    evaluation.main(
+        evaluation.Config(
+            dfgc=tmp_path,
+            preds=(tmp_path / "a.txt",),
+            ratings=tmp_path / "ratings.csv",
+            draws=20,
+            out=tmp_path / "o",
+        )
+    )
+    assert "warning: no fake has a creator" in capsys.readouterr().out
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert results["matrix"] is None and any(m["table"] == "detection top-3" for m in results["metrics"])
+    assert (tmp_path / "o/samples/roc.png").is_file() and not (tmp_path / "o/samples/matrix.png").exists()
 
 
 def test_a_run_scores_a_release_and_predicts_what_nobody_rated(trained, tmp_path, capsys):

@@ -99,6 +99,11 @@ def test_bad_lines_are_named(tmp_path, line, message):
         read_submission(tmp_path / "s.txt")
 
 
+def test_the_mark_of_an_editor_is_no_part_of_the_first_name(tmp_path):
+    (tmp_path / "s.txt").write_text("a.mp4, 0.9\n", encoding="utf-8-sig")
+    assert read_submission(tmp_path / "s.txt", ["a.mp4"]) == ({"a.mp4": 0.9}, [])
+
+
 def test_one_bad_submission_does_not_stop_the_contest(tmp_path, capsys):
     (tmp_path / "good.txt").write_text("Public-r0.mp4, 0.5\n")
     (tmp_path / "bad.txt").write_text("Public-r0.mp4, 7\n")
@@ -349,6 +354,14 @@ def test_ratings_are_averaged_and_checked(tmp_path):
     path.write_text("submission,clip,rater,realism\n")
     with pytest.raises(UserError, match="column mouth is missing"):
         read_ratings(path)
+
+
+def test_creators_without_ratings_are_named(capsys):
+    clips = clips_of(3, {"a": 3, "b": 3})
+    contest = scoring.Contest(clips, {"x": {clip.name: clip.label * 0.5 for clip in clips}}, "test")
+    rows, _ = scoring.score_creation(contest, {"a": dict.fromkeys(TERMS, 3.0)})
+    assert [row.submission for row in rows] == ["a"]
+    assert "warning: no ratings of b;" in capsys.readouterr().out
 
 
 def test_creation_table_says_what_was_predicted_and_how(capsys):
