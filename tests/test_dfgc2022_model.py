@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torch import nn
 
 import dfgc2022
 from dfgc2022 import model
@@ -163,6 +164,22 @@ def test_swin_block_against_a_slow_reference():
     expected = x + torch.roll(attention.proj(out), (2, 2), (0, 1))[None]
     expected = expected + block.mlp(block.norm2(expected))
     assert torch.allclose(block(x), expected, atol=1e-5)
+
+
+def test_xception_computes_what_timms_does():
+    """timm carries the same port of Xception that the baseline is made of."""
+    torch.manual_seed(0)
+    ours = official("xception_dfgc21_baseline").eval()
+    for module in ours.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values, low, high in ((module.weight, 0.5, 1.5), (module.running_var, 0.5, 1.5)):
+                nn.init.uniform_(values, low, high)
+            for values in (module.bias, module.running_mean):
+                nn.init.uniform_(values, -0.2, 0.2)
+    theirs = timm.create_model("legacy_xception", num_classes=1).eval()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 101, 101)
+    assert torch.allclose(ours(images), theirs(images), atol=1e-5) and ours(images).std() > 0
 
 
 def test_xception_keeps_the_skip_path_clean():
