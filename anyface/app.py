@@ -69,9 +69,8 @@ def to_tensor(array: np.ndarray) -> Tensor:
 
 def remarks(model: Model, captions: list[str], together: bool, more: list[str] = ()) -> str:
     """Notices of all captions, of one face each or of one together, as Markdown."""
-    groups = [captions] if together else [[caption] for caption in captions]
-    found = [notice for group in groups for notice in use.notices_together(model, group)]
-    return "\n\n".join(f"**Note:** {notice}" for notice in [*found, *more])
+    found = [*use.notices_of(model, captions, together), *more]
+    return "\n\n".join(f"**Note:** {notice}" for notice in found)
 
 
 def build_page(model: Model, folder: Path, steps: int):

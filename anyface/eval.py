@@ -314,7 +314,7 @@ def three_draws(w_t: Tensor, constants: Constants, config: Config, psi: float, m
     rng = step_generator(config.seed, 0, 27)
     noise = torch.randn(3, len(w_t), constants.generator.style_dim, generator=rng).to(w_t)
     w_z = [constants.generator.mapping(z) for z in noise]
-    codes = [assemble(z, w_t, config.noise_layers, psi, 8, mean) for z in w_z]
+    codes = [assemble(z, w_t, config.noise_layers, psi, mean=mean) for z in w_z]
     return torch.stack([paint(code, constants) for code in codes])
 
 

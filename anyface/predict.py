@@ -142,7 +142,7 @@ def generate(config: PredictConfig, model: Model, captions: list[str]) -> dict:
     write_image(config.out / "grid.png", grid(pictures, titles), made_by)
     for title, row in zip(titles, pictures, strict=True):
         labels = [f"draw {k}" for k in range(len(row))]
-        remarks = use.notices_together(model, captions if config.together else [title])
+        remarks = use.notices_of(model, captions if config.together else [title], config.together)
         sections.append((title or "(no words)", remarks, row, labels))
     if config.together:
         steps = [use.combined_code(model, captions[: i + 1]) for i in range(len(captions))]
@@ -187,11 +187,8 @@ def manipulate(config: PredictConfig, model: Model, captions: list[str]) -> dict
     """Edit one face towards the captions together; writes strip, face and page, returns the record.
     UserError when that would overwrite the codes or the picture it begins with."""
     codes = config.out / "codes.safetensors"
-    if config.code is not None and config.code.resolve() == codes.resolve():
-        raise UserError(f"--code {config.code} would be overwritten by the edit's codes: give another --out")
-    if config.edit is not None:
-        made = ("inverted", "source", "edited", "strip")
-        keep_inputs([config.edit], (config.out / f"{name}.png" for name in made))
+    results = [codes, *(config.out / f"{name}.png" for name in ("inverted", "source", "edited", "strip"))]
+    keep_inputs([path for path in (config.code, config.edit) if path is not None], results)
     source, record, warnings = find_source(config, model)
     wanted = use.combined_code(model, captions)
     layers = model.generator.n_latent
@@ -225,10 +222,7 @@ def main(config: PredictConfig) -> Path:
         raise UserError(f"{config.out}: not a folder; give another --out")
     config.out.mkdir(parents=True, exist_ok=True)
     editing = config.edit is not None or config.code is not None
-    if config.together or editing:
-        remarks = use.notices_together(model, captions)
-    else:
-        remarks = [remark for caption in captions for remark in use.notices(model, caption)]
+    remarks = use.notices_of(model, captions, config.together or editing)
     record = (manipulate if editing else generate)(config, model, captions)
     for remark in [*remarks, *record.get("warnings", [])]:
         print(f"warning: {remark}")

@@ -52,10 +52,10 @@ def notices(model: Model, caption: str) -> list[str]:
     return found
 
 
-def notices_together(model: Model, captions: list[str]) -> list[str]:
-    """`notices` of captions that describe one face: each is read for itself, but a stream that reads words
-    gets them as one text."""
-    texts = [joined(captions)] if model.words else captions
+def notices_of(model: Model, captions: list[str], together: bool) -> list[str]:
+    """`notices` of captions. together: they describe one face, and a stream that reads words gets them as one
+    text."""
+    texts = [joined(captions)] if together and model.words else captions
     return [notice for text in texts for notice in notices(model, text)]
 
 

@@ -143,10 +143,10 @@ def test_notices(model):
 
 def test_captions_of_one_face_are_cut_only_where_they_are_read_as_one_text(model, tmp_path, capsys):
     half = "red hair " * 12  # 24 of 26 tokens
-    assert use.notices_together(model, [half, half]) == []
+    assert use.notices_of(model, [half, half], True) == []
     words = make_model(words=True)
     assert use.notices(words, half) == []
-    assert "cut to its first 26 tokens, 22 left out" in use.notices_together(words, [half, half])[0]
+    assert "cut to its first 26 tokens, 22 left out" in use.notices_of(words, [half, half], True)[0]
     save_model(tmp_path / "model", model)
     predict(half, half, "--together", "--run", tmp_path / "model", "--out", tmp_path / "out")
     assert "left out" not in capsys.readouterr().out + (tmp_path / "out" / "index.html").read_text("utf-8")
