@@ -84,9 +84,9 @@ class Stage:
 class Draws:
     """The randomness of one client in one stage, all drawn beforehand so that no engine changes it.
 
-    index (T, B): samples of each batch. shift (T,): cyclic shift of the negative pairs. mixed (T, B): a
-    random order of the batch. lent (T, B) and view (T, B, 6): uniform numbers in [0, 1), for the class of a
-    lent prototype and for the augmentation of an image.
+    index (T, B): samples of each batch. shift (T,): cyclic shift of the negative pairs. mixed (T, B): for
+    each sample of the batch another one, all different. lent (T, B) and view (T, B, 6): uniform numbers in
+    [0, 1), for the class of a lent prototype and for the augmentation of an image.
     """
 
     index: Tensor
@@ -102,10 +102,13 @@ class Draws:
         orders = [torch.randperm(n, generator=generator)[: n // size * size] for _ in range(epochs)]
         index = torch.cat(orders).view(-1, size)  # (T, B)
         steps = len(index)
+        shift = torch.randint(1, size, (steps,), generator=generator)
+        # One circle through the batch in random order: each sample's partner is the next, never itself.
+        circle = torch.rand(steps, size, generator=generator).argsort(1)
         return cls(
             index,
-            torch.randint(1, size, (steps,), generator=generator),
-            torch.rand(steps, size, generator=generator).argsort(1),
+            shift,
+            torch.empty_like(circle).scatter_(1, circle, circle.roll(-1, 1)),
             torch.rand(steps, size, generator=generator),
             torch.rand(steps, size, 6, generator=generator),
         )

@@ -187,6 +187,22 @@ def test_draws_cover_each_epoch():
         assert len(set(draws.index[2 * epoch : 2 * epoch + 2].flatten().tolist())) == 8
 
 
+@pytest.mark.parametrize("size", [2, 3, 20])
+def test_shuffle_pairs_each_sample_with_another(size):
+    draws = Draws.of(2 * size, size, 100, torch.Generator().manual_seed(0))
+    own = torch.arange(size).expand_as(draws.mixed)
+    assert draws.mixed.shape == draws.index.shape == (200, size)
+    assert (draws.mixed != own).all() and torch.equal(draws.mixed.sort(1).values, own)
+    assert all(draws.mixed[:, i].unique().numel() == size - 1 for i in range(size))
+    # The pairs take as many random numbers as a plain order would: what follows them is what it was.
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        torch.randperm(2 * size, generator=generator)
+    torch.randint(1, size, (200,), generator=generator)
+    torch.rand(200, size, generator=generator)
+    assert torch.equal(draws.lent, torch.rand(200, size, generator=generator))
+
+
 def test_engine_reaches_a_known_optimum():
     gaps = convex.run()
     assert gaps[-1] < 1e-10 and all(b - a < 1e-12 for a, b in zip(gaps, gaps[1:], strict=False))
