@@ -16,6 +16,7 @@ from most_net.align import EYES, HEIGHT, WIDTH, align_to_eyes, read_eyes
 from most_net.data import Pairs
 from most_net.metrics import image_files
 from shared.io import find_images, progress, read_image, read_utf8
+from shared.processes import rank
 from shared.runtime import UserError
 
 Layout = Literal["auto", "list", "folders", "original", "side-by-side", "fs2k"]
@@ -262,7 +263,10 @@ def _counts(pairs: list[Pair]) -> str:
 
 
 def _compare_with_standard(dataset: str, train: list[Pair], test: list[Pair]) -> None:
-    """Print how many pairs of each subset train and test; warn when they are not the standard split's."""
+    """Print how many pairs of each subset train and test; warn when they are not the standard split's. Of
+    several processes, which all read the files, the first one does."""
+    if rank():
+        return
     print(f"{dataset}: {_counts(train)} training pairs, {_counts(test)} test pairs")
     standard = {"cufs": (268, 338), "cufsf": STANDARD["cufsf"]}.get(dataset)
     if standard and (len(train), len(test)) != standard:
