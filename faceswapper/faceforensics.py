@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from faceswapper import protocol
@@ -276,26 +276,15 @@ def add_retrieval(
             rows[method][name] = protocol.cosine(mine, theirs)
 
 
-class _Ready(nn.Module):
-    """Stands for a network where its features are computed already: (B, D) -> the same."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
 def add_distances(rows: dict[str, dict[str, float]], tallies: dict[str, Tally], real: list[Tensor]) -> None:
     """FID and KID of every method against the originals, whose features `real` come batch by batch."""
-    ready, count = _Ready(real[0].shape[1]), sum(map(len, real))
+    count = sum(map(len, real))
     for method, tally in tallies.items():
-        rows[method]["FID"] = fid(real, tally.features, ready)
+        rows[method]["FID"] = fid(real, tally.features)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # of the random subsets
             size = min(KID_SUBSET, count, tally.count)
-            rows[method]["KID"] = kid(real, tally.features, ready, size=size)[0]
+            rows[method]["KID"] = kid(real, tally.features, size=size)[0]
 
 
 def as_metrics(rows: dict[str, dict[str, float]], pairs: int, dataset: str) -> list[Metric]:

@@ -91,26 +91,40 @@ class InceptionFeatures(nn.Module):
         return self.network(images.mul(255).round().byte())
 
 
-def fid(real: Iterable[Tensor], fake: Iterable[Tensor], network: nn.Module) -> float:
+def fid(real: Iterable[Tensor], fake: Iterable[Tensor], network: nn.Module | None = None) -> float:
     """Frechet distance between the features of two sets of images (Heusel et al., 2017), lower is better.
 
     real, fake: batches (B, 3, H, W). network: (B, 3, H, W) -> (B, D) with an attribute `num_features` D;
-    only `InceptionFeatures` gives what papers call FID.
+    only `InceptionFeatures` gives what papers call FID. Without network, real and fake are batches (B, D) of
+    features that are computed already.
     """
-    metric = FrechetInceptionDistance(feature=network)
-    return _distance(metric, real, fake).item()
+    network, real = _extractor(network, real)
+    return _distance(FrechetInceptionDistance(feature=network), real, fake).item()
 
 
 def kid(
-    real: Iterable[Tensor], fake: Iterable[Tensor], network: nn.Module, subsets: int = 100, size: int = 1000
+    real: Iterable[Tensor],
+    fake: Iterable[Tensor],
+    network: nn.Module | None = None,
+    subsets: int = 100,
+    size: int = 1000,
 ) -> tuple[float, float]:
     """Kernel distance (Binkowski et al., 2018): mean and deviation over random subsets of `size` images.
 
     Arguments as for `fid`. Raises ValueError when a set has fewer than `size` images.
     """
+    network, real = _extractor(network, real)
     metric = KernelInceptionDistance(feature=network, subsets=subsets, subset_size=size)
     mean, deviation = _distance(metric, real, fake)
     return mean.item(), deviation.item()
+
+
+def _extractor(network: nn.Module | None, real: Iterable[Tensor]) -> tuple[nn.Module, Iterable[Tensor]]:
+    """The network for torchmetrics, which asks it for its number of features, and the batches of one set."""
+    if network is None:
+        network, real = nn.Identity(), list(real)
+        network.num_features = real[0].shape[1]
+    return network, real
 
 
 def _distance(metric: nn.Module, real: Iterable[Tensor], fake: Iterable[Tensor]) -> Tensor:

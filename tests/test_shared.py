@@ -186,6 +186,8 @@ def test_fid_of_gaussians_is_the_closed_form():
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cx) + np.trace(cy) - 2 * cross
     assert metrics.fid(real.split(64), fake.split(50), Pixels()) == pytest.approx(expected, rel=1e-4)
     assert metrics.fid([real], [real], Pixels()) == pytest.approx(0, abs=1e-6)
+    ready = [[Pixels()(part) for part in images.split(64)] for images in (real, fake)]
+    assert metrics.fid(iter(ready[0]), iter(ready[1])) == pytest.approx(expected, rel=1e-4)
 
 
 def test_kid_is_about_zero_for_one_distribution_and_not_for_two():
@@ -194,6 +196,11 @@ def test_kid_is_about_zero_for_one_distribution_and_not_for_two():
     same, _ = metrics.kid([a], [b], Pixels(), subsets=20, size=100)
     other, _ = metrics.kid([a], [b**2], Pixels(), subsets=20, size=100)
     assert abs(same) < 0.02 < other
+    torch.manual_seed(1)
+    of_images = metrics.kid([a], [b**2], Pixels(), subsets=20, size=100)
+    torch.manual_seed(1)
+    ready = (Pixels()(x).split(64) for x in (a, b**2))
+    assert metrics.kid(*ready, subsets=20, size=100) == pytest.approx(of_images)
 
 
 def test_lpips_reads_torchvision_weights_and_matches_its_definition(tmp_path):
