@@ -9,7 +9,7 @@ import torch
 
 from dfgc2022 import contest as scoring
 from dfgc2022.creation import DEFINITIONS, anti_detection, clip_realism, published_rows, read_ratings
-from dfgc2022.data import TestSet, dfgc2022
+from dfgc2022.datasets import TestSet, dfgc2022
 from dfgc2022.pipeline import ClipScore, Scorer, Settings, frames_to_video, score_videos
 from dfgc2022.protocol import (
     FUSION,

@@ -15,7 +15,7 @@ import numpy as np
 
 from dfgc2022 import contest as scoring
 from dfgc2022.creation import Definition, clip_realism, published_rows, read_ratings
-from dfgc2022.data import dfgc2022
+from dfgc2022.datasets import dfgc2022
 from dfgc2022.demo import evaluate_demo
 from dfgc2022.pipeline import Scorer, Settings, score_videos
 from dfgc2022.protocol import fuse, write_submission

@@ -18,7 +18,7 @@ from typing import Literal
 import cv2
 
 from dfgc2022.boxes import Rule, box_source, crop_face
-from dfgc2022.data import DATASETS
+from dfgc2022.datasets import DATASETS
 from dfgc2022.video import VideoError, batched, list_videos, read_frames, require_every
 from shared.io import progress
 from shared.runtime import UserError, parse, run_main

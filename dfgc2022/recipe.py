@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from dfgc2022.data import CropFolder, CropFolders, dfdc_crops, read_list
+from dfgc2022.data import CropFolder, CropFolders, read_list
+from dfgc2022.datasets import dfdc_crops
 from dfgc2022.extract import extract_all
 from dfgc2022.model import Detector, fake_probability, load_detector_state, load_imagenet
 from dfgc2022.pipeline import normalise, per_channel

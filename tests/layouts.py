@@ -19,7 +19,8 @@ from anyface.captions import NOUNS
 from anyface.datasets import open_set as open_texts
 from biphasic_age.data import open_faces
 from biphasic_age.train import Config as AgeConfig
-from dfgc2022 import data as contest
+from dfgc2022 import datasets as contest
+from dfgc2022.data import Middle, read_list
 from dfl.data import load_data
 from dfl.domains import OFFICE, PACS
 from dfl.train import PRESETS as FEDERATIONS
@@ -88,8 +89,8 @@ def dfgc_crops(root: Path) -> None:
 
 
 def read_crops(root: Path) -> list[Tensor]:
-    folders, _ = contest.read_list(root / "list.txt")
-    crops = contest.Middle(folders, 16)
+    folders, _ = read_list(root / "list.txt")
+    crops = Middle(folders, 16)
     return [crops[i][0] for i in range(len(crops))]
 
 

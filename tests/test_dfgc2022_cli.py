@@ -13,7 +13,7 @@ from curves import assert_same_curves, furthest_weights, run_one, run_two
 import dfgc2022
 from dfgc2022 import eval as evaluation
 from dfgc2022 import export, extract, model, predict, train
-from dfgc2022.data import dfgc2022 as read_release
+from dfgc2022.datasets import dfgc2022 as read_release
 from dfgc2022.protocol import FUSION, write_submission
 from dfgc2022.recipe import of_the_contest
 from dfgc2022.world import Size, build_world

@@ -12,17 +12,15 @@ import torch
 from torch import nn
 
 from dfgc2022 import extract, losses
-from dfgc2022.data import (
+from dfgc2022.data import CropFolders, Middle, read_list
+from dfgc2022.datasets import (
     FF_METHODS,
-    CropFolders,
-    Middle,
     celeb_df,
     deeperforensics,
     dfdc,
     dfdc_crops,
     dfgc2022,
     faceforensics,
-    read_list,
 )
 from dfgc2022.extract import extract_all
 from dfgc2022.model import Detector
@@ -134,7 +132,8 @@ def test_dfdc_videos_and_crops(tmp_path, capsys):
     for content, message in (
         (b"{", "not readable as JSON"),
         (b"[]", "expected a JSON object"),
-        (b'{"a.mp4": {"split": "train"}}', "metadata.json: a.mp4 has no label"),
+        (b'{"a.mp4": {"split": "train"}}', "metadata.json: a.mp4 has no label FAKE or REAL"),
+        (b'{"a.mp4": {"label": "fake"}}', "metadata.json: a.mp4 has no label FAKE or REAL"),
     ):
         touch(part / "metadata.json", content)
         for reader in (dfdc, dfdc_crops):
