@@ -109,6 +109,7 @@ SHOWN = ("detection top-3", "robustness", "predicted realism", "fusion", "frames
 def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
     """Score submissions and, with a run, its members on clips in the layout of the release."""
     found = dfgc2022(config.dfgc)
+    terms = read_ratings(config.ratings) if config.ratings else {}  # before any video is read
     folder.mkdir(parents=True, exist_ok=True)
     submissions = scoring.read_submissions(config.preds, found.clips) if config.preds else {}
     scorer, pipeline = None, Settings(config.boxes, config.every)
@@ -162,9 +163,9 @@ def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
     if config.ratings:
         predicted = None
         if scorer is not None:
+            unrated = {clip.creator for clip in found.clips if clip.creator} - terms.keys()
             rated = clip_realism(config.ratings)
-            predicted = predict_unrated(found.clips, found.paths, rated, scorer, pipeline)
-        terms = read_ratings(config.ratings)
+            predicted = predict_unrated(found.clips, found.paths, rated, unrated, scorer, pipeline)
         _, more = scoring.score_creation(contest, terms, config.anti_detection, predicted)
         metrics += more
     return metrics, {"matrix": vars(crossed) if crossed else None}

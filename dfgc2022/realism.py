@@ -6,7 +6,7 @@ predicted value is never shown as a rating.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +26,29 @@ from dfgc2022.protocol import Clip
 from shared.io import progress
 from shared.runtime import UserError
 
+ENOUGH = 20
+"""Rated clips that a prediction of realism is learnt from, at least."""
+
+
+class NoFaceError(UserError):
+    """A video that shows no face: there is none, or it cannot be read. The message names the video."""
+
 
 def clip_crops(videos: Sequence[Path], scorer: Scorer, settings: Settings) -> Iterator[dict[int, np.ndarray]]:
-    """Crops of each video in memory: side -> (n, S, S, 3). Raises UserError on a video without any face."""
+    """Crops of each video in memory: side -> (n, S, S, 3). Raises NoFaceError on a video without any face;
+    one that can be read in part is named in a warning.
+    """
     for video in progress(videos, "crops"):
         yield _crops(video, scorer, settings)
 
 
 def _crops(video: Path, scorer: Scorer, settings: Settings) -> dict[int, np.ndarray]:
     found = list(pieces(video, 0, box_source(settings.boxes), scorer.sizes, settings))
-    parts = [piece.crops for piece in found if piece.frames]
+    parts, note = [piece.crops for piece in found if piece.frames], found[-1].note
     if not parts:
-        raise UserError(found[-1].note or f"{video}: no face found")
+        raise NoFaceError(note or f"{video}: no face found")
+    if note:
+        print(f"warning: {note}; realism is judged by the frames before")
     return {size: np.concatenate([part[size] for part in parts]) for size in scorer.sizes}
 
 
@@ -70,7 +81,7 @@ def features_with_faces(
         try:
             rows.append(clip_features(scorer, _crops(video, scorer, settings)))
             kept.append(number)
-        except UserError as error:
+        except NoFaceError as error:
             print(f"warning: {video.name} takes no part in predicted realism: {error}")
     return kept, np.array(rows)
 
@@ -125,34 +136,38 @@ def predict_unrated(
     clips: Sequence[Clip],
     paths: Mapping[str, Path],
     rated: Mapping[str, float],
+    creators: Collection[str],
     scorer: Scorer,
     settings: Settings,
 ) -> dict[str, float]:
-    """Realism predicted for creators of whom no clip is rated: creator -> mean over its clips.
+    """Realism predicted for `creators`, whom nobody rated: creator -> mean over its clips.
 
     rated: clip -> mean realism of the raters; these clips train the model. Clips without a face are left out,
-    with a warning. Raises UserError with fewer than 20 clips to train on.
+    with a warning; with fewer than 20 clips to train on nothing is predicted, which a warning says as well.
     """
     known = [clip for clip in clips if clip.label == 1 and clip.name in rated]
-    judged = {clip.creator for clip in known}
-    unknown = [clip for clip in clips if clip.label == 1 and clip.creator and clip.creator not in judged]
+    unknown = [clip for clip in clips if clip.label == 1 and clip.creator in creators]
     if not unknown:
         return {}
-    if len(known) < 20:
-        raise UserError(
-            f"predicted realism needs 20 rated clips of this test set, the ratings name {len(known)}"
+    if len(known) < ENOUGH:
+        print(
+            f"warning: realism is not predicted: that needs {ENOUGH} rated clips of this test set, the "
+            f"ratings name {len(known)}"
         )
-    (learnt, train), (asked, test) = (
-        features_with_faces([paths[clip.name] for clip in group], scorer, settings)
-        for group in (known, unknown)
-    )
-    if len(learnt) < 20:
-        raise UserError(f"predicted realism needs 20 rated clips with a face, there are {len(learnt)}")
+        return {}
+    learnt, train = features_with_faces([paths[clip.name] for clip in known], scorer, settings)
+    if len(learnt) < ENOUGH:
+        print(
+            f"warning: realism is not predicted: that needs {ENOUGH} rated clips with a face, there are "
+            f"{len(learnt)}"
+        )
+        return {}
+    asked, test = features_with_faces([paths[clip.name] for clip in unknown], scorer, settings)
     if not asked:
         return {}
     model = RealismModel().fit(train, np.array([rated[known[number].name] for number in learnt]))
-    values, creators = model.predict(test), np.array([unknown[number].creator for number in asked])
-    return {name: float(values[creators == name].mean()) for name in dict.fromkeys(creators.tolist())}
+    values, names = model.predict(test), np.array([unknown[number].creator for number in asked])
+    return {name: float(values[names == name].mean()) for name in dict.fromkeys(names.tolist())}
 
 
 def agreement(predicted: np.ndarray, mos: np.ndarray, logistic: bool = False) -> dict[str, float]:

@@ -21,7 +21,7 @@ import numpy as np
 from dfgc2022.model import OFFICIAL
 from dfgc2022.pipeline import Scorer, Settings, fingerprint
 from dfgc2022.predict import load_detectors
-from dfgc2022.realism import RealismModel, agreement, clip_crops, clip_features
+from dfgc2022.realism import NoFaceError, RealismModel, agreement, clip_crops, clip_features
 from shared.io import runs_root
 from shared.published import Metric, environment, load_published, print_metrics, write_results
 from shared.runtime import RunConfig, UserError, parse, pick_device, run_main
@@ -128,7 +128,7 @@ def features_of(clips: Sequence[RatedClip], scorer: Scorer, config: Config, out:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     (crops,) = clip_crops([clip.path], scorer, settings)
-                except UserError as error:
+                except NoFaceError as error:
                     print(f"warning: {clip.path.name} is left out: {error}")
                     rows.append(None)
                     continue

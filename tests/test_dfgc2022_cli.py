@@ -204,8 +204,17 @@ def test_a_run_scores_a_release_and_predicts_what_nobody_rated(trained, tmp_path
         evaluation.main(dataclasses.replace(config, preds=(same,)))
     few = tmp_path / "few.csv"
     few.write_text("".join((world / "ratings.csv").read_text().splitlines(keepends=True)[:6]))
-    with pytest.raises(UserError, match="needs 20 rated clips"):
-        evaluation.main(dataclasses.replace(config, ratings=few))
+    evaluation.main(dataclasses.replace(config, ratings=few, out=tmp_path / "few"))
+    said = capsys.readouterr().out
+    assert "realism is not predicted: that needs 20 rated clips of this test set, the ratings name 1" in said
+    assert "warning: no ratings of checker, " in said and said.splitlines()[-1] == str(tmp_path / "few")
+    results = json.loads((tmp_path / "few" / "results.json").read_text())
+    tables = {m["table"] for m in results["metrics"]}
+    assert {"detection top-3", "matrix", "creation", "fusion"} <= tables
+    few.write_text("nothing")
+    with pytest.raises(UserError, match="column submission is missing"):
+        evaluation.main(dataclasses.replace(config, ratings=few, out=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()  # said before a video was read
 
 
 def test_killed_training_ends_with_the_same_numbers(tmp_path, one_thread):

@@ -1,17 +1,18 @@
 """DFGC 2022: realism predicted on the DFGC-VRA clips: layout, the 2023 split, agreement with the raters."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dfgc2022 import vra
+from dfgc2022 import pipeline, realism, vra
 from dfgc2022.model import detector
 from dfgc2022.pipeline import Scorer, Settings
 from dfgc2022.predict import load_detectors
 from dfgc2022.protocol import Clip
-from dfgc2022.realism import predict_unrated
-from dfgc2022.video import write_clips
+from dfgc2022.realism import features_with_faces, predict_unrated
+from dfgc2022.video import VideoError, read_frames, write_clips
 from dfgc2022.vra import RatedClip, assess, read_vra
 from shared.published import load_published
 from shared.runtime import UserError
@@ -149,10 +150,36 @@ def test_realism_of_the_unrated_goes_without_clips_that_have_no_face(tmp_path, c
     for number in (3, 22, 23):
         paths[f"{number}.mp4"].write_bytes(b"no film")
     settings = Settings("crops", every=1, crop="frame")
-    found = predict_unrated(clips, paths, rated, scorer, settings)
+    creators = ("unrated", "gone")
+    found = predict_unrated(clips, paths, rated, creators, scorer, settings)
     assert set(found) == {"unrated"} and 1 <= found["unrated"] <= 5
     said = capsys.readouterr().out
     assert all(f"warning: {number}.mp4 takes no part in predicted realism" in said for number in (3, 22, 23))
     paths["4.mp4"].write_bytes(b"no film")
-    with pytest.raises(UserError, match="needs 20 rated clips with a face, there are 19"):
-        predict_unrated(clips, paths, rated, scorer, settings)
+    assert predict_unrated(clips, paths, rated, creators, scorer, settings) == {}
+    assert "needs 20 rated clips with a face, there are 19" in capsys.readouterr().out
+    assert predict_unrated(clips, paths, rated, (), scorer, settings) == {}
+    assert capsys.readouterr().out == ""  # nobody asked for a prediction
+
+
+def test_only_a_missing_face_leaves_a_clip_out_of_predicted_realism(tmp_path, monkeypatch, capsys):
+    entry = detector("convnext_micro")
+    scorer = Scorer({"a": (entry.build(), entry, entry.size)})
+    write_clips([tmp_path / "a.mp4"], [np.full((5, 48, 48, 3), 90, np.uint8)], 10)
+
+    def fails(name, indices, frames):
+        raise UserError("no memory for the face detector")
+
+    monkeypatch.setattr(realism, "box_source", lambda choice: fails)
+    with pytest.raises(UserError, match="no memory for the face detector"):
+        features_with_faces([tmp_path / "a.mp4"], scorer, Settings("crops", every=1))
+    monkeypatch.undo()
+    monkeypatch.setattr(pipeline, "read_frames", broken_off)
+    kept, found = features_with_faces([tmp_path / "a.mp4"], scorer, Settings("crops", every=1, crop="frame"))
+    assert kept == [0] and found.shape == (1, 2 * 96)
+    assert "warning: a.mp4: truncated; realism is judged by the frames before" in capsys.readouterr().out
+
+
+def broken_off(path, every):
+    yield from itertools.islice(read_frames(path, every), 2)
+    raise VideoError(f"{path.name}: truncated")
