@@ -52,9 +52,7 @@ from shared.runtime import (
     StepBatches,
     UserError,
     maybe_compile,
-    parse_presets,
-    print_once,
-    run_main,
+    run_training,
     start,
     step_generator,
 )
@@ -381,4 +379,4 @@ def train(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))
+    run_training(train, PRESETS, __doc__)

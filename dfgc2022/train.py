@@ -40,9 +40,7 @@ from shared.runtime import (
     RunConfig,
     UserError,
     maybe_compile,
-    parse_presets,
-    print_once,
-    run_main,
+    run_training,
     seed_everything,
     start,
 )
@@ -357,4 +355,4 @@ def _validate(
 
 
 if __name__ == "__main__":
-    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))
+    run_training(train, PRESETS, __doc__)

@@ -26,7 +26,7 @@ from dfl.federation import Federation, evaluate
 from shared.io import Run, progress
 from shared.loop import Standing
 from shared.records import replacing
-from shared.runtime import RunConfig, UserError, parse_presets, print_once, run_main, start
+from shared.runtime import RunConfig, UserError, run_training, start
 from shared.weights import load_state, load_torch
 
 TRIALS: dict[str, dict] = {
@@ -402,4 +402,4 @@ def save_trial(folder: Path, trial: Trial, federation: Federation) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))
+    run_training(train, PRESETS, __doc__)

@@ -36,7 +36,7 @@ from faceswapper.trials import Learner, Variant, build, helpers, names_of, offic
 from shared.io import Run, load_weights, progress
 from shared.loop import average_gradients, follow
 from shared.processes import means
-from shared.runtime import RunConfig, StepBatches, maybe_compile, parse_presets, print_once, run_main, start
+from shared.runtime import RunConfig, StepBatches, maybe_compile, run_training, start
 
 
 @dataclass(frozen=True)
@@ -349,4 +349,4 @@ def train(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))
+    run_training(train, PRESETS, __doc__)

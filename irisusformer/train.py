@@ -36,9 +36,7 @@ from shared.runtime import (
     UserError,
     maybe_compile,
     one_opencv_thread,
-    parse_presets,
-    print_once,
-    run_main,
+    run_training,
     seed_everything,
     start,
 )
@@ -379,4 +377,4 @@ def tau_batches(data: Dataset, config: Config, device: torch.device) -> Iterator
 
 
 if __name__ == "__main__":
-    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))
+    run_training(train, PRESETS, __doc__)

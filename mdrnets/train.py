@@ -44,9 +44,7 @@ from shared.runtime import (
     RunConfig,
     StepBatches,
     maybe_compile,
-    parse_presets,
-    print_once,
-    run_main,
+    run_training,
     start,
     step_generator,
 )
@@ -386,4 +384,4 @@ def train(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))
+    run_training(train, PRESETS, __doc__)

@@ -34,7 +34,7 @@ from meta_reid.samplers import DomainBatches
 from meta_reid.shares import Statistics
 from shared.io import Run, progress
 from shared.processes import means
-from shared.runtime import RunConfig, UserError, maybe_compile, parse_presets, print_once, run_main, start
+from shared.runtime import RunConfig, UserError, maybe_compile, run_training, start
 from shared.weights import download_url, load_torch, pretrained_path
 
 VARIANTS: dict[str, dict] = {
@@ -420,4 +420,4 @@ def train(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))
+    run_training(train, PRESETS, __doc__)

@@ -25,9 +25,7 @@ from shared.loop import follow
 from shared.processes import means
 from shared.runtime import (
     RunConfig,
-    parse_presets,
-    print_once,
-    run_main,
+    run_training,
     start,
     step_generator,
 )
@@ -345,4 +343,4 @@ def train(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(lambda: print_once(train(parse_presets(PRESETS, __doc__))))
+    run_training(train, PRESETS, __doc__)

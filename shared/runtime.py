@@ -152,10 +152,17 @@ def _run(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def print_once(what: object) -> None:
-    """Print what a script ends with: of the processes that `torchrun` started, the first one does."""
-    if rank() == 0:
-        print(what)
+def run_training(train: Callable[[T], object], presets: dict[str, T], doc: str) -> None:
+    """Run a training script: a preset from the command line (see `parse_presets`) to `train`, and what that
+    returns, the run folder, as the last line printed. Of the processes that `torchrun` started, the first
+    one prints."""
+
+    def main() -> None:
+        folder = train(parse_presets(presets, doc))
+        if rank() == 0:
+            print(folder)
+
+    run_main(main)
 
 
 def seed_everything(seed: int) -> None:

@@ -187,7 +187,7 @@ def test_commands_in_a_scripts_help_keep_their_lines():
     """--help joins the lines of a docstring, but for indented ones."""
     for path in [path for paper in (*HERE, "shared") for path in (REPOSITORY / paper).glob("*.py")]:
         source = path.read_text()
-        if "run_main" in source:
+        if '__name__ == "__main__"' in source:
             text = ast.get_docstring(ast.parse(source)) or ""
             assert not re.search(r"^python .*\n\w", text, re.M), path
 

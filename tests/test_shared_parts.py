@@ -114,8 +114,9 @@ def test_gradients_of_two_processes(monkeypatch):
 def test_one_of_several_processes_prints(monkeypatch, capsys):
     for number in (0, 1, 2):
         monkeypatch.setattr(runtime, "rank", lambda number=number: number)
-        runtime.print_once(f"folder of {number}")
-    assert capsys.readouterr().out == "folder of 0\n"
+        monkeypatch.setattr("sys.argv", ["train.py", "--seed", str(7 + number)])
+        runtime.run_training(lambda config: f"folder of {config.seed}", {"demo": runtime.RunConfig()}, "")
+    assert capsys.readouterr().out == "folder of 7\n"
 
 
 def test_types_are_kept_whatever_autocast_says():
