@@ -1,7 +1,6 @@
-"""Where images and pairs come from: procedural faces, identity folders, LFW, FaceScrub, CelebA, pair
-files."""
+"""Where images come from: procedural faces, identity folders (FaceScrub, LFW), CelebA; and ArcFace's
+alignment."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -15,23 +14,12 @@ from pin.world import draw_people
 from shared.faces import draw, make_params, sample_ages, sample_attributes, sample_identities
 from shared.io import find_images, read_image, read_utf8, to_pil
 from shared.runtime import UserError
-from shared.weights import load_pickle
 
 TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]],
     np.float32,
 )
 """ArcFace's places of eyes, nose and mouth corners in a 112 x 112 crop, (x, y) in pixels."""
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Verification pairs: indices (P,) of first and second image in a set, same (P,) bool, fold (P,)."""
-
-    first: Tensor
-    second: Tensor
-    same: Tensor
-    fold: Tensor
 
 
 def preprocess(path: Path, size: int = 112, landmarks: np.ndarray | None = None) -> Tensor:
@@ -138,27 +126,6 @@ def _shaded_people(people: int, per_person: int, size: int, seed: int) -> tuple[
     return (image * luma).sum(1, keepdim=True) * 2 - 1, labels
 
 
-def random_pairs(labels: Tensor, same: int, different: int, seed: int, folds: int = 10) -> Pairs:
-    """Distinct random pairs of images, `same` of one person and `different` of two, dealt out to the folds.
-
-    Raises UserError when the set has too few people or pictures.
-    """
-    generator = np.random.default_rng(seed)
-    labels_ = labels.numpy()
-    first, second = np.triu_indices(len(labels_), 1)
-    equal = labels_[first] == labels_[second]
-    chosen = []
-    for wanted, candidates in ((same, np.flatnonzero(equal)), (different, np.flatnonzero(~equal))):
-        if len(candidates) < wanted:
-            raise UserError(
-                f"{wanted} pairs wanted and only {len(candidates)} possible: give more images or people"
-            )
-        chosen.append(generator.choice(candidates, wanted, replace=False))
-    picked = np.concatenate(chosen)
-    fold = np.concatenate([np.arange(same) % folds, np.arange(different) % folds])
-    return Pairs(*(torch.from_numpy(part) for part in (first[picked], second[picked], equal[picked], fold)))
-
-
 # --- folders --------------------------------------------------------------------------------------
 
 
@@ -214,96 +181,6 @@ def split_people(files: ImageFiles, share: float = 0.75) -> tuple[TensorFaces, T
         raise UserError(f"{people} people cannot be split into training and test: at least 2 are needed")
     return TensorFaces(images[training], files.labels[training]), TensorFaces(
         images[~training], files.labels[~training]
-    )
-
-
-# --- pairs on disk --------------------------------------------------------------------------------
-
-
-def lfw_pairs(root: Path, pairs: Path | None = None, size: int = 112, landmarks: Path | None = None):
-    """LFW: `root/<Name>/<Name>_0001.jpg` and its `pairs.txt` -> (ImageFiles, Pairs).
-
-    pairs.txt: first line folds and pairs per fold, then `name i j` (same) or `name i name2 j` (different).
-    Also reads lists of `file1 file2 label` (MegaFace's form), files relative to root. Raises UserError that
-    counts missing images instead of leaving pairs out.
-    """
-    pairs = pairs or root / "pairs.txt"
-    try:
-        lines = [line.split() for line in pairs.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{pairs}: pair list not readable ({error}); LFW's pairs.txt comes from vis-www.cs.umass.edu/lfw"
-        ) from None
-    header = lines[0] if lines and all(field.isdigit() for field in lines[0]) else None
-    entries = [_pair(root, fields, pairs) for fields in lines[1 if header else 0 :]]
-    if not entries:
-        raise UserError(f"{pairs}: holds no pairs")
-    index: dict[Path, int] = {}
-    for one, two, _ in entries:
-        index.setdefault(one, len(index))
-        index.setdefault(two, len(index))
-    missing = [path for path in index if not path.is_file()]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {len(index)} images of {pairs} are missing, the first is {missing[0]}; "
-            f"expected "
-            f"{root}/<Name>/<Name>_0001.jpg"
-        )
-    folds = int(header[0]) if header else 10
-    per_fold = 2 * int(header[1]) if header and len(header) > 1 else None
-    same = torch.tensor([label for *_, label in entries])
-    order = torch.arange(len(entries))
-    if per_fold:
-        fold = (order // per_fold).clamp_max(folds - 1)
-    else:  # deal both kinds out evenly
-        rank = torch.where(same, same.cumsum(0), (~same).cumsum(0))
-        fold = rank % folds
-    files = ImageFiles(list(index), [-1] * len(index), size, landmarks and read_landmarks(landmarks), root)
-    first = torch.tensor([index[one] for one, _, _ in entries])
-    second = torch.tensor([index[two] for _, two, _ in entries])
-    return files, Pairs(first, second, same, fold)
-
-
-def _pair(root: Path, fields: list[str], source: Path) -> tuple[Path, Path, bool]:
-    def lfw(name: str, number: str) -> Path:
-        files = [root / name / f"{name}_{int(number):04d}{ending}" for ending in (".jpg", ".png")]
-        return next((file for file in files if file.is_file()), files[0])
-
-    if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
-        return lfw(fields[0], fields[1]), lfw(fields[0], fields[2]), True
-    if len(fields) == 4 and fields[1].isdigit() and fields[3].isdigit():
-        return lfw(fields[0], fields[1]), lfw(fields[2], fields[3]), False
-    if len(fields) == 3 and fields[2] in ("0", "1"):
-        return root / fields[0], root / fields[1], fields[2] == "1"
-    raise UserError(f"{source}: cannot read the pair {' '.join(fields)!r}")
-
-
-def insightface_bin(path: Path, size: int = 112) -> tuple[TensorFaces, Pairs]:
-    """CFP-FP, AgeDB-30, CALFW, CPLFW, LFW as InsightFace's `.bin`: JPEG bytes 2i and 2i + 1 form pair i."""
-    arrays = {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")}
-    arrays |= {f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")}
-    content = load_pickle(path, allowed={"_codecs.encode", "numpy.ndarray", "numpy.dtype", *arrays})
-    if not (
-        isinstance(content, (tuple, list)) and len(content) == 2 and len(content[0]) == 2 * len(content[1])
-    ):
-        raise UserError(f"{path}: no InsightFace .bin, which holds a list of images and half as many answers")
-    images = []
-    for number, data in enumerate(content[0]):
-        raw = data.encode("latin1") if isinstance(data, str) else bytes(data)
-        decoded = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR)
-        if decoded is None:
-            raise UserError(f"{path}: image {number} is damaged")
-        picture = Image.fromarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)).resize(
-            (size, size), Image.Resampling.BILINEAR
-        )
-        images.append(
-            torch.from_numpy(np.asarray(picture.convert("L"), dtype=np.float32))[None].div(127.5).sub(1)
-        )
-    same = torch.tensor([bool(answer) for answer in content[1]])
-    first = torch.arange(0, len(images), 2)
-    rank = torch.where(same, same.cumsum(0), (~same).cumsum(0))
-    return TensorFaces(torch.stack(images), torch.full((len(images),), -1)), Pairs(
-        first, first + 1, same, rank % 10
     )
 
 

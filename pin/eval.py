@@ -14,7 +14,7 @@ from pin import defenses
 from pin.attacks import pgd
 from pin.basis import load_basis
 from pin.claims import Table, check_claims, compare_with_fixed
-from pin.data import Pairs, insightface_bin, lfw_pairs, random_pairs, test_faces, training_faces
+from pin.data import test_faces, training_faces
 from pin.experiments import (
     LEVEL,
     Lab,
@@ -29,6 +29,7 @@ from pin.experiments import (
 )
 from pin.figures import draw_figures
 from pin.model import load_official, make_esn
+from pin.pairs import Pairs, insightface_bin, lfw_pairs, random_pairs
 from pin.protocol import detection_auc, in_batches, perturbation_size, purified_quality
 from pin.recognizers import adapt
 from pin.train import Config, build_networks

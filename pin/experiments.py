@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from pin import defenses
 from pin.attacks import BPDA, Goal, apgd, cw_l2, deepfool, fgsm, mi_fgsm, pgd
 from pin.basis import Basis
-from pin.data import Pairs
 from pin.losses import add_noise, mask_cost
 from pin.model import PIN, Defended
+from pin.pairs import Pairs
 from pin.protocol import Outcome, Verifier, attack_in_batches, in_batches
 from pin.query_attacks import evolutionary, square
 

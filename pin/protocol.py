@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pin.attacks import Goal
-from pin.data import Pairs
+from pin.pairs import Pairs
 from shared.metrics import auc, best_threshold_accuracy, eer, psnr, ssim, tar_at_far
 
 Images = Callable[[Tensor], Tensor]

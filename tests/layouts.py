@@ -32,7 +32,8 @@ from meta_reid import small_sets
 from meta_reid.data import Files
 from meta_reid.items import ReID, manifest
 from most_net.pairs import Alignment, load_dataset
-from pin.data import celeba, identity_folder, insightface_bin, lfw_pairs
+from pin.data import celeba, identity_folder
+from pin.pairs import insightface_bin, lfw_pairs
 
 Read = Callable[[Path], Iterable[Tensor]]
 

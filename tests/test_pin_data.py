@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -14,18 +15,15 @@ from pin import defenses
 from pin.basis import fit_basis
 from pin.data import (
     TEMPLATE,
-    Pairs,
     align,
     celeba,
     identity_folder,
-    insightface_bin,
-    lfw_pairs,
     preprocess,
     procedural,
-    random_pairs,
     read_landmarks,
     split_people,
 )
+from pin.pairs import Pairs, deal, insightface_bin, lfw_pairs, random_pairs
 from pin.protocol import Verifier, decide, detection_auc, fold_thresholds, perturbation_size
 from shared.runtime import UserError
 
@@ -112,8 +110,50 @@ def test_lfw_pairs(tmp_path):
     with pytest.raises(UserError, match=r"1 of 4 images .*Bob_0002\.jpg"):
         lfw_pairs(tmp_path, size=16)
     plain.write_text("what is this line\n")
-    with pytest.raises(UserError, match="cannot read the pair"):
+    with pytest.raises(UserError, match=r"list.txt, line 1: cannot read the pair"):
         lfw_pairs(tmp_path, plain, 16)
+
+
+def test_lfw_development_lists_give_one_number(tmp_path):
+    for name in ("Ann", "Bob"):
+        for i in (1, 2):
+            paint(tmp_path / name / f"{name}_{i:04d}.jpg", i)
+    listed = tmp_path / "pairsDevTest.txt"
+    listed.write_text("2\nAnn\t1\t2\nBob\t1\t2\nAnn\t1\tBob\t1\nAnn\t2\tBob\t2\n")
+    files, pairs = lfw_pairs(tmp_path, listed, 16)
+    assert pairs.same.tolist() == [True, True, False, False]
+    assert pairs.fold.tolist() == [0, 1, 0, 1], "folds of both kinds, not two folds by position"
+    assert [files.paths[i].parent.name for i in pairs.first] == ["Ann", "Bob", "Ann", "Ann"]
+    assert pairs.people[pairs.first].tolist() == [0, 1, 0, 0]
+
+
+def test_people_named_by_numbers_lose_no_pair(tmp_path):
+    for name in ("7", "12"):
+        for i in (1, 2):
+            paint(tmp_path / name / f"{name}_{i:04d}.png", i)
+    listed = tmp_path / "list.txt"
+    for header in ("", "1 1\n", "1\n"):
+        listed.write_text(f"{header}12 1 2\n7 2 12 1\n")
+        files, pairs = lfw_pairs(tmp_path, listed, 16)
+        assert pairs.same.tolist() == [True, False] and files.paths[0].name == "12_0001.png"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("2 1\nAnn 1 2\nAnn 1 Bob 1\n\nBob 1 2\n", "line 5: the list ends too early: .* 4 pairs .* holds 3"),
+        ("2\nAnn 1 2\n", "line 2: the list ends too early: .* 4 pairs .* holds 1"),
+        ("1\nAnn 1 2\nAnn 1 Bob 1\nBob 1 2\n", "line 4: the list is too long: .* 2 pairs .* holds 3"),
+        ("2 1\nAnn 1 2\nAnn 1 Bob 1\nBob 1\n", "line 4: cannot read the pair 'Bob 1'"),
+        ("2 1\nAnn 1 2\nAnn 1 Bob\n", "line 3: cannot read the pair 'Ann 1 Bob'"),
+        ("2 1\n", "holds no pairs"),
+        ("", "holds no pairs"),
+    ],
+)
+def test_truncated_pair_lists_name_file_and_line(tmp_path, text, message):
+    (tmp_path / "pairs.txt").write_text(text)
+    with pytest.raises(UserError, match=f"pairs.txt.*{message}"):
+        lfw_pairs(tmp_path, size=16)
 
 
 def test_insightface_bin(tmp_path):
@@ -171,6 +211,39 @@ def test_random_pairs():
     assert pairs.fold.bincount().tolist() == [6] * 10
     with pytest.raises(UserError, match="only 60 possible"):
         random_pairs(labels, 61, 10, seed=0)
+    with pytest.raises(UserError, match="only 0 possible"):
+        random_pairs(torch.arange(0), 1, 1, seed=0)
+
+
+def test_random_pairs_are_those_of_a_draw_from_the_list_of_all():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 7, (60,), generator=generator)
+    first, second = np.triu_indices(60, 1)
+    equal = (labels[first] == labels[second]).numpy()
+    draw = np.random.default_rng(3)
+    picked = [draw.choice(np.flatnonzero(kind), 40, replace=False) for kind in (equal, ~equal)]
+    pairs = random_pairs(labels, 40, 40, seed=3)
+    assert pairs.first.tolist() == first[np.concatenate(picked)].tolist()
+    assert pairs.second.tolist() == second[np.concatenate(picked)].tolist()
+
+
+def test_random_pairs_take_memory_for_the_pairs_drawn_alone():
+    labels = torch.arange(5000).repeat_interleave(4)  # 2 * 10^8 possible pairs
+    tracemalloc.start()
+    pairs = random_pairs(labels, 200, 200, seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert torch.equal(labels[pairs.first] == labels[pairs.second], pairs.same)
+    assert peak < 10e6
+
+
+def test_folds_hold_both_kinds():
+    same = torch.arange(40) < 3
+    fold = deal(same)
+    assert int(fold.max()) == 2
+    for k in range(3):
+        assert same[fold == k].any() and not same[fold == k].all()
+    assert deal(torch.ones(3, dtype=torch.bool)).tolist() == [0, 0, 0]
 
 
 # --- protocol -------------------------------------------------------------------------------------
