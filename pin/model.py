@@ -248,9 +248,14 @@ NETWORKS = {
     "ais_encoder": AISEncoder,
     "ais_pca_layer": AISSelection,
 }
-# Names inside the official DefenseModel, of which one combined file may have been saved.
-PREFIXES = {"dae": "dae.", "encoder": "encoder.", "pca_layer": "pca_layer."}
-ENTRIES = {"ais_encoder": "encoder", "ais_pca_layer": "pca_layer"}
+PARTS = {
+    "dae": "dae",
+    "encoder": "encoder",
+    "pca_layer": "pca_layer",
+    "ais_encoder": "encoder",
+    "ais_pca_layer": "pca_layer",
+}
+"""Names inside one combined file, PIN's (the official DefenseModel) or AIS'; recognisers are `reg_model`."""
 
 
 def official(name: str, **options) -> nn.Module:
@@ -267,9 +272,9 @@ def official(name: str, **options) -> nn.Module:
 def load_official(name: str, path: Path) -> nn.Module:
     """The network `name` with the weights of a released file, in evaluation mode.
 
-    Understands a bare state dict, wrappers (`model`, `state_dict`, the entries of an AIS file), a `module.`
-    prefix, one combined file with `dae.`, `encoder.`, `pca_layer.`, `reg_model.`, both IR variants and other
-    numbers of Light CNN classes. Raises UserError that lists what does not fit.
+    Understands a bare state dict, wrappers (`model`, `state_dict`), a `module.` prefix, one combined file
+    with `dae`, `encoder`, `pca_layer`, `reg_model` as entries or prefixes (PIN's and AIS'), both IR variants
+    and other numbers of Light CNN classes. Raises UserError that lists what does not fit.
     """
     options = {}
     state = _unwrap(name, load_torch(path), path)
@@ -290,16 +295,16 @@ def ir_variant(state: dict[str, Tensor]) -> str:
 def _unwrap(name: str, content: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no weights but a {type(content).__name__}")
-    for entry in (ENTRIES.get(name), "model", "state_dict"):
-        if entry in content and isinstance(content[entry], dict):
-            content = content[entry]
-            break
+    part = PARTS.get(name, "reg_model")
+    wrappers = (part, "model", "state_dict")
+    while inner := next((content[key] for key in wrappers if isinstance(content.get(key), dict)), None):
+        content = inner
     state = {
-        key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)
+        str(key).removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)
     }
-    prefix = PREFIXES.get(name, "reg_model.")
-    if any(key.startswith(prefix) for key in state):
-        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    own = {key.removeprefix(f"{part}."): value for key, value in state.items() if key.startswith(f"{part}.")}
+    if own:
+        state = {key.removeprefix("module."): value for key, value in own.items()}
     if not state:
         raise UserError(f"{path}: holds no weights; its entries are {', '.join(map(str, list(content)[:8]))}")
     return state

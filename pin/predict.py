@@ -55,7 +55,7 @@ class Options:
     seed: int = 0
     """Seed of mode sample."""
     landmarks: Path | None = None
-    """Five landmarks per image, for ArcFace alignment."""
+    """Five landmarks per image, for ArcFace alignment; those of --clean too."""
     clean: Path | None = None
     """Folder with the unattacked images under the same names: the perturbation is then the true one."""
     eigenfaces: Path | None = None
@@ -151,8 +151,11 @@ def predict(options: Options) -> Path:
             scores["cosine_distance"] = both["cosine_distance"].item()
         records.append({"image": str(path), "purified": f"{name}.png", **scores})
         write_image(options.output / f"{name}.png", to_unit(purified[0]), synthetic="purified by PIN")
-        clean = None if options.clean is None else preprocess(options.clean / path.name, size).to(device)
-        tiles += picture_row(pin.basis, clean, x[0], purified[0], q[0])
+        original = None
+        if options.clean is not None:
+            # The face lies where it lay before the attack.
+            original = preprocess(options.clean / path.name, size, points.get(path.name)).to(device)
+        tiles += picture_row(pin.basis, original, x[0], purified[0], q[0])
     columns, labels = len(tiles) // len(records), UNKNOWN_ROW if options.clean is None else ROW
     sheet = image_grid(tiles, columns=columns, column_labels=labels[:columns], scale=max(1, 96 // size))
     write_image(options.output / "rows.png", sheet)

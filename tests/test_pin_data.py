@@ -1,5 +1,6 @@
 """PIN: images and pairs in every layout, on miniatures written here, and the embedded worlds."""
 
+import math
 import os
 import pickle
 import tracemalloc
@@ -24,7 +25,14 @@ from pin.data import (
     split_people,
 )
 from pin.pairs import Pairs, deal, insightface_bin, lfw_pairs, random_pairs
-from pin.protocol import Verifier, decide, detection_auc, fold_thresholds, perturbation_size
+from pin.protocol import (
+    Verifier,
+    decide,
+    detection_auc,
+    fold_thresholds,
+    perturbation_size,
+    purified_quality,
+)
 from shared.runtime import UserError
 
 
@@ -256,6 +264,14 @@ def test_thresholds_come_from_the_other_folds():
     thresholds = fold_thresholds(scores, pairs)
     assert 0.1 < thresholds[0] <= 0.4 and 0.5 < thresholds[1] <= 0.9
     assert decide(scores, thresholds, pairs).tolist() == [True, False, False, True]
+
+
+def test_quality_of_purified_images_has_data_range_2():
+    x, purified = (torch.full((2, 1, 16, 16), value) for value in (0.5, 0.3))
+    quality = purified_quality(purified, x)
+    assert quality["psnr"] == pytest.approx(10 * math.log10(2**2 / 0.2**2), abs=1e-3)
+    c1 = (0.01 * 2) ** 2
+    assert quality["ssim"] == pytest.approx((2 * 0.5 * 0.3 + c1) / (0.5**2 + 0.3**2 + c1), abs=1e-4)
 
 
 def test_success_counts_only_pairs_that_were_right():

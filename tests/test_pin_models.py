@@ -9,12 +9,25 @@ import torch
 
 import pin
 from pin import bench
+from pin.ais import AISEncoder, AISSelection
 from pin.basis import Basis, load_basis
 from pin.data import preprocess
-from pin.model import DAE, NETWORKS, PIN, Defended, ir_variant, load_official, make_esn, official
+from pin.model import (
+    DAE,
+    NETWORKS,
+    PIN,
+    Defended,
+    Encoder,
+    PCASelection,
+    ir_variant,
+    load_official,
+    make_esn,
+    official,
+)
 from pin.recognizers import ColourIn, adapt
 from shared.bench import count_macs, count_parameters
 from shared.io import read_image, write_image
+from shared.irse import IRSE
 from shared.runtime import UserError
 
 KEYS = json.loads((Path(pin.__file__).parent / "keys.json").read_text())
@@ -189,11 +202,64 @@ def test_files_in_every_wrapper(tmp_path):
         assert load_official("dae", path).encoder1[0].nolinear1.weight[0] == 0.5, form
 
 
-def test_ais_entries_of_one_file(tmp_path):
-    path = tmp_path / "ais.pth"
-    torch.save({"encoder": zeros("ais_encoder"), "pca_layer": zeros("ais_pca_layer")}, path)
-    assert load_official("ais_encoder", path).in_layer[0].weight.abs().max() == 0
-    assert load_official("ais_pca_layer", path).memory.units.weight.shape == (128, 512)
+SMALL = {
+    "dae": lambda: DAE((2, 4)),
+    "encoder": lambda: Encoder((2, 4)),
+    "pca_layer": lambda: PCASelection(16, 4, 6),
+    "ais_encoder": lambda: AISEncoder((2, 4)),
+    "ais_pca_layer": lambda: AISSelection(16, 4, 6, items=3),
+    "arcface_ir50": lambda variant: IRSE(16, ((4, 1), (8, 1)), se=False, variant=variant),
+}
+
+
+def with_prefix(prefix: str, state: dict) -> dict:
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("own", [("ais_encoder", "ais_pca_layer"), ("dae", "encoder", "pca_layer")])
+def test_every_part_of_a_combined_file_in_every_form(tmp_path, monkeypatch, own):
+    """AIS' one file with both parts as entries, or a whole DefenseModel's state with prefixes; wrapped or
+    not."""
+    names = (*own, "arcface_ir50")
+    for name in names:
+        monkeypatch.setitem(NETWORKS, name, SMALL[name])
+    states = {name: official(name).state_dict() for name in own}
+    states["arcface_ir50"] = official("arcface_ir50", variant="pin").state_dict()
+    parts = {name: name.removeprefix("ais_") for name in own} | {"arcface_ir50": "reg_model"}
+    entries = {parts[name]: states[name] for name in names}
+    processes = {part: with_prefix("module.", state) for part, state in entries.items()}
+    flat = lambda parts: dict(  # noqa: E731
+        item for part, state in parts.items() for item in with_prefix(f"{part}.", state).items()
+    )
+    forms = {
+        "entries": entries | {"epoches": 3},
+        "wrapped entries": {"model": entries},
+        "wrapped in the entries": {part: {"model": state} for part, state in entries.items()},
+        "of several processes": processes,
+        "prefixes": flat(entries),
+        "wrapped prefixes": {"state_dict": with_prefix("module.", flat(entries))},
+        "of several processes, prefixes": flat(processes),
+    }
+    for form, content in forms.items():
+        torch.save(content, tmp_path / "combined.pth")
+        for name in names:
+            loaded = load_official(name, tmp_path / "combined.pth").state_dict()
+            assert all(torch.equal(loaded[key], value) for key, value in states[name].items()), (form, name)
+
+
+def test_the_follow_ups_file_at_full_size(tmp_path):
+    constants = {"encoder": 0.25, "pca_layer": 0.5}
+    content = {
+        part: {
+            key: torch.full((), value, dtype=of.dtype).expand(of.shape)
+            for key, of in meta(f"ais_{part}").state_dict().items()
+        }
+        for part, value in constants.items()
+    }
+    torch.save(content, tmp_path / "ais.pth")
+    assert (load_official("ais_encoder", tmp_path / "ais.pth").block8.conv2.weight == 0.25).all()
+    memory = load_official("ais_pca_layer", tmp_path / "ais.pth").memory.units.weight
+    assert memory.shape == (128, 512) and (memory == 0.5).all()
 
 
 def test_ir_variants_are_told_apart(tmp_path):

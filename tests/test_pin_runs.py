@@ -10,6 +10,7 @@ import torch
 from curves import assert_same_curves, furthest_weights, run_one, run_two
 from safetensors.torch import load_file
 
+from pin import predict as predict_script
 from pin.ais import AISEncoder, AISSelection
 from pin.basis import load_basis
 from pin.eval import Options as Evaluation
@@ -85,6 +86,20 @@ def test_prediction(run, tmp_path):
     assert len(scores) == 2 and set(scores[0]) == {"image", "purified", "distance", "kept", "cosine_distance"}
     assert (tmp_path / "out/rows.png").exists() and (tmp_path / "out/0.png").exists()
     assert (tmp_path / "out/scores.csv").read_text().count("\n") == 3
+
+
+def test_clean_pictures_are_aligned_like_the_attacked_ones(run, tmp_path, monkeypatch):
+    image = torch.rand(3, 40, 30)
+    for folder in ("faces", "clean"):
+        write_image(tmp_path / folder / "a.png", image)
+    (tmp_path / "list.txt").write_text("a.png 8 12 20 11 15 19 9 27 19 26\n")
+    seen = []
+    whole = predict_script.picture_row
+    monkeypatch.setattr(predict_script, "picture_row", lambda *parts: seen.append(parts) or whole(*parts))
+    options = {"output": tmp_path / "out", "run": run, "device": "cpu", "landmarks": tmp_path / "list.txt"}
+    predict(Purify(images=(tmp_path / "faces",), clean=tmp_path / "clean", **options))
+    _, clean, attacked, *_ = seen[0]
+    assert torch.equal(clean, attacked)
 
 
 @pytest.mark.parametrize("options", [{"mode": "topk"}, {"k": 5}, {"mode": "topk", "k": 0}])
