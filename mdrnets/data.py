@@ -29,16 +29,17 @@ TEST_FACES, TEST_MASKS = 1_000_003, 1_000_033
 
 
 class Pictures(Protocol):
-    """Where pictures come from: `load(i)` gives (3, S, S) in [0, 1] and the parts (S, S) int64, -1 if
-    unknown. `parts`: names of the facial parts; `name`: for results; `label(i)`: the file or number of a
-    picture."""
+    """Where pictures come from: `load(i)` gives (3, S, S) in [0, 1] and the parts (S, S) int64, -1 where
+    unknown, or not asked for. `parts`: names of the facial parts; `labelled`: whether they are known; `name`:
+    for results; `label(i)`: the file or number of a picture."""
 
     parts: tuple[str, ...]
+    labelled: bool
     name: str
 
     def __len__(self) -> int: ...
 
-    def load(self, i: int) -> tuple[Tensor, Tensor]: ...
+    def load(self, i: int, labels: bool = True) -> tuple[Tensor, Tensor]: ...
 
     def label(self, i: int) -> str: ...
 
@@ -49,6 +50,8 @@ class DrawnFaces:
     world: "faces" (shared's parametric faces with the eight parts of `GROUPS`) or "simple" (flat faces, six
     parts). Drawn at twice the size and averaged down; a pure function of (world, count, seed, size).
     """
+
+    labelled = True
 
     def __init__(self, world: str, count: int, seed: int, size: int):
         self.name = f"procedural {'faces' if world == 'faces' else 'simple faces'}"
@@ -70,7 +73,7 @@ class DrawnFaces:
     def __len__(self) -> int:
         return len(self.images)
 
-    def load(self, i: int) -> tuple[Tensor, Tensor]:
+    def load(self, i: int, labels: bool = True) -> tuple[Tensor, Tensor]:
         return self.images[i], self.labels[i].long()
 
     def label(self, i: int) -> str:
@@ -81,33 +84,39 @@ class TrainSet(Dataset):
     """Training samples: item (i, draw) is picture i with mask number `draw`.
 
     flip: mirror the picture, and mirror and turn the mask independently of it (the masks' set has no
-    preferred direction), all as a pure function of (seed, draw). A sample: `image` (3, S, S) in [-1, 1],
-    `mask` (1, S, S) with 1 = corrupted, `parts` (S, S) int64, -1 where unknown.
+    preferred direction), all as a pure function of (seed, draw). labels: whether parts are wanted, which cost
+    reading up to 18 files of a picture. A sample: `image` (3, S, S) in [-1, 1], `mask` (1, S, S) with 1 =
+    corrupted, `parts` (S, S) int64, -1 where unknown or not wanted, `index` of the picture, and whether it is
+    `mirrored`.
     """
 
-    def __init__(self, pictures: Pictures, masks: MaskSource, seed: int, flip: bool):
+    def __init__(self, pictures: Pictures, masks: MaskSource, seed: int, flip: bool, labels: bool = True):
         self.pictures, self.masks, self.seed, self.flip = pictures, masks, seed, flip
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, at: tuple[int, int]) -> dict[str, Tensor]:
+    def __getitem__(self, at: tuple[int, int]) -> dict[str, Tensor | int | bool]:
         index, draw = at
-        image, parts = self.pictures.load(index)
+        image, parts = self.pictures.load(index, self.labels)
         mask = self.masks.mask(mixed(self.seed, draw))
+        mirrored = False
         if self.flip:
             dice = mixed(self.seed, draw, 1)
-            if dice & 1:
+            mirrored = bool(dice & 1)
+            if mirrored:
                 image, parts = image.flip(-1), parts.flip(-1)
             mask = torch.rot90(mask.flip(-1) if dice & 2 else mask, dice >> 2 & 3, (1, 2)).contiguous()
-        return {"image": image * 2 - 1, "mask": mask, "parts": parts}
+        sample = {"image": image * 2 - 1, "mask": mask, "parts": parts}
+        return sample | {"index": index, "mirrored": mirrored}
 
 
 class TestSet(Dataset):
     """Test samples: picture i with the mask hash(seed, i) of one ratio bin, so that all methods see the same
     holes.
 
-    A sample has the fields of `TrainSet`, and `index`.
+    A sample has the fields of `TrainSet` but `mirrored`.
     """
 
     __test__ = False  # not a test class
@@ -150,7 +159,7 @@ def open_pictures(config: "Config", data: DataName, part: datasets.Part, seed: i
         pictures = datasets.celeba_hq(root, size, part, config.split)
     else:
         pictures = (datasets.ffhq if data == "ffhq" else datasets.picture_folder)(root, size, part)
-    if config.parser == "tiny" and part == "train" and pictures.annotations is None:
+    if config.parser == "tiny" and part == "train" and not pictures.labelled:
         raise UserError(
             f"--parser tiny learns from labels, which {pictures.name} does not have here; "
             "use --parser bisenet with --parser-weights"

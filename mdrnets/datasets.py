@@ -51,15 +51,26 @@ class FacePictures:
     def __init__(self, files: Sequence[Path], size: int, name: str, annotations: Path | None = None):
         self.files, self.size, self.name, self.annotations = list(files), size, name, annotations
 
+    @property
+    def labelled(self) -> bool:
+        return self.annotations is not None
+
     def __len__(self) -> int:
         return len(self.files)
 
     def label(self, i: int) -> str:
         return self.files[i].name
 
-    def load(self, i: int) -> tuple[Tensor, Tensor]:
+    def stamp(self, i: int) -> tuple[str, int, int, int]:
+        """What changes when the picture does: the file's place, size in bytes and time of change [ns]; and
+        the side that it is resized to."""
+        path = self.files[i].resolve()
+        about = path.stat()
+        return str(path), about.st_size, about.st_mtime_ns, self.size
+
+    def load(self, i: int, labels: bool = True) -> tuple[Tensor, Tensor]:
         image = resize(read_image(self.files[i]), self.size)
-        if self.annotations is None:
+        if self.annotations is None or not labels:
             return image, torch.full((self.size, self.size), -1)
         labels = read_annotation(self.annotations, int(self.files[i].stem))
         parts = group_of_label()[labels][None, None].float()

@@ -125,6 +125,7 @@ def learn_faces(net: MDRNet, samples: TrainSet, device: torch.device, count: int
     net.eval()
     completed = []
     for i in range(min(count, len(samples))):
-        sample = {k: v[None].to(device) for k, v in samples[i, i].items()}
-        completed.append(net(sample["image"], sample["mask"])["coarse_comp"])
+        sample = samples[i, i]
+        x, mask = (sample[name][None].to(device) for name in ("image", "mask"))
+        completed.append(net(x, mask)["coarse_comp"])
     net.parser.face_space.learn(torch.cat(completed))

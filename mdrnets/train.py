@@ -7,8 +7,6 @@ GPUs: torchrun --nproc-per-node 8 train.py paper --data-root DIR.
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,9 +33,10 @@ from mdrnets.objective import (
     refine_losses,
     unet_losses,
 )
-from mdrnets.parser import ParserKind, TinyParser, parts_on_grid
+from mdrnets.parser import ParserKind, TinyParser
 from mdrnets.stages import TABLE_A, VARIANTS, Stage, learn_faces, plan, prepare, stage_file
-from shared.io import Run, load_weights, progress, save_safetensors
+from mdrnets.writing import ParsedParts, parsing_of, write_memory
+from shared.io import Run, load_weights, progress, runs_root, save_safetensors
 from shared.loop import Position, average_gradients
 from shared.records import write_json
 from shared.runtime import (
@@ -122,6 +121,11 @@ class Config(RunConfig):
     """`ema`: weight positions by their similarity, as MNAD does."""
     write_every: int = 1
     """`ema`: steps between writes."""
+    parsing_cache: bool = True
+    """`ema`: keep on disk what the public parser sees in training pictures without labels, for later steps
+    and runs."""
+    parsing_cache_root: Path | None = None
+    """Folder for that; default: runs/mdrnets/parsing-cache."""
     memory_warmup: int = 1000
     """`ema`: steps in which the memory is written and not yet read."""
 
@@ -199,26 +203,13 @@ PRESETS = {
 }
 
 
-def write_memory(
-    net: MDRNet,
-    batch: dict[str, Tensor],
-    generator: torch.Generator,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> None:
-    """`ema`: encode the undamaged picture and write it into the blocks of its true parts: the labels where
-    there are any, otherwise what the parser sees in the undamaged picture. autocast: arithmetic of the
-    networks; queries and memory stay in fp32."""
-    x, dmm = batch["image"], net.refine.dmm
-    with torch.no_grad():
-        cells = (x.shape[-2] // net.stride, x.shape[-1] // net.stride)
-        with autocast():
-            parser_sees = net.parser(x, cells)
-        known = (batch["parts"] >= 0).flatten(1).all(1).view(-1, 1, 1, 1)
-        truth = parts_on_grid(batch["parts"].clamp_min(0), parser_sees.shape[1], cells)
-        parsing = torch.where(known, truth, parser_sees)
-        with autocast():
-            features = net.refine.features(x, torch.zeros_like(batch["mask"]), parsing)
-        dmm.write(dmm.queries(features.float()).flatten(0, 1), parsing.argmax(1).flatten(), generator)
+def parsed_parts(config: Config, accelerator: Accelerator, pictures: Pictures, net: MDRNet) -> ParsedParts:
+    """What the parser sees in undamaged pictures, kept on disk if they have no labels to learn it from."""
+    folder = config.parsing_cache_root or runs_root() / "mdrnets" / "parsing-cache"
+    folder = folder if config.parsing_cache and not pictures.labelled else None
+    circumstances = f"{config.parser} at {config.parser_size}, {accelerator.mixed_precision}"
+    cells = (config.image_size // net.stride,) * 2
+    return ParsedParts(net.parser, pictures, cells, folder, circumstances)
 
 
 def update(optimiser: torch.optim.Optimizer, loss: Tensor, learning: list[nn.Parameter], processes: int):
@@ -259,7 +250,11 @@ def train_stage(
     for model in models.values():
         maybe_compile(model.to(memory_format=torch.channels_last), config.compile)
 
-    samples = TrainSet(pictures, training_masks(config, stage.seed), stage.seed, config.flip)
+    dmm = net.refine.dmm if refining else None
+    writes = dmm is not None and dmm.update == "ema"
+    parsed = parsed_parts(config, accelerator, pictures, net) if writes else None
+    labels = writes or (stage.name == "coarse" and isinstance(net.parser, TinyParser))
+    samples = TrainSet(pictures, training_masks(config, stage.seed), stage.seed, config.flip, labels)
     batches = StepBatches(
         len(samples),
         config.batch_size,
@@ -273,10 +268,9 @@ def train_stage(
     loader = DataLoader(
         samples, batch_sampler=batches, num_workers=config.workers, pin_memory=device.type == "cuda"
     )
-    dmm = net.refine.dmm if refining else None
-    writes = dmm is not None and dmm.update == "ema"
     net.train()
     for batch in progress(loader, stage.label):
+        which = list(zip(batch.pop("index").tolist(), batch.pop("mirrored").tolist(), strict=True))
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
         if accelerator.is_main_process and position.stage == position.step == 0:
             show_ratio(batch["mask"])
@@ -302,7 +296,8 @@ def train_stage(
 
         # Memory: written from clean features, or only observed.
         if writes and position.step % config.write_every == 0:
-            write_memory(net, batch, chance, accelerator.autocast)
+            parsing = parsing_of(batch, which, pictures, parsed, accelerator.autocast)
+            write_memory(net, batch["image"], parsing, chance, accelerator.autocast)
         if dmm is not None:
             dmm.count_reads()
 

@@ -118,10 +118,13 @@ def test_training_samples_are_a_function_of_the_draw():
     pictures = DrawnFaces("simple", 6, 0, 16)
     samples = TrainSet(pictures, StrokeMasks(16, 0.1, 0.6, 0), 0, flip=True)
     a, b = samples[2, 17], samples[2, 17]
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
     assert a["image"].min() >= -1 and a["image"].shape == (3, 16, 16)
     mirrored = [torch.equal(samples[2, d]["image"], pictures.load(2)[0].flip(-1) * 2 - 1) for d in range(20)]
     assert 0 < sum(mirrored) < 20
+    assert [(samples[2, d]["index"], samples[2, d]["mirrored"]) for d in range(20)] == [
+        (2, m) for m in mirrored
+    ]
     for d in range(20):  # labels turn with the picture
         expected = pictures.load(2)[1].flip(-1) if mirrored[d] else pictures.load(2)[1]
         assert torch.equal(samples[2, d]["parts"], expected)
