@@ -141,6 +141,11 @@ def encode_captions(
     return features[torch.tensor([row[caption] for caption in captions], device=device)]
 
 
+def at_once(generator: Generator, most: int = 64) -> int:
+    """Pictures that a generator may make at once: `most` up to 256 px, so many fewer as theirs are larger."""
+    return min(most, max(4, 2**22 // generator.size**2))
+
+
 @torch.no_grad()
 def reconstruction_features(
     faces: Faces,
@@ -151,7 +156,7 @@ def reconstruction_features(
     batch: int = 64,
 ) -> Tensor:
     """CLIP features f_i (N, F) of all reconstructions G(w)."""
-    batch = min(batch, max(4, 2**22 // generator.size**2))  # 64 of 256 px
+    batch = at_once(generator, batch)
     starts = progress(range(0, len(faces), batch), "reconstructions")
     made = (generator.synthesis(faces.codes[i : i + batch].to(device)) for i in starts)
     return torch.cat([image_features(clip, pictures, clip_input) for pictures in made])

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from anyface import sheets
-from anyface.baselines import nearest_caption, optimise_codes
 from anyface.claims import code_claims, mean, picture_claims
 from anyface.clip import BPETokenizer, image_features
+from anyface.compare import METRIC_SIZE, Pictures, compare, draw_diversity, make_methods
 from anyface.data import (
     Cache,
     Faces,
@@ -31,26 +31,19 @@ from anyface.effects import (
     code_effects,
     editing,
     kept_identity,
-    named_accuracy,
     read_texts,
     timing,
 )
-from anyface.judges import read
 from anyface.lightcnn import grey_faces
-from anyface.model import Stream, assemble, load_official
+from anyface.model import Stream, load_official
 from anyface.protocol import (
     COLUMNS,
+    SECOND,
     Networks,
-    diversity,
-    face_similarity,
-    feature_diversity,
-    features_of,
-    frechet_networks,
+    feature_networks,
     lpips_network,
-    measure,
     r_precision,
     read_rows,
-    rfrr,
 )
 from anyface.stages import Constants, load_constants, load_streams, plan, reads_words, variant_config
 from anyface.train import Config
@@ -67,11 +60,8 @@ from shared.published import (
     print_metrics,
     write_results,
 )
-from shared.runtime import UserError, parse, pick_device, run_main, step_generator
+from shared.runtime import UserError, parse, pick_device, run_main
 
-METRIC_SIZE = 256
-"""Side at which pictures are compared when the generator's is larger."""
-SECOND = "R-precision@1, second CLIP"
 UNITS = {"R-precision@1": "%", "R-precision@10": "%", SECOND: "%", "named traits": "%"}
 
 
@@ -109,101 +99,27 @@ class EvalConfig:
 
 def make_networks(settings: EvalConfig, config: Config, constants: Constants, device) -> Networks:
     """The networks that metrics need, as far as they are given."""
-    face = None
+    clip_input = config.behaviour.clip_input
+    features = feature_networks(constants.clip, clip_input, settings.fid_weights, constants.judge)
     if settings.lightcnn_weights is not None:
         light = load_light_cnn(settings.lightcnn_weights).to(device)
-        face = ("LightCNN", lambda pictures: light(grey_faces(pictures)))
-    elif constants.judge is not None:
-        face = ("judge's features", constants.judge.features)
-    clip_input = config.behaviour.clip_input
-    lpips_net = lpips_network(settings.lpips_weights)
-    return Networks(
-        constants.clip,
-        clip_input,
-        None if settings.second_clip is None else load_clip(settings.second_clip).to(device).eval(),
-        frechet_networks(constants.clip, clip_input, settings.fid_weights, constants.judge),
-        None if lpips_net is None else lpips_net.to(device),
-        face,
-    )
+        features["LightCNN"] = lambda pictures: light(grey_faces(pictures))
+    second = None
+    if settings.second_clip is not None:
+        second = load_clip(settings.second_clip).to(device).eval()
+        features["second CLIP"] = partial(image_features, second)
+    lpips = lpips_network(settings.lpips_weights)
+    return Networks(features, None if lpips is None else lpips.to(device), second)
 
 
-@torch.inference_mode()
-def paint(codes: Tensor, constants: Constants, batch: int = 32) -> Tensor:
-    """Codes (N, L, D) -> pictures on the CPU (N, 3, S, S), S at most `METRIC_SIZE`."""
-    pictures = []
-    for part in codes.split(batch):
-        made = constants.generator.synthesis(part)
-        if made.shape[-1] > METRIC_SIZE:
-            size = (METRIC_SIZE, METRIC_SIZE)
-            made = torch.nn.functional.interpolate(made, size, mode="bilinear", antialias=True)
-        pictures.append(made.clamp(-1, 1).cpu())
-    return torch.cat(pictures)
-
-
-def make_pictures(
-    settings: EvalConfig,
-    config: Config,
-    streams: dict[str, dict[int, tuple[Stream, Stream]]],
-    constants: Constants,
-    train: tuple[Faces, Cache],
-    test: Cache,
-) -> dict[str, Tensor]:
-    """Every method's picture (N, 3, S, S) of the compared captions."""
-    n, size = min(settings.compared, len(test.codes)), min(constants.generator.size, METRIC_SIZE)
-    texts, clip_input = test.text[:n, 0], config.behaviour.clip_input
-    codes = {}
-    for name, by_seed in streams.items():
-        tokens = test.tokens[:n, 0] if variant_config(config, name).words else None
-        codes[name] = read_texts(by_seed[min(by_seed)][0], constants.clip, texts, tokens)[0]
-    first = next(iter(codes))
-    noise = torch.randn(n, constants.generator.style_dim, generator=step_generator(config.seed, 0, 26))
-    w_z = constants.generator.mapping(noise.to(texts))
-    codes[f"{first}, noise"] = assemble(
-        w_z, codes[first], config.noise_layers, settings.psi, 8, train[1].mean
-    )
-    codes["mean face"] = train[1].mean.expand(n, -1, -1)
-    codes["own code (upper bound)"] = test.codes[:n]
-    if settings.optimise_steps:
-        codes["latent optimisation"] = optimise_codes(
-            texts, constants.generator, constants.clip, train[1].mean, clip_input, settings.optimise_steps
-        )
-    pictures = {name: paint(code, constants) for name, code in codes.items()}
-    pictures["nearest training caption"] = train[0].picture(nearest_caption(texts, train[1]).cpu(), size)
-    return pictures
-
-
-def compare(
-    pictures: dict[str, Tensor],
-    test: tuple[Faces, Cache],
-    networks: Networks,
-    constants: Constants,
-    config: Config,
-) -> dict[str, dict[str, float]]:
-    """Method -> metric -> value on the compared captions."""
-    faces, cache = test
-    first = next(iter(pictures.values()))
-    n, device = len(first), cache.codes.device
-    truth = faces.picture(torch.arange(n), first.shape[-1])
-    captions = [own[0] for own in faces.captions[:n]]
-    rows = {}
-    for name, made in pictures.items():
-        made = made.to(device)
-        rows[name] = measure(made, truth.to(device), cache.text[:n, 0], networks)
-        if networks.second_clip is not None:
-            second = networks.second_clip
-            seen = features_of(made, partial(image_features, second))
-            said = encode_captions(second, BPETokenizer(second.context_length), captions, device)
-            rows[name][SECOND] = 100 * r_precision(seen, said)
-        if constants.judge is not None:
-            rows[name]["named traits"] = 100 * named_accuracy(read(constants.judge, made).cpu(), captions)
-    if networks.face is not None:
-        label, network = networks.face
-        # The upper bound is no competitor: it has seen the photo.
-        rivals = {name: made for name, made in pictures.items() if "upper bound" not in name}
-        near = {k: face_similarity(v.to(device), truth.to(device), network) for k, v in rivals.items()}
-        for name, share in rfrr(near).items():
-            rows[name][f"RFRR ({label})"] = share
-    return rows
+def caption_features(faces: Faces, cache: Cache, networks: Networks, n: int) -> dict[str, Tensor]:
+    """Features of the first n captions (n, F), by the name of their CLIP."""
+    texts = {"CLIP": cache.text[:n, 0]}
+    if networks.second_clip is not None:
+        captions = [own[0] for own in faces.captions[:n]]
+        tokenizer = BPETokenizer(networks.second_clip.context_length)
+        texts["second CLIP"] = encode_captions(networks.second_clip, tokenizer, captions, cache.text.device)
+    return texts
 
 
 def all_effects(
@@ -259,15 +175,16 @@ def draw_sheets(
     constants: Constants,
     faces: Faces,
     cache: Cache,
-    pictures: dict[str, Tensor],
+    methods: dict[str, Pictures],
+    compared: int,
 ) -> None:
-    """Pictures for a person to judge, into samples/. w_t (N, L, D): codes of the test captions."""
-    compared, _, _, size = next(iter(pictures.values())).shape
+    """Pictures for a person to judge, into samples/. w_t (N, L, D): codes of the test captions; compared:
+    for so many there are pictures of the methods."""
     captions = [own[0] for own in faces.captions[: min(8, compared)]]
     first = torch.arange(len(captions))
-    beside = {"true face": faces.picture(first, size)}
+    beside = {"true face": faces.picture(first, min(constants.generator.size, METRIC_SIZE))}
     titles = {"nearest training caption": "nearest", "no-dt": "MSE", "latent optimisation": "optimised"}
-    beside |= {title: pictures[name][:8] for name, title in titles.items() if name in pictures}
+    beside |= {title: methods[name](first) for name, title in titles.items() if name in methods}
     layers, seed = config.noise_layers, config.seed
     others = [own[0] for own in faces.captions[1:6]]
     made = {
@@ -307,17 +224,6 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> str:
     return format_table([title, *header], cells)
 
 
-@torch.inference_mode()
-def three_draws(w_t: Tensor, constants: Constants, config: Config, psi: float, mean: Tensor) -> Tensor:
-    """Pictures (3, N, 3, S, S) on the CPU: three draws of the coarse layers of each caption's code. psi:
-    truncation of the noise towards the mean code (1, L, D)."""
-    rng = step_generator(config.seed, 0, 27)
-    noise = torch.randn(3, len(w_t), constants.generator.style_dim, generator=rng).to(w_t)
-    w_z = [constants.generator.mapping(z) for z in noise]
-    codes = [assemble(z, w_t, config.noise_layers, psi, mean=mean) for z in w_z]
-    return torch.stack([paint(code, constants) for code in codes])
-
-
 def main(settings: EvalConfig) -> Path:
     """Evaluate a run: effects, claims, comparison, pictures; returns the run folder."""
     began = time.perf_counter()
@@ -344,16 +250,18 @@ def main(settings: EvalConfig) -> Path:
     print(f"\n=== {test_faces.title}: {len(test_faces)} test faces ===\n")
     print(table("streams", {k: {name: row[name] for name in short} for k, row in shown.items()}))
 
-    pictures = make_pictures(settings, config, streams, constants, (train_faces, train), test)
+    n = min(settings.compared, len(test_faces))
+    methods = make_methods(
+        config, streams, constants, (train_faces, train), test, n, settings.psi, settings.optimise_steps
+    )
     networks = make_networks(settings, config, constants, device)
-    rows = compare(pictures, (test_faces, test), networks, constants, config)
-    n = len(next(iter(pictures.values())))
+    said = caption_features(test_faces, test, networks, n)
+    rows = compare(methods, test_faces, said, networks, constants.judge)
     print("\n" + table(f"{n} captions", rows))
     first = streams[stages[0].name][stages[0].seed]
     texts, words = test.text[:, 0], variant_config(config, stages[0].name).words
     w_t = read_texts(first[0], constants.clip, texts, test.tokens[:, 0] if words else None)[0]
-    draws = three_draws(w_t[:n], constants, config, settings.psi, train.mean)
-    drawn = {"L1": diversity(draws)} | feature_diversity(draws, networks, device)
+    drawn = draw_diversity(w_t[:n], constants, config, settings.psi, train.mean, networks)
     told = ", ".join(f"{name} {value:.4f}" for name, value in drawn.items())
     print(f"\ndiversity of three draws of a caption, mean over pairs: {told}")
     kept = {}
@@ -364,11 +272,12 @@ def main(settings: EvalConfig) -> Path:
         print(f"identity kept by edits (IR-SE50 cosine to the source) at degree {told}")
     speed = timing(first[0], test, constants, words)
     print(f"run time, CLIP feature to one picture: {speed['mean']:.2f} +- {speed['deviation']:.2f} ms")
-    draw_sheets(config, folder, first[0], w_t, constants, test_faces, test, pictures)
+    draw_sheets(config, folder, first[0], w_t, constants, test_faces, test, methods, n)
     if settings.study:
         captions = [own[0] for own in test_faces.captions[: min(settings.study, n)]]
-        methods = {k: v for k, v in pictures.items() if "upper bound" not in k and k != "mean face"}
-        print(f"user study: {write_study(folder / 'study', captions, methods, config.seed)}")
+        ranked = {k: v for k, v in methods.items() if "upper bound" not in k and k != "mean face"}
+        shown = {name: pictures(torch.arange(len(captions))) for name, pictures in ranked.items()}
+        print(f"user study: {write_study(folder / 'study', captions, shown, config.seed)}")
 
     setting = f"N = {n}, caption number id mod count, psi {settings.psi:g}, M {config.noise_layers}"
     metrics = to_metrics(rows, test_faces.title, setting)

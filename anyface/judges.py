@@ -50,7 +50,12 @@ def judge_loss(logits: Tensor, values: Tensor) -> Tensor:
 @torch.inference_mode()
 def read(judge: Judge, pictures: Tensor) -> Tensor:
     """What the judge sees: values (B, 7)."""
-    return torch.stack([head.argmax(1) for head in split_heads(judge(pictures.clamp(-1, 1)))], 1)
+    return read_heads(judge(pictures.clamp(-1, 1)))
+
+
+def read_heads(logits: Tensor) -> Tensor:
+    """Logits (B, 18) -> the likeliest value of every trait (B, 7)."""
+    return torch.stack([head.argmax(1) for head in split_heads(logits)], 1)
 
 
 def accuracy(seen: Tensor, values: Tensor, names: tuple[str, ...] | None = None) -> float:

@@ -5,7 +5,7 @@ A metric that needs a network which is not given is left out, or computed with a
 
 import csv
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anyface.clip import ClipInput, image_features
+from anyface.judges import Judge
 from shared.metrics import InceptionFeatures, fid, lpips, perceptual_network
 from shared.runtime import UserError, step_generator
 
@@ -86,46 +87,38 @@ def _over_pairs(draws: Tensor, distance: Callable[[Tensor, Tensor], float]) -> f
     return sum(values) / len(values)
 
 
-class UnitInput(nn.Module):
-    """A network on [-1, 1] as one on [0, 1], for `shared.metrics`."""
-
-    def __init__(self, features, num_features: int):
-        super().__init__()
-        self.features, self.num_features = features, num_features
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.features(pictures * 2 - 1)
-
-
 @dataclass(frozen=True)
 class Networks:
-    """What metrics are computed with. Missing ones are None and their metrics are left out.
+    """What metrics are computed with. A metric whose network is not given is left out.
 
-    face: pictures in [-1, 1] -> features for RFRR and its name; frechet: name -> network for distances
-    between sets.
+    features: name -> pictures (B, 3, S, S) in [-1, 1] -> (B, F), names of `FRECHET` and `FACES` and
+    "second CLIP". second_clip: the same one, for captions.
     """
 
-    clip: nn.Module
-    clip_input: ClipInput
-    second_clip: nn.Module | None
-    frechet: dict[str, nn.Module]
-    lpips: nn.Module | None
-    face: tuple[str, nn.Module] | None
+    features: dict[str, Callable[[Tensor], Tensor]]
+    lpips: nn.Module | None = None
+    second_clip: nn.Module | None = None
 
 
-def frechet_networks(
-    clip: nn.Module, clip_input: ClipInput, inception: Path | None, judge: nn.Module | None
-) -> dict[str, nn.Module]:
-    """FID when Inception's weights are given; always the distance in CLIP's features; with a judge, its."""
+FRECHET = {"CLIP": "frechet_clip", "judge": "frechet_judge", "Inception": "FID"}
+"""Network -> what the distance between sets in its features is called; only Inception's is FID."""
+FACES = {"LightCNN": "LightCNN", "judge": "judge's features"}
+"""Networks that RFRR can see faces with, the first that is given, and what it is then called."""
+SECOND = "R-precision@1, second CLIP"
 
-    def of_clip(pictures: Tensor) -> Tensor:
-        return image_features(clip, pictures, clip_input)
 
-    networks: dict[str, nn.Module] = {"frechet_clip": UnitInput(of_clip, clip.visual.output_dim)}
+def feature_networks(
+    clip: nn.Module, clip_input: ClipInput, inception: Path | None, judge: Judge | None
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """CLIP's image features, with a judge its features, and Inception's when its weights are given."""
+    networks: dict[str, Callable[[Tensor], Tensor]] = {
+        "CLIP": lambda pictures: image_features(clip, pictures, clip_input)
+    }
     if judge is not None:
-        networks["frechet_judge"] = UnitInput(judge.features, judge.num_features)
+        networks["judge"] = judge.features
     if inception is not None:
-        networks["FID"] = InceptionFeatures(inception)
+        network = InceptionFeatures(inception).to(next(clip.parameters()).device)
+        networks["Inception"] = lambda pictures: network(pictures / 2 + 0.5)
     return networks
 
 
@@ -134,60 +127,86 @@ def lpips_network(weights: Path | None) -> nn.Module | None:
     return None if weights is None else perceptual_network("alex", weights)
 
 
-def batches(pictures: Tensor, size: int = 64) -> Iterable[Tensor]:
-    """Pictures in [-1, 1] as batches in [0, 1]."""
-    return ((part.clamp(-1, 1) + 1) / 2 for part in pictures.split(size))
+def look(pictures: Tensor, networks: Networks) -> dict[str, Tensor]:
+    """What every network sees of pictures (B, 3, S, S) in [-1, 1]: name -> features (B, F) on the CPU."""
+    return {name: network(pictures).cpu() for name, network in networks.features.items()}
 
 
-@torch.inference_mode()
-def features_of(pictures: Tensor, network, size: int = 64) -> Tensor:
-    """Features (N, F) of pictures (N, 3, S, S), in batches."""
-    return torch.cat([network(part) for part in pictures.split(size)])
+class Tally:
+    """What is kept of a method's pictures: features by network, and means of numbers by name."""
+
+    def __init__(self) -> None:
+        self._features: dict[str, list[Tensor]] = {}
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def add(self, features: dict[str, Tensor], values: dict[str, float], count: int) -> None:
+        """A batch of `count` pictures: their features, and means over them."""
+        self._count += count
+        for name, seen in features.items():
+            self._features.setdefault(name, []).append(seen)
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value * count
+
+    def seen(self, network: str) -> Tensor:
+        """Features (N, F) of all pictures."""
+        return torch.cat(self._features[network])
+
+    @property
+    def networks(self) -> list[str]:
+        """Names of the networks."""
+        return list(self._features)
+
+    def means(self) -> dict[str, float]:
+        """Numbers over all pictures."""
+        return {name: total / self._count for name, total in self._sums.items()}
 
 
-def _lpips(pictures: Tensor, others: Tensor, network: nn.Module) -> float:
-    """Mean LPIPS of matching pictures (N, 3, S, S) in [-1, 1], at `LPIPS_SIZE`."""
-    total = 0.0
-    for pair in zip(batches(pictures), batches(others), strict=True):
-        made, other = (
-            F.interpolate(part, (LPIPS_SIZE, LPIPS_SIZE), mode="bilinear", antialias=True) for part in pair
-        )
-        total += lpips(made, other, network) * len(made)
-    return total / len(pictures)
-
-
-@torch.inference_mode()
-def measure(pictures: Tensor, truth: Tensor, texts: Tensor, networks: Networks) -> dict[str, float]:
+def measure(tally: Tally, truth: Tally, texts: dict[str, Tensor]) -> dict[str, float]:
     """All metrics of one method that need no other method.
 
-    pictures: generated (N, 3, S, S) in [-1, 1]; truth: the captions' own photos, same shape; texts (N, F):
-    features of the captions in `networks.clip`.
+    truth: of the captions' own photos; texts: name of a CLIP -> its features (N, F) of the captions.
     """
-    row = {}
-    for name, network in networks.frechet.items():
-        row[name] = fid(batches(truth), batches(pictures), network)
-    if networks.lpips is not None:
-        row["LPIPS"] = _lpips(pictures, truth, networks.lpips)
-    row["L1 to truth"] = (pictures.clamp(-1, 1) - truth).abs().mean().item()
-    seen = features_of(pictures, lambda part: image_features(networks.clip, part, networks.clip_input))
-    row["R-precision@1"] = 100 * r_precision(seen, texts)
-    row["R-precision@10"] = 100 * r_precision(seen, texts, top=10)
-    row["CLIP score"] = clip_score(seen, texts)
+    row = {
+        metric: fid([truth.seen(name)], [tally.seen(name)])
+        for name, metric in FRECHET.items()
+        if name in tally.networks
+    }
+    row |= tally.means()
+    seen, said = tally.seen("CLIP"), texts["CLIP"].cpu()
+    row["R-precision@1"] = 100 * r_precision(seen, said)
+    row["R-precision@10"] = 100 * r_precision(seen, said, top=10)
+    row["CLIP score"] = clip_score(seen, said)
+    if "second CLIP" in texts:
+        row[SECOND] = 100 * r_precision(tally.seen("second CLIP"), texts["second CLIP"].cpu())
     return row
 
 
-@torch.inference_mode()
-def feature_diversity(draws: Tensor, networks: Networks, device: torch.device) -> dict[str, float]:
-    """Distance between pictures of one caption, mean over pairs of draws (K, N, 3, S, S) in [-1, 1], as the
+def face_rates(rivals: dict[str, Tally], truth: Tally) -> dict[str, dict[str, float]]:
+    """RFRR of competing methods: its name -> method -> share; empty without a network for faces."""
+    for network, label in FACES.items():
+        if network in truth.networks:
+            near = {name: cosine(own.seen(network), truth.seen(network)) for name, own in rivals.items()}
+            return {f"RFRR ({label})": rfrr(near)}
+    return {}
+
+
+def lpips_256(pictures: Tensor, others: Tensor, network: nn.Module) -> float:
+    """Mean LPIPS of matching pictures (B, 3, S, S) in [-1, 1], at `LPIPS_SIZE`."""
+    size = (LPIPS_SIZE, LPIPS_SIZE)
+    made, other = (
+        F.interpolate(part / 2 + 0.5, size, mode="bilinear", antialias=True) for part in (pictures, others)
+    )
+    return lpips(made, other, network)
+
+
+def feature_diversity(draws: Tensor, networks: Networks) -> dict[str, float]:
+    """Distance between pictures of one caption, mean over pairs of draws (K, B, 3, S, S) in [-1, 1], as the
     networks see them: 1 - cosine of CLIP's features, and LPIPS where its network is given."""
-
-    def see(part: Tensor) -> Tensor:
-        return image_features(networks.clip, part.to(device), networks.clip_input)
-
-    seen = torch.stack([features_of(own, see) for own in draws])
+    seen = torch.stack([networks.features["CLIP"](own) for own in draws])
     row = {"CLIP": _over_pairs(seen, lambda a, b: 1 - cosine(a, b).mean().item())}
     if networks.lpips is not None:
-        row["LPIPS"] = _over_pairs(draws, lambda a, b: _lpips(a.to(device), b.to(device), networks.lpips))
+        row["LPIPS"] = _over_pairs(draws, lambda a, b: lpips_256(a, b, networks.lpips))
     return row
 
 
@@ -223,9 +242,3 @@ def read_rows(path: Path) -> list[dict[str, str | float]]:
     if not rows:
         raise UserError(f"{path}: no rows")
     return rows
-
-
-@torch.inference_mode()
-def face_similarity(pictures: Tensor, truth: Tensor, network) -> Tensor:
-    """Cosine (N,) between the face features of generated pictures and of the true photos."""
-    return cosine(features_of(pictures, network), features_of(truth, network)).cpu()

@@ -13,19 +13,21 @@ from torch.nn import functional as F
 from anyface.baselines import nearest_caption, optimise_codes
 from anyface.claims import code_claims, picture_claims
 from anyface.clip import image_features
-from anyface.data import Cache
+from anyface.compare import compare, draw_diversity, make_methods, paint
+from anyface.data import Cache, Faces, build_cache
 from anyface.effects import collapse_index, editing, kept_identity, named_accuracy, spread
-from anyface.eval import three_draws
 from anyface.judges import Judge, accuracy, read, split_heads
 from anyface.muon import Muon, orthogonalise
 from anyface.parts import small_clip, small_generator, teach_mapping, wide_learner, widen
 from anyface.protocol import (
     Networks,
+    Tally,
     clip_score,
     diversity,
-    face_similarity,
+    face_rates,
     feature_diversity,
-    frechet_networks,
+    feature_networks,
+    look,
     mean_rank,
     measure,
     own_ranks,
@@ -112,15 +114,14 @@ def test_diversity_of_draws_as_networks_see_them(constants):
     draws = (2 * torch.rand(3, 70, 3, 32, 32, generator=rng) - 1) * torch.tensor([1, 1, 0.2]).view(
         3, 1, 1, 1, 1
     )
-    cpu = torch.device("cpu")
-    given = Networks(constants.clip, "correct", None, {}, None, None)
-    row = feature_diversity(draws, given, cpu)
+    given = Networks(feature_networks(constants.clip, "correct", None, None))
+    row = feature_diversity(draws, given)
     assert set(row) == {"CLIP"}
     seen = [image_features(constants.clip, own) for own in draws]
     apart = [1 - F.cosine_similarity(seen[i], seen[j]).mean().item() for i, j in ((1, 0), (2, 0), (2, 1))]
     assert row["CLIP"] == pytest.approx(sum(apart) / 3, abs=1e-5) and row["CLIP"] > 1e-4
     flat = torch.tensor([0.0, 0.5, 0.8]).view(3, 1, 1, 1, 1).expand(3, 70, 3, 8, 8)
-    row = feature_diversity(flat, replace(given, lpips=Apart()), cpu)
+    row = feature_diversity(flat, replace(given, lpips=Apart()))
     assert row["LPIPS"] == pytest.approx((0.5 + 0.8 + 0.3) / 3, abs=1e-5)
 
 
@@ -140,12 +141,15 @@ def test_edits_keep_the_more_of_an_identity_the_higher_the_degree(constants):
     assert list(kept_identity(*torch.randn(2, 2, 18, 4), at_1024, Identity())) == [0, 3, 6, 9, 12, 15, 18]
 
 
-def test_draws_of_the_evaluation_are_truncated_as_asked(constants):
+def test_draws_of_the_evaluation_are_truncated_as_asked(constants, monkeypatch):
     config, mean = PRESETS["demo"], torch.randn(1, 8, 64)
-    w_t = torch.randn(3, 8, 64)
-    loose, tight = (three_draws(w_t, constants, config, psi, mean) for psi in (1.0, 0.0))
-    assert loose.shape == (3, 3, 3, 32, 32) and diversity(loose) > 0
-    assert diversity(tight) == 0
+    w_t, networks = torch.randn(5, 8, 64), Networks(feature_networks(constants.clip, "correct", None, None))
+    known = (constants, config)
+    loose, tight = (draw_diversity(w_t, *known, psi, mean, networks) for psi in (1.0, 0.0))
+    assert set(loose) == set(tight) == {"L1", "CLIP"} and min(loose.values()) > 1e-5
+    assert tight["L1"] == 0 and tight["CLIP"] < 1e-6
+    monkeypatch.setattr("anyface.compare.BATCH", 2)
+    assert draw_diversity(w_t, *known, 1.0, mean, networks) == pytest.approx(loose, rel=1e-4)
 
 
 def test_rfrr_splits_ties_and_sums_to_one():
@@ -160,25 +164,71 @@ def test_rfrr_splits_ties_and_sums_to_one():
         rfrr({"a": near["a"]})
 
 
+def tally_of(pictures: torch.Tensor, networks: Networks) -> Tally:
+    tally = Tally()
+    for part in pictures.split(13):
+        tally.add(look(part, networks), {"mean": part.mean().item()}, len(part))
+    return tally
+
+
 def test_frechet_distances_are_named_after_their_network_and_tell_sets_apart(constants):
-    networks = frechet_networks(constants.clip, "correct", None, constants.judge)
-    assert set(networks) == {"frechet_clip", "frechet_judge"}  # never called FID without Inception
-    world = make_world(40, 3, per_face=1)
-    truth = world.pictures()
-    given = Networks(constants.clip, "correct", None, networks, None, None)
-    texts = image_features(constants.clip, truth)
-    same = measure(truth, truth, texts, given)
-    other = measure(-truth, truth, texts, given)
-    assert same["L1 to truth"] == 0 and same["R-precision@1"] == 100 and same["CLIP score"] > 99.99
-    for name in networks:
+    networks = Networks(feature_networks(constants.clip, "correct", None, constants.judge))
+    truth = make_world(40, 3, per_face=1).pictures()
+    texts = {"CLIP": image_features(constants.clip, truth)}
+    photos, negatives = tally_of(truth, networks), tally_of(-truth, networks)
+    same, other = (measure(tally, photos, texts) for tally in (photos, negatives))
+    # never called FID without Inception
+    named = {"frechet_clip", "frechet_judge"}
+    assert {name for name in same if "frechet" in name or "FID" in name} == named
+    assert same["R-precision@1"] == 100 and same["CLIP score"] > 99.99
+    assert same["mean"] == pytest.approx(truth.mean().item(), abs=1e-5)
+    for name in named:
         assert abs(same[name]) < 1e-3 and other[name] > 1e-2
-    assert "LPIPS" not in same and "FID" not in same
-    assert face_similarity(truth, truth, constants.judge.features).min() > 0.999
+    shares = face_rates({"same": photos, "other": negatives}, photos)
+    assert shares == {"RFRR (judge's features)": {"same": 1.0, "other": 0.0}}
+    assert face_rates({}, tally_of(truth, Networks({}))) == {}  # no network for faces
 
 
 def test_fid_needs_its_weights(constants, tmp_path):
     with pytest.raises(UserError, match="weights-inception"):
-        frechet_networks(constants.clip, "correct", tmp_path / "none.pth", None)
+        feature_networks(constants.clip, "correct", tmp_path / "none.pth", None)
+
+
+def test_the_comparison_keeps_a_batch_of_pictures_alone(constants, monkeypatch):
+    """However many captions are compared, no method is asked for more pictures at once; the numbers do not
+    depend on the batch."""
+    world = make_world(10, 3, per_face=1)
+    faces = Faces("drawn", list("abcdefghij"), world.captions, torch.randn(10, 8, 64), world.pictures)
+    known = (constants.clip, constants.tokenizer, constants.generator, "correct", torch.device("cpu"))
+    cache = build_cache(faces, *known)
+    streams = {"full": {0: make_streams(PRESETS["demo"], constants, 0)}}
+    methods = make_methods(PRESETS["demo"], streams, constants, (faces, cache), cache, 7, 1.0, 0)
+    assert list(methods) == [
+        *("full", "full, noise", "mean face", "own code (upper bound)", "nearest training caption")
+    ]
+    asked = []
+
+    def watched(name):
+        return lambda index: asked.append(len(index)) or methods[name](index)
+
+    networks = Networks(feature_networks(constants.clip, "correct", None, constants.judge), lpips=Apart())
+    given = ({name: watched(name) for name in methods}, faces, {"CLIP": cache.text[:7, 0]}, networks)
+    rows = compare(*given, constants.judge)
+    assert asked == [7] * 5
+    monkeypatch.setattr("anyface.compare.BATCH", 3)
+    asked.clear()
+    small = compare(*given, constants.judge)
+    assert asked == [3] * 10 + [1] * 5
+    for name, row in rows.items():
+        assert small[name] == pytest.approx(row, rel=1e-3, abs=1e-3)
+    made = paint(cache.codes[:7], constants.generator)
+    own, true = rows["own code (upper bound)"], world.pictures(torch.arange(7))
+    assert own["L1 to truth"] == pytest.approx((made - true).abs().mean().item(), abs=1e-5)
+    assert own["LPIPS"] == pytest.approx(own["L1 to truth"], rel=0.1)
+    seen = read(constants.judge, made)
+    captions = [own[0] for own in faces.captions[:7]]
+    assert own["named traits"] == pytest.approx(100 * named_accuracy(seen, captions))
+    assert "RFRR (judge's features)" in rows["full"] and "RFRR (judge's features)" not in own
 
 
 def test_collapse_and_spread():

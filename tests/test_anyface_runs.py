@@ -187,8 +187,12 @@ def test_a_second_clip_reads_captions_in_its_own_tokens(tmp_path, constants, cac
     faces = open_faces(replace(config, test_faces=6), "test", constants.generator)
     known = (constants.clip, constants.tokenizer, constants.generator, "correct", torch.device("cpu"))
     test = (faces, build_cache(faces, *known))
-    pictures = {"a": faces.picture(torch.arange(6), 32), "b": torch.zeros(6, 3, 32, 32)}
-    rows = evaluation.compare(pictures, test, networks, constants, config)
+    said = evaluation.caption_features(*test, networks, 6)
+    methods = {
+        "a": lambda index: faces.picture(index, 32),
+        "b": lambda index: torch.zeros(len(index), 3, 32, 32),
+    }
+    rows = evaluation.compare(methods, faces, said, networks, None)
     (metric,) = [
         m for m in evaluation.to_metrics(rows, "", "") if m.metric.endswith("second CLIP") and m.method == "a"
     ]
