@@ -14,7 +14,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.metrics import roc_curve
 
-from dfgc2022.creation import DEFINITIONS, TERMS, Definition, Row, anti_detection, correlations, ranking
+from dfgc2022.creation import (
+    DEFINITIONS,
+    TERMS,
+    Definition,
+    Row,
+    anti_detection,
+    correlations,
+    opponents,
+    ranking,
+)
 from dfgc2022.protocol import (
     Area,
     Clip,
@@ -47,9 +56,8 @@ class Contest:
 
 
 def read_submissions(paths: Sequence[Path], clips: Sequence[Clip]) -> dict[str, dict[str, float]]:
-    """Submission files -> scores by detector (the file's name). Bad files and missing clips are printed.
-
-    Raises UserError when no file can be used.
+    """Submission files -> scores by detector (the file's name). Bad files, which are left out, and missing
+    clips are printed.
     """
     names = [clip.name for clip in clips]
     read: dict[str, dict[str, float]] = {}
@@ -64,8 +72,6 @@ def read_submissions(paths: Sequence[Path], clips: Sequence[Clip]) -> dict[str, 
         for warning in warnings:
             print(f"warning: {warning}")
         read[path.stem] = scores
-    if not read:
-        raise UserError("no submission could be scored")
     return read
 
 
@@ -192,11 +198,14 @@ def score_creation(
     """Print the creation track's table; return its rows, best first, and its numbers.
 
     terms: submission -> five means. predicted: realism by a model, used where there are no ratings; such rows
-    are labelled. Creators with neither are named in a warning. Anti-detection is computed on the clips of the
-    contest.
+    are labelled. Creators with neither are named in a warning, and so are those whose fakes lie in parts
+    without real clips. Anti-detection is computed on the clips of the contest.
     """
-    rows, unrated = [], []
+    rows, unrated, alone = [], [], []
     for creator in sorted({clip.creator for clip in contest.clips if clip.label == 1 and clip.creator}):
+        if DEFINITIONS[definition][1] == "auc" and not opponents(contest.clips, creator)[1]:
+            alone.append(creator)
+            continue
         anti = anti_detection(contest.clips, contest.submissions, creator, definition)
         if creator in terms:
             rows.append(Row(creator, dict(terms[creator]), anti))
@@ -206,6 +215,11 @@ def score_creation(
             unrated.append(creator)
     if unrated:
         print(f"\nwarning: no ratings of {', '.join(unrated)}; the creation track goes without them")
+    if alone:
+        print(
+            f"\nwarning: no real clips beside the fakes of {', '.join(alone)}; the creation track goes "
+            "without them"
+        )
     rows = ranking(rows)
     print(f"\ncreation track; anti-detection: {DEFINITIONS[definition][2]}")
     table = [

@@ -64,9 +64,7 @@ def anti_detection(
     there is no fake of the creator, or no real clip there where an AUC is asked for.
     """
     weight, kind, _ = DEFINITIONS[definition]
-    fakes = [clip for clip in clips if clip.label == 1 and clip.creator == creator]
-    parts = {clip.part for clip in fakes}
-    reals = [clip for clip in clips if clip.label == 0 and clip.part in parts]
+    fakes, reals = opponents(clips, creator)
     if not fakes or not submissions or (kind == "auc" and not reals):
         raise UserError(f"anti-detection of {creator} needs its fakes, real clips and a detector's scores")
     if kind == "probability":
@@ -74,6 +72,13 @@ def anti_detection(
     else:
         s_d = np.mean([auc(*arrays(fakes + reals, scores)) for scores in submissions.values()])
     return float(weight * (1 - s_d))
+
+
+def opponents(clips: Sequence[Clip], creator: str) -> tuple[list[Clip], list[Clip]]:
+    """(fakes of a creator, real clips of the parts that these lie in)."""
+    fakes = [clip for clip in clips if clip.label == 1 and clip.creator == creator]
+    parts = {clip.part for clip in fakes}
+    return fakes, [clip for clip in clips if clip.label == 0 and clip.part in parts]
 
 
 def read_ratings(path: Path) -> dict[str, dict[str, float]]:

@@ -18,7 +18,7 @@ from dfgc2022.creation import Definition, clip_realism, published_rows, read_rat
 from dfgc2022.datasets import dfgc2022
 from dfgc2022.demo import evaluate_demo
 from dfgc2022.pipeline import Scorer, Settings, score_videos
-from dfgc2022.protocol import fuse, write_submission
+from dfgc2022.protocol import fuse, require_weights, write_submission
 from dfgc2022.realism import predict_unrated
 from dfgc2022.train import Config as TrainConfig
 from dfgc2022.train import load_members
@@ -111,14 +111,17 @@ def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
     found = dfgc2022(config.dfgc)
     terms = read_ratings(config.ratings) if config.ratings else {}  # before any video is read
     folder.mkdir(parents=True, exist_ok=True)
-    submissions = scoring.read_submissions(config.preds, found.clips) if config.preds else {}
+    submissions = scoring.read_submissions(config.preds, found.clips)
     scorer, pipeline = None, Settings(config.boxes, config.every)
-    if config.run is not None:
+    networks = load_members(find_run("dfgc2022", config.run), settings) if config.run is not None else {}
+    twice = sorted(networks.keys() & submissions.keys())
+    if twice:
+        raise UserError(f"--preds: {twice[0]} is also the name of a detector of the run; rename the file")
+    if not networks and not submissions:
+        raise UserError("nothing to score: give --run, or --preds that can be read")
+    weights = fusion_weights(config, len(submissions), len(networks))
+    if networks:
         device = pick_device(config.device)
-        networks = load_members(find_run("dfgc2022", config.run), settings)
-        twice = sorted(networks.keys() & submissions.keys())
-        if twice:
-            raise UserError(f"--preds: {twice[0]} is also the name of a detector of the run; rename the file")
         scorer = Scorer(networks, device, bf16=device.type == "cuda")
         videos = [found.paths[clip.name] for clip in found.clips]
         made = score_videos(
@@ -134,11 +137,9 @@ def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
         for name in scorer.networks:
             submissions[name] = {clip.name: clip.score[name] for clip in made}
             write_submission(folder / f"{name}.txt", submissions[name])
-    if not submissions:
-        raise UserError("nothing to score: give --preds or --run")
     members = list(submissions.values())
-    if config.weights:
-        fused, warnings = fuse(members, config.weights)
+    if weights:
+        fused, warnings = fuse(members, weights)
         print("".join(f"warning: {warning}\n" for warning in warnings), end="")
         submissions["fusion"] = fused
         write_submission(folder / "fusion.txt", fused)
@@ -157,7 +158,7 @@ def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
     scoring.draw_pictures(folder / "samples", contest, crossed)
     if 2 <= len(members) <= 5:  # the grid of weights grows as 11^(members - 1)
         even = (1 / len(members),) * len(members)
-        metrics += scoring.fusion_choices(contest, members, config.weights or even)
+        metrics += scoring.fusion_choices(contest, members, weights or even)
     if complete:
         print_published()
     if config.ratings:
@@ -169,6 +170,19 @@ def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
         _, more = scoring.score_creation(contest, terms, config.anti_detection, predicted)
         metrics += more
     return metrics, {"matrix": vars(crossed) if crossed else None}
+
+
+def fusion_weights(config: Config, readable: int, networks: int) -> tuple[float, ...]:
+    """--weights for the submissions that could be read and the detectors of the run. None, and a warning,
+    where one was meant for a submission that could not be read. Raises UserError on a wrong number or sum.
+    """
+    bad = len(config.preds) - readable
+    if config.weights and bad and len(config.weights) == len(config.preds) + networks:
+        print(f"warning: no fusion: {bad} of its {len(config.weights)} members could not be read")
+        return ()
+    if config.weights:
+        require_weights(config.weights, readable + networks)
+    return config.weights
 
 
 def print_published() -> None:

@@ -101,21 +101,21 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
+def require_weights(weights: Sequence[float], members: int) -> None:
+    """Raises UserError unless there is one weight for each member, none negative, 1 together."""
+    fits = len(weights) == members and min(weights, default=-1) >= 0
+    if not fits or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        raise UserError(f"{members} members need as many weights >= 0 that sum to 1, got {list(weights)}")
+
+
 def fuse(
     members: Sequence[Mapping[str, float]], weights: Sequence[float] = FUSION
 ) -> tuple[dict[str, float], list[str]]:
     """Weighted arithmetic mean of video scores over the union of the members' clips, 0.5 where one has none.
 
-    Returns scores and warnings. Raises UserError when the weights are not one non-negative number per member.
+    Returns scores and warnings. Raises UserError on other weights than `require_weights` wants.
     """
-    if (
-        len(weights) != len(members)
-        or min(weights, default=-1) < 0
-        or not math.isclose(sum(weights), 1, abs_tol=1e-6)
-    ):
-        raise UserError(
-            f"{len(members)} members need as many weights >= 0 that sum to 1, got {list(weights)}"
-        )
+    require_weights(weights, len(members))
     names = list(dict.fromkeys(name for member in members for name in member))
     warnings = []
     for number, member in enumerate(members):

@@ -157,6 +157,27 @@ def test_contest_from_submission_files(tmp_path, capsys):
     assert by_group == set(board)
 
 
+def test_a_bad_submission_ends_neither_the_contest_nor_the_fusion_of_the_others(tmp_path, capsys):
+    build_world(tmp_path, 0, Size(train=2, test=4, keys=2))
+    clips = read_release(tmp_path).clips
+    preds = tuple(tmp_path / f"{name}.txt" for name in "abc")
+    for path in preds[:2]:
+        write_submission(path, {clip.name: clip.label / 2 for clip in clips})
+    preds[2].write_text("x.mp4, 1.5\n")
+    config = evaluation.Config(dfgc=tmp_path, preds=preds, weights=FUSION, draws=20, out=tmp_path / "o")
+    evaluation.main(config)
+    said = capsys.readouterr().out
+    assert "c.txt, line 1: score 1.5" in said and "no fusion: 1 of its 3 members could not be read" in said
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert {m["method"] for m in results["metrics"] if m["table"] == "detection top-3"} == {"a", "b"}
+    for change, message in (
+        ({"weights": (0.5, 0.6)}, "2 members need as many weights"),
+        ({"preds": preds[2:], "weights": ()}, "nothing to score"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluation.main(dataclasses.replace(config, **change))
+
+
 def test_a_contest_without_known_creators_is_scored_all_the_same(tmp_path, capsys):
     build_world(tmp_path, 0, Size(train=2, test=4, keys=2))
     table = tmp_path / "Detection Dataset" / "Detection Dataset Meta.csv"

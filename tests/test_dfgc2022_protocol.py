@@ -112,8 +112,8 @@ def test_one_bad_submission_does_not_stop_the_contest(tmp_path, capsys):
     assert list(read) == ["good"]
     said = capsys.readouterr().out
     assert "not scored" in said and "bad.txt" in said and "binary.txt" in said
-    with pytest.raises(UserError, match="no submission could be scored"):
-        scoring.read_submissions([tmp_path / "absent.txt"], [])
+    assert scoring.read_submissions([tmp_path / "absent.txt"], []) == {}
+    assert "absent.txt" in capsys.readouterr().out
 
 
 # --- AUC --------------------------------------------------------------------------------------------
@@ -362,6 +362,17 @@ def test_creators_without_ratings_are_named(capsys):
     rows, _ = scoring.score_creation(contest, {"a": dict.fromkeys(TERMS, 3.0)})
     assert [row.submission for row in rows] == ["a"]
     assert "warning: no ratings of b;" in capsys.readouterr().out
+
+
+def test_creators_without_real_clips_beside_them_do_not_end_the_creation_track(capsys):
+    clips = clips_of(3, {"a": 3}) + clips_of(0, {"b": 3}, "Private-2")
+    contest = scoring.Contest(clips, {"x": {clip.name: clip.label * 0.5 for clip in clips}}, "test")
+    terms = dict.fromkeys("ab", dict.fromkeys(TERMS, 3.0))
+    rows, _ = scoring.score_creation(contest, terms)
+    assert [row.submission for row in rows] == ["a"]
+    assert "warning: no real clips beside the fakes of b;" in capsys.readouterr().out
+    rows, _ = scoring.score_creation(contest, terms, "probability10")  # which needs none
+    assert {row.submission for row in rows} == {"a", "b"}
 
 
 def test_creation_table_says_what_was_predicted_and_how(capsys):
