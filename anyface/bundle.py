@@ -4,7 +4,6 @@ train.py writes `model/` into its run folder; predict.py, the page and the expor
 Networks that came from files of the user's are named by their path instead of being copied.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from anyface.model import FlatMapper, Memory, Stream
 from anyface.stylegan2 import Generator
 from anyface.weights import load_clip, load_generator, load_memory, load_release
 from shared.io import find_run, load_safetensors, save_safetensors
-from shared.records import write_json
+from shared.records import read_json, write_json
 from shared.runtime import UserError
 from shared.weights import load_torch
 
@@ -130,14 +129,9 @@ def load_model(run: Path | None = None, device: torch.device | str = "cpu") -> M
     All networks frozen and in eval mode. UserError says what is missing or does not fit.
     """
     folder = run if run is not None and (run / "model.json").is_file() else find_run("anyface", run) / "model"
-    try:
-        record = json.loads((folder / "model.json").read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder}: no trained model yet; let train.py finish, or give another --run"
-        ) from None
-    except ValueError:
-        raise UserError(f"{folder / 'model.json'}: damaged; train again or give another --run") from None
+    if not (folder / "model.json").is_file():
+        raise UserError(f"{folder}: no trained model yet; let train.py finish, or give another --run")
+    record = read_json(folder / "model.json", "a model", advice="train again or give another --run")
 
     def part(name: str, build, loader=None):
         entry = record.get(name)

@@ -7,7 +7,6 @@ face is given the value whose phrase its CLIP feature is nearest to. CLIP has bi
 what this pair of models does together, not how people are. Writes safety.json, a sheet and a table.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,8 @@ from anyface.gallery import grid
 from anyface.world import TRAITS
 from shared.io import write_image
 from shared.published import format_table
-from shared.records import write_json
-from shared.runtime import UserError, parse, pick_device, run_main
+from shared.records import read_json, write_json
+from shared.runtime import parse, pick_device, run_main
 
 NEUTRAL = ("a person", "a face", "someone")
 
@@ -82,15 +81,15 @@ def read_groups(model: Model, path: Path | None) -> dict[str, dict[str, tuple[st
         if isinstance(model.tokenizer, WordTokenizer):
             return {trait.name: {phrases[0]: phrases for phrases in trait.phrases} for trait in TRAITS}
         return GROUPS
-    try:
-        groups = json.loads(path.read_text(encoding="utf-8"))
-        return {
+    return read_json(
+        path,
+        "{attribute: {value: [phrases]}}",
+        lambda groups: {
             name: {value: tuple(phrases) for value, phrases in values.items()}
             for name, values in groups.items()
             if len(values) > 1
-        }
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: {{attribute: {{value: [phrases]}}}} is expected ({error})") from None
+        },
+    )
 
 
 def classify(model: Model, seen: Tensor, values: dict[str, tuple[str, ...]]) -> Tensor:

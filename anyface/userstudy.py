@@ -8,7 +8,6 @@ and the mean ranks from people's answers.
 
 import csv
 import html
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from shared.io import write_image
 from shared.published import format_table
+from shared.records import read_json
 from shared.runtime import UserError, parse, run_main, step_generator
 
 
@@ -84,15 +84,16 @@ def read_study(key: Path, answers: list[Path]) -> dict[str, dict[str, float]]:
     except (OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{key}: no key of a study, which `eval.py --study` writes ({error})") from None
     ranks: dict[str, dict[str, list[float]]] = {}
+
+    def answered(fields: dict[str, str]) -> None:
+        for field, value in fields.items():
+            if value:
+                question, position, kind = field.removeprefix("q").split("_")
+                method = methods[question, position]
+                ranks.setdefault(method, {}).setdefault(kind, []).append(float(value))
+
     for path in answers:
-        try:
-            for field, value in json.loads(path.read_text()).items():
-                if value:
-                    question, position, kind = field.removeprefix("q").split("_")
-                    method = methods[question, position]
-                    ranks.setdefault(method, {}).setdefault(kind, []).append(float(value))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{path}: no answers to this study, as its page saves them ({error!r})") from None
+        read_json(path, "answers to this study, as its page saves them", answered)
     return {m: {kind: sum(v) / len(v) for kind, v in kinds.items()} for m, kinds in ranks.items()}
 
 

@@ -1,6 +1,5 @@
 """The stages of a run: which networks are trained, what each leaves out, and where their weights lie."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from biphasic_age.objective import Guides
 from biphasic_age.projection import ProjectionNet
 from biphasic_age.scene import PARTS
 from shared.io import find_run, load_config, load_safetensors, load_weights
-from shared.records import write_json
+from shared.records import read_json, write_json
 from shared.runtime import UserError
 
 if TYPE_CHECKING:
@@ -290,10 +289,10 @@ def load_generator(run: Path | None = None, name: str = "full", data: str | None
 
 def load_about(path: Path) -> tuple[AgeScale, tuple | None]:
     """What `save_about` wrote. UserError when it is missing or damaged."""
-    try:
-        values = json.loads(path.read_text())
+
+    def form(values: dict) -> tuple[AgeScale, tuple | None]:
         ages, eyes = values["ages"], values["eyes"]
         scale = AgeScale(tuple(ages["limits"]), tuple(ages["means"]), ages["low"], ages["high"])
         return scale, eyes and tuple(tuple(eye) for eye in eyes)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not readable as what a run notes of its faces ({error})") from None
+
+    return read_json(path, "what a run notes of its faces", form)

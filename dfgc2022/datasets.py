@@ -5,7 +5,6 @@ list of `protocol.Clip`s with their paths.
 """
 
 import csv
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 from dfgc2022.data import CropFolder
 from dfgc2022.protocol import PARTS, Clip
 from shared.io import VIDEO_ENDINGS, find_images, read_utf8
+from shared.records import read_json
 from shared.runtime import UserError
 
 FF_METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "FaceShifter", "NeuralTextures")
@@ -47,9 +47,7 @@ def faceforensics(root: Path, compression: str = "c23", methods: Sequence[str] =
     splits = {}
     for split in ("train", "val", "test"):
         path = root / "splits" / f"{split}.json"
-        pairs = _read_json(path, list) if path.exists() else []
-        if not all(isinstance(pair, list) and all(isinstance(name, str) for name in pair) for pair in pairs):
-            raise UserError(f"{path}: expected pairs of names of videos")
+        pairs = read_json(path, "pairs of names of videos", _pairs) if path.exists() else []
         for pair in pairs:
             splits |= {name: split for name in (*pair, "_".join(pair), "_".join(pair[::-1]))}
     places = [(root / "original_sequences" / "youtube", 0, "original")]
@@ -99,7 +97,7 @@ def dfdc(root: Path) -> list[Video]:
 def _dfdc_labels(folder: Path) -> dict[str, int]:
     """metadata.json of a part: name of a video -> 1 for a fake, otherwise 0."""
     path = folder / "metadata.json"
-    entries = _read_json(path, dict)
+    entries = read_json(path, "DFDC's labels", lambda found: dict(found.items()))
     for name, entry in entries.items():
         if not isinstance(entry, dict) or entry.get("label") not in ("FAKE", "REAL"):
             raise UserError(f"{path}: {name} has no label FAKE or REAL")
@@ -173,7 +171,8 @@ def dfgc2022(root: Path, parts: Sequence[str] = PARTS) -> TestSet:
         name = "Private" if part == "Private-1" else part
         if part == "Private-2" and not (base / name).is_dir():
             continue
-        for video, label in _read_json(base / f"{name} Label.json", dict).items():
+        labels = read_json(base / f"{name} Label.json", "labels of videos", lambda found: found.items())
+        for video, label in labels:
             row, path = meta.get(_stem(video), {}), base / name / video
             if label not in (0, 1):
                 raise UserError(f"{base / name} Label.json: label {label!r} of {video} is neither 0 nor 1")
@@ -253,13 +252,11 @@ def _videos(folder: Path, dataset: str) -> list[Path]:
     return videos
 
 
-def _read_json(path: Path, kind: type[list] | type[dict]) -> Any:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, kind):
-        raise UserError(f"{path}: expected a JSON {'list' if kind is list else 'object'}")
+def _pairs(content: Any) -> list[list[str]]:
+    if not isinstance(content, list) or not all(
+        isinstance(pair, list) and all(isinstance(name, str) for name in pair) for pair in content
+    ):
+        raise ValueError("other content")
     return content
 
 

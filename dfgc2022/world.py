@@ -22,6 +22,7 @@ from dfgc2022.creation import TERMS
 from dfgc2022.video import write_clips
 from shared.faces import IDENTITY, Params, draw, sample
 from shared.io import progress
+from shared.records import read_json, write_json
 
 CREATORS = ("lowres", "smooth", "seam", "sharp", "checker")
 POSTS = {"none": 10, "c23": 23, "c40": 40, "noise": 10, "blur": 10}
@@ -74,7 +75,7 @@ def build_world(folder: Path, seed: int, size: Size) -> Path:
     """
     done = folder / "world.json"
     record = {"seed": seed, **vars(size)}
-    if done.exists() and json.loads(done.read_text()) == record:
+    if done.exists() and read_json(done, "a drawn contest", advice="delete its folder") == record:
         return folder
     boxes: list[list] = []
     with progress(desc="drawing clips", total=4) as bar:
@@ -98,7 +99,7 @@ def build_world(folder: Path, seed: int, size: Size) -> Path:
         (dataset / f"{name} Label.json").write_text(json.dumps(labels, indent=0))
     _write_csv(folder / "boxes.csv", ["video", "frame", "x1", "y1", "x2", "y2", "probability"], boxes)
     _write_csv(folder / "ratings.csv", ["submission", "clip", "rater", *(t.lower() for t in TERMS)], ratings)
-    done.write_text(json.dumps(record))
+    write_json(done, record)
     return folder
 
 

@@ -3,7 +3,6 @@
 No number of the paper's own tables is known; none stands beside what is measured here.
 """
 
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from shared.published import (
     print_metrics,
     write_results,
 )
-from shared.records import write_json
+from shared.records import read_json, write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
 Results = dict[str, dict[int, dict[str, dict[str, float]]]]
@@ -221,7 +220,7 @@ def main(settings: EvalConfig) -> Path:
         claims, metrics = claims + some_claims, metrics + some_metrics
     copied = folder / "copy_task.json"
     if copied.is_file():
-        claims.append(copy_claim(json.loads(copied.read_text())))
+        claims.append(copy_claim(read_json(copied, "the errors of the copy task")))
     claims = [replace(claim, id=f"C{i}") for i, claim in enumerate(claims, start=1)]
     print("\nkept pixels: returned bit for bit in every completed picture (checked)\n")
     headline = [m for m in metrics if m.setting.startswith("hole 10-60 %") and m.metric == "PSNR hole"]

@@ -16,9 +16,9 @@ from meta_reid.items import (
     find_folder,
     matching,
     parse_name,
-    read_json,
     read_mat,
 )
+from shared.records import read_json
 from shared.runtime import UserError
 
 
@@ -111,7 +111,7 @@ def cuhk03(root: Path) -> ReID:
         extract(release, images)
     listing, config = base / "splits_new_labeled.json", base / "cuhk03_new_protocol_config_labeled.mat"
     if listing.is_file():
-        split = read_json(listing, name)
+        split = read_json(listing, f"{name}'s list of splits")
         split = split[0] if isinstance(split, list) else split
 
         def read(part: str) -> list[Item]:

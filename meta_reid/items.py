@@ -2,13 +2,11 @@
 
 import csv
 import io
-import json
 import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
@@ -73,14 +71,6 @@ def parse_name(path: Path, pattern: re.Pattern, name: str) -> tuple[int, ...]:
     if not found:
         raise UserError(f"{name}: {path} is not named as expected ({pattern.pattern}); remove or rename it")
     return tuple(map(int, found.groups()))
-
-
-def read_json(path: Path, name: str) -> Any:
-    """Content of a JSON file. Raises UserError when it is not readable."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: {path} is not readable as its list of splits ({error})") from None
 
 
 NOT_MATLAB = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MatReadError, zlib.error)

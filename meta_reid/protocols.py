@@ -1,6 +1,5 @@
 """Protocols 1, 2 and 3: which sets are trained on, which are tested, and how results are averaged."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from meta_reid.data import Files, Labels, Target, batches, file_target, label
 from meta_reid.items import Item, ReID, manifest
 from meta_reid.metrics import Ranking, rank
 from shared.io import progress
-from shared.records import write_json
+from shared.records import read_json, write_json
 from shared.runtime import UserError
 
 READERS: dict[str, Callable[..., ReID]] = {
@@ -100,11 +99,12 @@ def remembered_sources(folder: Path) -> tuple[list[str], dict[int, list[int]]] |
     path = folder / "sources.json"
     if not path.is_file():
         return None
-    try:
-        known = json.loads(path.read_text())
-        return known["names"], {int(seed): classes for seed, classes in known["classes"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); the train command writes it anew") from None
+    return read_json(
+        path,
+        "the sources of a run",
+        lambda known: (known["names"], {int(seed): n for seed, n in known["classes"].items()}),
+        "the train command writes it anew",
+    )
 
 
 def targets_of(protocol: int, target: str, root: Path, size: tuple[int, int]) -> list[Target]:

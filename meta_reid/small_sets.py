@@ -15,9 +15,9 @@ from meta_reid.items import (
     find_folder,
     matching,
     parse_name,
-    read_json,
     read_mat,
 )
+from shared.records import read_json
 from shared.runtime import UserError
 
 SPLITS = 10
@@ -56,11 +56,11 @@ def viper(root: Path) -> ReID:
     first, second = read(base / "cam_a", 0), read(base / "cam_b", 1)
     if (base / "splits.json").is_file():
         # Twenty entries, each split with either camera as the query; those with camera A count.
-        listed = read_json(base / "splits.json", name)
-        try:
-            names = [{Path(entry[0]).name for entry in split["query"]} for split in listed]
-        except (IndexError, KeyError, TypeError) as error:
-            raise UserError(f"{name}: {base / 'splits.json'} holds no list of splits ({error!r})") from None
+        names = read_json(
+            base / "splits.json",
+            f"{name}'s list of splits",
+            lambda splits: [{Path(entry[0]).name for entry in split["query"]} for split in splits],
+        )
         bases = {item.path.name: item.identity for item in first}
         chosen = [[bases[n] for n in part] for part in names if part <= bases.keys()][:SPLITS]
         if len(chosen) < SPLITS:
@@ -106,11 +106,11 @@ def prid(root: Path) -> ReID:
         None,
     )
     if listing:
-        listed = read_json(listing, name)
-        try:
-            chosen = [[parse_name(Path(n), pattern, name)[0] for n in split["test"]] for split in listed]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{name}: {listing} holds no list of splits ({error!r})") from None
+        chosen = read_json(
+            listing,
+            f"{name}'s list of splits",
+            lambda splits: [[parse_name(Path(n), pattern, name)[0] for n in s["test"]] for s in splits],
+        )
         there = {item.identity for item in first} & {item.identity for item in second}
         if len(chosen) < SPLITS or not all(part and there.issuperset(part) for part in chosen):
             raise UserError(f"{name}: {listing} does not hold ten splits of the persons in {base}")

@@ -1,6 +1,5 @@
 """Pairs of photo and sketch from files, in the layouts in which CUFS, CUFSF and FS2K are passed around."""
 
-import json
 import re
 import warnings
 from collections import Counter
@@ -17,6 +16,7 @@ from most_net.data import Pairs
 from most_net.metrics import image_files
 from shared.io import find_images, progress, read_image, read_utf8
 from shared.processes import rank
+from shared.records import read_json
 from shared.runtime import UserError
 
 Layout = Literal["auto", "list", "folders", "original", "side-by-side", "fs2k"]
@@ -172,12 +172,7 @@ def read_fs2k(root: Path, part: str) -> list[Pair]:
     """FS2K: anno_<part>.json names photo/photo<k>/image<id>, whose sketch is sketch/sketch<k>/sketch<id>;
     style k is artist k - 1."""
     path = root / f"anno_{part}.json"
-    try:
-        names = [entry["image_name"] for entry in json.loads(path.read_text())]
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; it comes with FS2K") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not an annotation file of FS2K ({error!r})") from None
+    names = read_json(path, "FS2K's annotations", lambda entries: [entry["image_name"] for entry in entries])
     files: dict[Path, dict[str, Path]] = {}
     pairs = []
     for name in names:

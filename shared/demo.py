@@ -1,6 +1,5 @@
 """Run the demos of the papers named on the command line, one after another, and say how they went."""
 
-import json
 import subprocess
 import sys
 import time
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from shared.io import find_run
 from shared.published import format_table
+from shared.records import read_json
 from shared.report import write_report
 from shared.runtime import REPOSITORY, UserError, run_main
 
@@ -28,7 +28,7 @@ def summarise(paper: str, code: int, seconds: float) -> list[str]:
     if code:
         return [paper, f"failed (exit code {code})", "-", time_taken, "-"]
     folder = find_run(paper)
-    claims = json.loads((folder / "results.json").read_text())["claims"]
+    claims = read_json(folder / "results.json", "results", lambda found: found["claims"])
     held = sum(claim["holds"] for claim in claims)
     return [paper, "done", f"{held} / {len(claims)}", time_taken, shown(folder / "samples")]
 

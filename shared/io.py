@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from shared.records import plain, random_state, replacing, revive, set_random_state, write_json
+from shared.records import plain, random_state, read_json, replacing, revive, set_random_state, write_json
 from shared.runtime import REPOSITORY, RunConfig, UserError
 from shared.weights import load_state, load_torch
 
@@ -244,7 +244,7 @@ class Run:
                 if entry.name != ".lock":
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         if record.exists():
-            _check_same(self.folder, _read_record(self.folder), described)
+            _check_same(self.folder, read_record(self.folder), described)
         write_json(record, described)
         self.samples.mkdir(exist_ok=True)
         _recover(self.folder)
@@ -348,7 +348,7 @@ def find_run(paper: str, run: Path | None = None) -> Path:
     if run is not None:
         if not (run / "config.json").is_file():
             raise UserError(f"{run}: not a run folder (no config.json); train.py prints the folder it wrote")
-        found = _read_record(run)["paper"]
+        found = read_record(run)["paper"]
         if found != paper:
             raise UserError(f"{run}: a run of {found}, not of {paper}")
         return run.resolve()
@@ -359,9 +359,15 @@ def find_run(paper: str, run: Path | None = None) -> Path:
     return records[-1].parent
 
 
+def read_record(folder: Path) -> dict:
+    """config.json of a run folder: {"paper": str, "config": settings}. UserError when it is damaged."""
+    form = "a run's settings", lambda found: {key: found[key] for key in ("paper", "config")}
+    return read_json(folder / "config.json", *form, "train again with --restart or another --out")
+
+
 def load_config(folder: Path, config_class: type) -> Any:
     """config.json of a run folder -> `config_class`. UserError when it was written by another version."""
-    values = _read_record(folder)["config"]
+    values = read_record(folder)["config"]
     try:
         return revive(values, config_class)
     except (TypeError, KeyError, ValueError) as error:
@@ -427,16 +433,6 @@ def _read_state(checkpoint: Path) -> dict:
     if not isinstance(state, dict) or not {"objects", "progress", "random"} <= state.keys():
         raise UserError(f"{checkpoint / 'state.pt'}: not a checkpoint of this project")
     return state
-
-
-def _read_record(folder: Path) -> dict:
-    path = folder / "config.json"
-    try:
-        record = json.loads(path.read_text())
-        record["paper"], record["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not readable as a run's settings; use --restart or another --out") from None
-    return record
 
 
 _MAY_DIFFER = {"out", "restart", "device", "compile", "workers"}

@@ -1,6 +1,5 @@
 """Published numbers, measured numbers, claims: loaded, printed side by side, written to results.json."""
 
-import json
 import os
 import platform
 import shlex
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 import torchvision
 
-from shared.records import write_json
-from shared.runtime import REPOSITORY, RunConfig, UserError
+from shared.records import read_json, write_json
+from shared.runtime import REPOSITORY, RunConfig
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,7 @@ class Metric:
 def load_published(paper: str) -> dict[str, Any]:
     """published.json of a paper: {"note": str, "rows": [...]}. UserError when it is missing or damaged."""
     path = REPOSITORY / paper / "published.json"
-    try:
-        published = json.loads(path.read_text())
-        published["note"], published["rows"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not readable as published numbers ({error})") from None
-    return published
+    return read_json(path, "published numbers", lambda found: {key: found[key] for key in ("note", "rows")})
 
 
 def format_table(header: list[str], rows: list[list[Any]]) -> str:

@@ -6,7 +6,7 @@ import math
 import random
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from shared.runtime import UserError
 
 
 @contextmanager
@@ -33,6 +35,22 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON through a temporary name, non-finite numbers as null."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, what: str, form: Callable[[Any], Any] | None = None, advice: str = "") -> Any:
+    """Content of a JSON file in UTF-8, or what `form` makes of it.
+
+    what: it should be, for people. form: takes the content apart, and stumbles where it is something else.
+    advice: what to do then. Raises UserError that names a missing, damaged or foreign file.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8-sig"))
+        return form(content) if form else content
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # A missing key says nothing but its name.
+        reason = repr(error) if isinstance(error, LookupError) else str(error)
+        after = f"; {advice}" if advice else ""
+        raise UserError(f"{path}: not readable as {what} ({reason}){after}") from None
 
 
 def plain(value: Any) -> Any:

@@ -14,9 +14,9 @@ import matplotlib.pyplot as plt
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from shared.io import runs_root
+from shared.io import read_record, runs_root
 from shared.published import load_published, published_row
-from shared.records import replacing
+from shared.records import read_json, replacing
 from shared.runtime import REPOSITORY, run_main
 
 PAPERS = (
@@ -70,13 +70,14 @@ def describe_paper(name: str) -> dict[str, Any]:
 
 def describe_run(folder: Path) -> dict[str, Any]:
     """results.json of a run with its curves and pictures as data URLs."""
-    results = json.loads((folder / "results.json").read_text())
-    published = load_published(json.loads((folder / "config.json").read_text())["paper"])
+    parts = ("claims", "metrics", "environment")
+    results = read_json(folder / "results.json", "results", lambda found: {key: found[key] for key in parts})
+    published = load_published(read_record(folder)["paper"])
     for metric in results["metrics"]:
         metric["published"] = (published_row(metric, published) or {}).get("value")
     return {
         "name": folder.name,
-        **{key: results[key] for key in ("claims", "metrics", "environment")},
+        **results,
         "curves": [figure_url(*curve) for curve in curves(folder / "log.jsonl")],
         "pictures": [
             (path.stem.replace("_", " "), picture_url(path))

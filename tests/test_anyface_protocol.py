@@ -401,7 +401,7 @@ def test_user_study_is_blind_and_its_key_gives_the_methods_back(tmp_path, capsys
     ]
     for content in ('{"q0_7_fit": "1"}', '{"name": "1"}', "no json", "[1]"):
         (tmp_path / "answers.json").write_text(content)
-        with pytest.raises(UserError, match="answers.json: no answers to this study"):
+        with pytest.raises(UserError, match="answers.json: not readable as answers to this study"):
             print_study(study)
     with pytest.raises(UserError, match="nothing.csv: no key"):
         print_study(StudyOptions((tmp_path / "answers.json",), key=tmp_path / "nothing.csv"))

@@ -130,8 +130,8 @@ def test_dfdc_videos_and_crops(tmp_path, capsys):
     assert [(f.folder.name, f.label) for f in folders] == [("a.mp4", 1)] and empty == 1
     assert "49 of 50 parts of DFDC are not there" in capsys.readouterr().out
     for content, message in (
-        (b"{", "not readable as JSON"),
-        (b"[]", "expected a JSON object"),
+        (b"{", "metadata.json: not readable as DFDC's labels"),
+        (b"[]", "metadata.json: not readable as DFDC's labels"),
         (b'{"a.mp4": {"split": "train"}}', "metadata.json: a.mp4 has no label FAKE or REAL"),
         (b'{"a.mp4": {"label": "fake"}}', "metadata.json: a.mp4 has no label FAKE or REAL"),
     ):
@@ -243,7 +243,7 @@ def test_a_crop_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
         ("Public Label.json", b'{"aaaaaaaaaa.mp4": 0}', "label 0 in Public Label.json, 1 in the table"),
         ("Public Label.json", b'{"aaaaaaaaaa.mp4": "fake"}', "neither 0 nor 1"),
         ("Public Label.json", b'{"zzzzzzzzzz.mp4": 1}', "labelled but not there"),
-        ("Public Label.json", b"[", "not readable as JSON"),
+        ("Public Label.json", b"[", "Label.json: not readable as labels of videos"),
         ("Detection Dataset Meta.csv", b"a,b\n1,2\n", "column videoName is missing"),
         ("Detection Dataset Meta.csv", b"videoName\na.mp4\na\n", "a stands there twice"),
     ],
@@ -255,6 +255,12 @@ def test_contradictions_in_a_release_are_named(release, name, content, message):
 
 
 # --- the embedded contest -------------------------------------------------------------------------------
+
+
+def test_a_damaged_record_of_a_drawn_contest_is_named(tmp_path):
+    (tmp_path / "world.json").write_text('{"seed": 0')
+    with pytest.raises(UserError, match="world.json: not readable as a drawn contest .*; delete its folder"):
+        build_world(tmp_path, 0, Size(keys=2))
 
 
 def test_fakes_differ_inside_the_face_only_and_as_their_creators_do():

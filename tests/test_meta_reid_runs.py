@@ -152,7 +152,7 @@ def test_a_manifest_of_the_users_own_domains_is_trained_and_evaluated(tmp_path, 
     (tmp_path / "mine.csv").unlink()
     assert predict.load_model(predict.Options(run=folder))[1] == ["A", "B"]  # the run alone is enough
     (folder / "sources.json").write_text("{}")
-    with pytest.raises(UserError, match="sources.json: damaged"):
+    with pytest.raises(UserError, match="sources.json: not readable as the sources of a run"):
         predict.load_model(predict.Options(run=folder))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.models import alexnet
 
 from shared import bench, io, metrics, published, report, runtime
+from shared.records import read_json
 from shared.runtime import StepBatches, UserError
 
 # --- runtime --------------------------------------------------------------------------------------
@@ -105,6 +106,20 @@ def test_text_is_utf8_with_or_without_a_mark(tmp_path):
     for broken in (path, tmp_path / "absent.txt", tmp_path):
         with pytest.raises(UserError, match=f"{broken.name}: not readable as a list in UTF-8"):
             io.read_utf8(broken, "a list")
+
+
+def test_json_of_another_form_is_named(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_bytes(b'\xef\xbb\xbf{"names": ["a", "b"]}')
+    assert read_json(path, "names") == {"names": ["a", "b"]}
+    assert read_json(path, "names", lambda found: found["names"][1]) == "b"
+    contents = (b"", b'{"names": [', b"\xff\xfe", b"[1]", b"1", b"{}", b'{"names": []}', b"[" * 10**5)
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="list.json: not readable as names .*[)]; ask for it again$"):
+            read_json(path, "names", lambda found: found["names"][1], "ask for it again")
+    with pytest.raises(UserError, match="gone.json: not readable as names .*No such file"):
+        read_json(tmp_path / "gone.json", "names")
 
 
 def test_inputs_are_kept(tmp_path):
@@ -390,6 +405,12 @@ def test_curves_of_a_log_that_is_absent_or_cut(tmp_path):
     assert report.curves(log) == []
     log.write_text('{"step": 1, "a/loss": 3}\n{"step": 2, "a/loss": 2}\n{"step": 3, "a/lo')
     assert report.curves(log) == [("loss", {"a": ([1, 2], [3, 2])})]
+
+
+def test_a_report_names_results_that_are_damaged(tmp_path):
+    (tmp_path / "results.json").write_text('{"claims": []')
+    with pytest.raises(UserError, match="results.json: not readable as results"):
+        report.describe_run(tmp_path)
 
 
 def test_report_is_one_page_that_needs_no_network(tmp_path, monkeypatch):
