@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from pin.experiments import Lab
 from pin.model import PIN
 from pin.protocol import in_batches
 from shared.io import image_grid, write_image
+from shared.metrics import auc, roc
 
 
 def to_unit(x: Tensor) -> Tensor:
@@ -66,7 +68,7 @@ def draw_figures(lab: Lab, table: Table, quality: dict[str, dict[str, float]], f
     """Write all pictures of an evaluation into `folder`."""
     pin = lab.pin("pin", "threshold")
     chosen = torch.linspace(0, len(lab.first) - 1, 6).long()
-    rows = purification_rows(pin, lab.first[chosen], lab.attacked["PGD 8"][chosen])
+    rows = purification_rows(pin, lab.first[chosen], lab.attacked[lab.main][chosen])
     write_image(folder / "purified.png", rows)
     size = lab.first.shape[-1]
     sheet = eigenface_picture(lab.basis.eig_vec[:, :64], size)
@@ -91,16 +93,34 @@ def draw_probabilities(lab: Lab, path: Path) -> None:
 
 
 def draw_trade_off(table: Table, quality: dict[str, dict[str, float]], path: Path) -> None:
-    """Clean and attacked accuracy of every ESN over its lambda: what robustness costs."""
+    """Clean and attacked accuracy of every ESN over its lambda: what robustness costs. Without two lambdas,
+    nothing."""
     points = sorted(
         (numbers["lambda"], table["PIN sample" if variant == "pin" else f"PIN {variant}, sample"])
         for variant, numbers in quality.items()
         if variant in ("exact", "official-lambda") or variant.startswith("lambda-")
     )
+    if len(points) < 2:
+        return
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    for attack in ("clean", "PGD 8", "PGD 16"):
+    for attack in [name for name in ("clean", "PGD 8", "PGD 16", "PGD 0.04") if name in points[0][1]]:
         axes.plot([lamb for lamb, _ in points], [by[attack].accuracy for _, by in points], "o-", label=attack)
     axes.set(xscale="log", xlabel="lambda", ylabel="verification accuracy", ylim=(0, 1))
     axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_detection(scores: dict[str, np.ndarray], attacked: np.ndarray, attack: str, path: Path) -> None:
+    """ROC curves of the attack scores: share of attacked images found over that of clean ones suspected.
+
+    scores: by name (N,), attacked: (N,) of 0 and 1.
+    """
+    figure, axes = plt.subplots(figsize=(4, 3.5), layout="constrained")
+    for name, values in scores.items():
+        false, true, _ = roc(values, attacked)
+        axes.plot(false, true, label=f"{name.replace('_', ' ')}, AUC {auc(values, attacked):.3f}")
+    axes.set(xlabel="clean images suspected", ylabel=f"attacked images found ({attack})", ylim=(0, 1.02))
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -20,7 +20,7 @@ from pin.experiments import WITHOUT_DAE
 from pin.figures import ROW, UNKNOWN_ROW, picture_row, to_unit
 from pin.model import ESN, PIN, load_official
 from pin.protocol import attack_scores
-from pin.recognizers import adapt
+from pin.recognizers import Recognizer, adapt
 from pin.train import Config, build_networks
 from shared.io import (
     find_run,
@@ -68,7 +68,7 @@ class Options:
     """Official pca_layer_*.pth."""
     recognizer: Path | None = None
     """Official recogniser weights for the cosine distance; default: the run's own recogniser."""
-    recognizer_name: str = "arcface_ir_se50"
+    recognizer_name: Recognizer = "arcface_ir_se50"
     """Which network they belong to."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""

@@ -1,5 +1,6 @@
 """Verification by the LFW protocol under attack, and what else is measured about a defence."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,9 +12,11 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from pin.attacks import Goal
 from pin.pairs import Pairs
-from shared.metrics import auc, best_threshold_accuracy, eer, psnr, tar_at_far
+from shared.metrics import best_threshold_accuracy, eer, psnr
 
 Images = Callable[[Tensor], Tensor]
+FARS = {"tar_1e2": 1e-2, "tar_1e3": 1e-3, "tar_1e4": 1e-4}
+"""False accept rates of the true accept rates in an `Outcome`."""
 
 
 @torch.no_grad()
@@ -43,34 +46,71 @@ def decide(scores: Tensor, thresholds: Tensor, pairs: Pairs) -> Tensor:
     return (scores.cpu() >= thresholds[pairs.fold]) == pairs.same
 
 
+@torch.no_grad()
+def impostor_scores(first: Tensor, second: Tensor, pairs: Pairs, most: int = 3000) -> Tensor:
+    """Cosines of different people's images (N,), from the features (P, d) of the pairs' images.
+
+    Where the people are known, of every first image with every second one, each two images once (`most`
+    images of each at most); otherwise of the list's own pairs.
+    """
+    if pairs.people is None:
+        return F.cosine_similarity(first, second)[~pairs.same.to(first.device)]
+    images, features = [], []
+    for index, values in ((pairs.first, first), (pairs.second, second)):
+        place = {image: row for row, image in enumerate(index.tolist())}
+        images.append(torch.tensor(list(place))[:most])
+        features.append(F.normalize(values[list(place.values())[:most]]))
+    one, two = images[0][:, None], images[1][None]
+    mirrored = torch.isin(one, images[1]) & torch.isin(two, images[0]) & (one > two)
+    different = (pairs.people[one] != pairs.people[two]) & ~mirrored
+    return (features[0] @ features[1].T)[different.to(first.device)]
+
+
+def accept_above(impostors: Tensor, far: float) -> float:
+    """Least score that a threshold must lie above, so that a share of at most `far` of the impostors (N,)
+    passes. NaN where they are too few to tell: fewer than 10 / far."""
+    if len(impostors) < round(10 / far):
+        return float("nan")
+    return impostors.topk(int(far * len(impostors) + 1e-9) + 1).values[-1].item()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A recogniser behind a defence, under one attack. Shares in [0, 1].
 
     accuracy, deviation: mean and standard deviation over the folds. success: share of the pairs right when
-    clean that the attack turns wrong. eer, tar: equal error rate and true accepts at 1 % (`far`) false
-    accepts. drift: mean 1 - cosine between the attacked, defended feature and the clean, undefended one.
+    clean that the attack turns wrong. eer: equal error rate of the attacked scores. tar_1e2, tar_1e3,
+    tar_1e4: share of the (attacked) pairs of one person that pass the threshold at which 1e-2, 1e-3, 1e-4
+    of the clean, defended pairs of different people do; NaN where those are fewer than ten over that rate.
+    drift: mean 1 - cosine between the attacked, defended feature and the clean, undefended one.
     """
 
     accuracy: float
     deviation: float
     success: float
     eer: float
-    tar: float
+    tar_1e2: float
+    tar_1e3: float
+    tar_1e4: float
     drift: float
 
 
 class Verifier:
     """Recogniser and defence on one set of pairs: thresholds are fixed on clean, defended pairs.
 
-    first, second: (P, 1, H, W), the images of the pairs. The defence is applied to both.
+    first, second: (P, 1, H, W), the images of the pairs. The defence is applied to both. impostors: number of
+    clean pairs of different people that the thresholds of true accept rates come from.
     """
 
     def __init__(self, recognizer: Images, defense: Images, first: Tensor, second: Tensor, pairs: Pairs):
         self.recognizer, self.defense, self.pairs = recognizer, defense, pairs
         self.plain = in_batches(recognizer, first)
-        self.anchor = in_batches(lambda x: recognizer(defense(x)), second)
-        self.clean = self.score(first)
+        self.anchor = self.features(second)
+        features = self.features(first)
+        self.clean = F.cosine_similarity(features, self.anchor)
+        impostors = impostor_scores(features, self.anchor, pairs)
+        self.impostors = len(impostors)
+        self.strict = {name: accept_above(impostors, far) for name, far in FARS.items()}
         self.thresholds = fold_thresholds(self.clean, pairs)
         self.right = decide(self.clean, self.thresholds, pairs)
 
@@ -83,29 +123,29 @@ class Verifier:
         """Defended features."""
         return in_batches(lambda x: self.recognizer(self.defense(x)), images)
 
-    def score(self, images: Tensor) -> Tensor:
-        """Cosine of each pair when the first images are `images`."""
-        return F.cosine_similarity(self.features(images), self.anchor)
-
     def goal(self) -> Goal:
         """The attacker's goal on every pair: apart if the same person, together if not."""
         direction = torch.where(self.pairs.same, -1.0, 1.0).to(self.anchor.device)
         return Goal(self.anchor, direction, self.threshold)
 
-    def outcome(self, images: Tensor, far: float = 0.01) -> Outcome:
+    def outcome(self, images: Tensor) -> Outcome:
         """Everything measured when the first images of all pairs are `images`."""
         features = self.features(images)
         scores = F.cosine_similarity(features, self.anchor)
         right = decide(scores, self.thresholds, self.pairs)
         folds = [right[self.pairs.fold == k].float().mean().item() for k in range(len(self.thresholds))]
         turned = (self.right & ~right).sum() / self.right.sum().clamp_min(1)
-        numbers, same = scores.cpu().numpy(), self.pairs.same.numpy()
+        numbers, same = scores.cpu(), self.pairs.same
+        accepted = {
+            name: (numbers[same] > limit).float().mean().item() if math.isfinite(limit) else math.nan
+            for name, limit in self.strict.items()
+        }
         return Outcome(
             accuracy=float(np.mean(folds)),
             deviation=float(np.std(folds)),
             success=turned.item(),
-            eer=eer(numbers, same),
-            tar=tar_at_far(numbers, same, far),
+            eer=eer(numbers.numpy(), same.numpy()),
+            **accepted,
             drift=(1 - F.cosine_similarity(features, self.plain)).mean().item(),
         )
 
@@ -144,8 +184,9 @@ def attack_scores(recognizer: Images, defense: Images, x: Tensor) -> dict[str, T
     }
 
 
-def detection_auc(recognizer: Images, defense: Images, clean: Tensor, attacked: Tensor) -> dict[str, float]:
-    """Area under the ROC curve of each attack score, clean images against attacked ones."""
+def detection_scores(
+    recognizer: Images, defense: Images, clean: Tensor, attacked: Tensor
+) -> dict[str, np.ndarray]:
+    """Each attack score of clean images and then of attacked ones, (N + M,)."""
     one, two = (attack_scores(recognizer, defense, x) for x in (clean, attacked))
-    labels = np.repeat([0, 1], [len(clean), len(attacked)])
-    return {name: auc(torch.cat([one[name], two[name]]).cpu().numpy(), labels) for name in one}
+    return {name: torch.cat([one[name], two[name]]).cpu().numpy() for name in one}

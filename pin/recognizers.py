@@ -3,12 +3,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.onnxfile import open_onnx
+
+Recognizer = Literal["arcface_ir_se50", "arcface_ir50", "lightcnn9", "lightcnn29", "lightcnn29_v2"]
+"""Official recognisers by their `official()` names."""
 
 
 class MFM(nn.Module):
@@ -168,7 +172,7 @@ class Adapter(nn.Module):
         return self.network(x.expand(-1, self.channels, -1, -1))
 
 
-def adapt(name: str, network: nn.Module, legacy: bool = False) -> Adapter:
+def adapt(name: Recognizer, network: nn.Module, legacy: bool = False) -> Adapter:
     """Adapter for an official network by its `official()` name.
 
     Light CNN was trained on [0, 1] (recalled from its README); PIN's code feeds it [-1, 1]: `legacy=True`.

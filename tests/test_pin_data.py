@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -27,12 +28,15 @@ from pin.data import (
 from pin.pairs import Pairs, deal, insightface_bin, lfw_pairs, random_pairs
 from pin.protocol import (
     Verifier,
+    accept_above,
     decide,
-    detection_auc,
+    detection_scores,
     fold_thresholds,
+    impostor_scores,
     perturbation_size,
     purified_quality,
 )
+from shared.metrics import auc
 from shared.runtime import UserError
 
 
@@ -291,6 +295,48 @@ def test_success_counts_only_pairs_that_were_right():
     assert perturbation_size(attacked, first)["max"] == 0.25
 
 
+def test_true_accepts_have_the_threshold_of_clean_impostors():
+    """Of 1,000 impostors with scores 0.001 ... 1, one in a hundred lies above 0.99."""
+    impostors = torch.arange(1, 1001) / 1000
+    assert accept_above(impostors, 1e-2) == pytest.approx(0.99)
+    assert math.isnan(accept_above(impostors, 1e-3)), "10,000 are needed"
+    assert math.isnan(accept_above(impostors[:999], 1e-2))
+    assert accept_above(torch.arange(10_000.0), 1e-3) == 9989
+
+
+def test_impostors_are_all_pairs_of_different_people_once():
+    torch.manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(4, 5))
+    people = torch.tensor([0, 0, 1, 2])
+    first, second = torch.tensor([0, 2, 0, 3]), torch.tensor([1, 3, 2, 0])
+    same = people[first] == people[second]
+    pairs = Pairs(first, second, same, torch.zeros(4, dtype=torch.long))
+    listed = impostor_scores(features[first], features[second], pairs)
+    torch.testing.assert_close(listed, (features[first] * features[second]).sum(1)[1:])
+    found = impostor_scores(features[first], features[second], replace(pairs, people=people))
+    # First images 0, 2, 3 with second images 1, 3, 2, 0: different people, (3, 0) and (3, 2) once.
+    wanted = [(0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    expected = torch.stack([features[i] @ features[j] for i, j in wanted])
+    torch.testing.assert_close(found.sort().values, expected.sort().values)
+
+
+def test_attacked_pairs_are_judged_by_the_clean_threshold():
+    torch.manual_seed(0)
+    people = torch.arange(60).repeat_interleave(2)
+    images = torch.nn.functional.normalize(torch.randn(60, 8)).repeat_interleave(2, 0).view(120, 1, 1, 8)
+    same = torch.arange(120) < 60
+    first = torch.cat([torch.arange(0, 120, 2)] * 2)
+    second = torch.cat([torch.arange(1, 120, 2), torch.arange(1, 120, 2).roll(1)])
+    pairs = Pairs(first, second, same, torch.arange(120) % 2, people)
+    verifier = Verifier(lambda x: x.flatten(1), defenses.identity, images[first], images[second], pairs)
+    assert verifier.impostors == 60 * 59
+    assert verifier.outcome(images[first]).tar_1e2 == 1
+    attacked = verifier.outcome(-images[first])
+    assert attacked.tar_1e2 == 0 and math.isnan(attacked.tar_1e3) and math.isnan(attacked.tar_1e4)
+    half = torch.where((torch.arange(120) % 2 == 0).view(-1, 1, 1, 1), 1, -1) * images[first]
+    assert verifier.outcome(half).tar_1e2 == 0.5
+
+
 def test_detection_and_defences():
     torch.manual_seed(0)
     faces = procedural("simple", 8, 10, 32, seed=0)
@@ -298,8 +344,8 @@ def test_detection_and_defences():
     x = faces.images[:12]
     attacked = (x + 0.15 * torch.randn_like(x).sign()).clamp(-1, 1)
     top = defenses.top_components(basis, 20)
-    auc = detection_auc(lambda image: image.flatten(1), top, x, attacked)
-    assert auc["distance"] > 0.9
+    scores = detection_scores(lambda image: image.flatten(1), top, x, attacked)
+    assert auc(scores["distance"], np.repeat([0, 1], 12)) > 0.9
     torch.testing.assert_close(top(top(x)), top(x), atol=1e-4, rtol=1e-4)
     assert defenses.bit_reduction(x, 1).unique().numel() == 2
     bank = defenses.quilting_patches(faces.images, 5, 200, torch.Generator().manual_seed(0))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import helpers
 import onnxruntime
@@ -10,6 +12,7 @@ import torch
 from curves import assert_same_curves, furthest_weights, run_one, run_two
 from safetensors.torch import load_file
 
+from pin import eval as evaluation
 from pin import predict as predict_script
 from pin.ais import AISEncoder, AISSelection
 from pin.basis import load_basis
@@ -76,6 +79,58 @@ def test_evaluation_and_results(run):
     assert not any(metric["comparable"] for metric in results["metrics"])
     for picture in ("purified", "eigenfaces", "probabilities", "trade-off"):
         assert (run / "samples" / f"{picture}.png").stat().st_size > 0
+
+
+def test_public_pairs_are_attacked_as_the_authors_do_and_judge_no_claim(run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for name in "ABCD":
+        for number in (1, 2):
+            write_image(tmp_path / f"lfw/{name}/{name}_{number:04d}.jpg", torch.rand(1, 24, 24))
+    same = "".join(f"{name} 1 2\n" for name in "ABCD")
+    different = "".join(f"{one} 1 {two} 1\n" for one, two in ("AB", "BC", "CD", "DA"))
+    (tmp_path / "lfw/pairs.txt").write_text(f"4\n{same}{different}")
+    made = []
+
+    def small(name, path):
+        made.append((name, path.name))
+        torch.manual_seed(len(made))
+        return torch.nn.Sequential(torch.nn.AvgPool2d(14), torch.nn.Flatten(), torch.nn.Linear(192, 16))
+
+    monkeypatch.setattr(evaluation, "load_official", small)
+    options = Evaluation(
+        run=folder,
+        lfw=tmp_path / "lfw",
+        recognizer=Path("a.pth"),
+        surrogate=Path("b.pth"),
+        repeats=1,
+        queries=5,
+        device="cpu",
+    )
+    evaluate(options)
+    assert made == [("arcface_ir_se50", "a.pth"), ("arcface_ir50", "b.pth")]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["claims"] == []
+    rows = {(metric["table"], metric["setting"]) for metric in results["metrics"]}
+    for attack in ("FGSM", "PGD", "MI-FGSM", "DeepFool"):
+        assert ("defences", f"{attack} 0.04") in rows
+    assert ("defences", "PGD 0.04 from a surrogate") in rows and ("second recogniser", "PGD 0.04") in rows
+    assert not any(" 8" in setting or " 16" in setting for _, setting in rows)
+    sizes = {
+        metric["setting"]: metric["value"]
+        for metric in results["metrics"]
+        if metric["setting"].startswith("size of") and metric["metric"] == "max"
+    }
+    assert len(sizes) == 4 and all(0.01 < size <= 0.04 + 1e-6 for size in sizes.values())
+    assert sizes["size of PGD 0.04"] > 0.039
+    printed = capsys.readouterr().out
+    assert "claims:" not in printed and "TAR at FAR 1e-03 is left out" in printed
+    assert not any("TAR" in metric["metric"] for metric in results["metrics"])
+    (tmp_path / "lfw/pairs.txt").write_text("1\nA 1 2\nA 1 B 1\n")
+    with pytest.raises(UserError, match="1 pairs of the same person and 1 of two people in 1 folds"):
+        evaluate(options)
+    with pytest.raises(UserError, match="--lfw and --bin are two sets"):
+        evaluate(replace(options, bin=tmp_path / "x.bin"))
 
 
 def test_prediction(run, tmp_path):
