@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from pin.basis import Basis
 from pin.claims import Table
@@ -61,6 +62,20 @@ def purification_rows(pin: PIN, x: Tensor, attacked: Tensor) -> Tensor:
         tile for row in zip(x, attacked, purified, q, strict=True) for tile in picture_row(pin.basis, *row)
     ]
     return image_grid(tiles, columns=len(tiles) // len(x), column_labels=ROW, scale=max(1, 96 // x.shape[-1]))
+
+
+@torch.no_grad()
+def purification_sheet(pin: PIN, faces: Dataset) -> Tensor:
+    """Six faces, purified, and what was taken away (times 5)."""
+    x = torch.stack([faces[i * len(faces) // 6][0] for i in range(6)]).to(pin.basis.avg_face.device)
+    purified = pin(x)
+    rows = [(x + 1) / 2, (purified + 1) / 2, (5 * (x - purified) + 1) / 2]
+    return image_grid(
+        torch.cat(rows),
+        columns=6,
+        row_labels=["input", "purified", "removed x5"],
+        scale=max(1, 96 // x.shape[-1]),
+    )
 
 
 @torch.no_grad()

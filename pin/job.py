@@ -20,6 +20,12 @@ def placed(network: nn.Module, device: torch.device) -> nn.Module:
     return network.to(device)
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
 class Job:
     """One run's stages: which are done, where the current one stands, and what of it goes into the
     checkpoint."""

@@ -16,18 +16,19 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from pin.basis import Basis, load_basis, pick_solver
 from pin.data import identity_folder, training_faces
+from pin.figures import purification_sheet
 from pin.immune import make_ais, train_ais
-from pin.job import Job, placed
+from pin.job import Job, placed, set_rate
 from pin.losses import add_noise, calibrate_lambda, distill, exact, mask_cost, mask_entropy, reinforce
 from pin.model import DAE, PIN, make_esn
 from pin.recognition import train_recognizer
 from pin.recognizers import SmallRecognizer
-from shared.io import Run, image_grid
+from shared.io import Run
 from shared.processes import as_one, gathered
 from shared.runtime import (
     RunConfig,
@@ -208,6 +209,20 @@ PRESETS = {
 }
 
 
+def check_settings(config: Config) -> None:
+    """UserError for numbers that no run can have."""
+    halved = 2 ** len(config.dae_widths)
+    if config.size < 1 or config.size % halved:
+        raise UserError(
+            f"--size {config.size}: the DAE of {len(config.dae_widths)} levels needs multiples of {halved}"
+        )
+    if config.lamb_sparse == "auto" and not 1 <= config.keep <= config.components:
+        raise UserError(f"--keep {config.keep}: it must lie in 1..{config.components}, the --components")
+    for name in ("components", "samples", "basis_batch", "dae_batch", "esn_batch", "log_every", "save_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be at least 1")
+
+
 def build_networks(config: Config, classes: int) -> dict[str, nn.Module]:
     """Every network of a run by its name in the checkpoint: dae, esn-<variant>, the recognisers."""
     networks: dict[str, nn.Module] = {"dae": DAE(config.dae_widths, config.second_stage)}
@@ -293,8 +308,7 @@ def train_esn(job: Job, variant: str, faces: Dataset, basis: Basis) -> None:
     total = config.esn_epochs * per_epoch or config.esn_steps
     for step, (x, _) in job.steps(stage, total, faces, config.esn_batch, optimizer=optimizer):
         if config.halve_epochs:
-            # The official scheduler is told the number of the epoch that has ended: each halving comes one
-            # later.
+            # The official scheduler counts the epochs that have ended: each halving comes one later.
             set_rate(
                 optimizer, config.esn_rate * 0.5 ** (max(step // per_epoch - 1, 0) // config.halve_epochs)
             )
@@ -351,33 +365,14 @@ def choose_lambda(job: Job, config: Config, variant: str, faces: Dataset, basis:
     return lamb
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Learning rate of every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 def warn(message: str) -> None:
     """One line on stderr."""
     print(f"warning: {message}", file=sys.stderr)
 
 
-@torch.no_grad()
-def purification_sheet(pin: PIN, faces: Dataset) -> Tensor:
-    """Six faces, purified, and what was taken away (times 5)."""
-    x = torch.stack([faces[i * len(faces) // 6][0] for i in range(6)]).to(pin.basis.avg_face.device)
-    purified = pin(x)
-    rows = [(x + 1) / 2, (purified + 1) / 2, (5 * (x - purified) + 1) / 2]
-    return image_grid(
-        torch.cat(rows),
-        columns=6,
-        row_labels=["input", "purified", "removed x5"],
-        scale=max(1, 96 // x.shape[-1]),
-    )
-
-
 def train(config: Config) -> Path:
-    """All stages in order; returns the run folder."""
+    """All stages in order; returns the run folder. Raises UserError on settings that do not fit together."""
+    check_settings(config)
     accelerator = start(config)
     faces = training_faces(config)
     run = Run("pin", config, accelerator.is_main_process)

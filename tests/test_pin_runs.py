@@ -219,6 +219,10 @@ def parsed(tmp_path, *arguments):
     ("arguments", "message"),
     [
         (["--components", 60], "60 eigenfaces cannot be had from 48 images"),
+        (["--keep", 21], r"--keep 21: it must lie in 1..20"),
+        (["--keep", 0], r"--keep 0: it must lie in 1..20"),
+        (["--size", 18], "--size 18: the DAE of 2 levels needs multiples of 4"),
+        (["--samples", 0], "--samples 0: it must be at least 1"),
         (["--variants", "best"], "no variant 'best'"),
         (["--data", "folder"], "needs --data-root"),
         (["--data", "folder", "--data-root", "/nowhere"], "/nowhere: no such folder"),
