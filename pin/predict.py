@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from pin.basis import Basis, load_basis
+from pin.basis import load_basis
 from pin.data import preprocess, read_landmarks
 from pin.experiments import WITHOUT_DAE
 from pin.figures import ROW, UNKNOWN_ROW, picture_row, to_unit
@@ -66,6 +66,8 @@ class Options:
     """Official encoder_*.pth."""
     pca_layer: Path | None = None
     """Official pca_layer_*.pth."""
+    ais: Path | None = None
+    """The follow-up's file of encoder and pca_layer, with its --eigenfaces; it has no DAE."""
     recognizer: Path | None = None
     """Official recogniser weights for the cosine distance; default: the run's own recogniser."""
     recognizer_name: Recognizer = "arcface_ir_se50"
@@ -80,12 +82,18 @@ def load_defense(options: Options, device: torch.device) -> tuple[PIN, torch.nn.
         raise UserError("--mode topk and --k (at least 1) belong together")
     official = (options.eigenfaces, options.dae, options.encoder, options.pca_layer)
     recognizer = None
-    if any(part is not None for part in official):
+    if options.ais is not None:
+        if options.eigenfaces is None or any(part is not None for part in official[1:]):
+            raise UserError("--ais goes with --eigenfaces, and without --dae, --encoder and --pca-layer")
+        dae = None
+        esn = ESN(load_official("ais_encoder", options.ais), load_official("ais_pca_layer", options.ais))
+        basis = load_basis(options.eigenfaces, 1500)
+    elif any(part is not None for part in official):
         if not all(part is not None for part in official):
             raise UserError(
                 "official weights come as four files: --eigenfaces, --dae, --encoder and --pca-layer"
             )
-        basis: Basis = load_basis(options.eigenfaces, 2500)
+        basis = load_basis(options.eigenfaces, 2500)
         dae = load_official("dae", options.dae)
         esn = ESN(load_official("encoder", options.encoder), load_official("pca_layer", options.pca_layer))
     else:

@@ -21,6 +21,7 @@ from pin.eval import evaluate
 from pin.export import Options as Export
 from pin.export import export
 from pin.immune import identity_cost
+from pin.model import official
 from pin.predict import Options as Purify
 from pin.predict import load_defense, predict
 from pin.recognizers import OnnxRecognizer
@@ -155,6 +156,21 @@ def test_clean_pictures_are_aligned_like_the_attacked_ones(run, tmp_path, monkey
     predict(Purify(images=(tmp_path / "faces",), clean=tmp_path / "clean", **options))
     _, clean, attacked, *_ = seen[0]
     assert torch.equal(clean, attacked)
+
+
+def test_the_follow_ups_file_purifies(tmp_path):
+    torch.manual_seed(0)
+    parts = {part: official(f"ais_{part}").state_dict() for part in ("encoder", "pca_layer")}
+    torch.save(parts, tmp_path / "ais.pth")
+    vectors = torch.eye(112 * 112, 1500)
+    torch.save({"eig_vec": vectors, "avg_face": torch.zeros(112 * 112)}, tmp_path / "eig.pth")
+    write_image(tmp_path / "a.png", torch.rand(3, 120, 100))
+    paths = {"ais": tmp_path / "ais.pth", "eigenfaces": tmp_path / "eig.pth"}
+    predict(Purify(images=(tmp_path / "a.png",), output=tmp_path / "out", device="cpu", **paths))
+    (score,) = json.loads((tmp_path / "out/scores.json").read_text())["images"]
+    assert 0 < score["kept"] < 1500 and (tmp_path / "out/a.png").is_file()
+    with pytest.raises(UserError, match="--ais goes with --eigenfaces"):
+        predict(Purify(images=(tmp_path / "a.png",), ais=tmp_path / "ais.pth"))
 
 
 @pytest.mark.parametrize("options", [{"mode": "topk"}, {"k": 5}, {"mode": "topk", "k": 0}])
