@@ -74,7 +74,7 @@ def pin_lfw(root: Path) -> None:
     for name in ("Ann", "Bob"):
         for n in (1, 2):
             paint(root / name / f"{name}_{n:04d}.jpg", n)
-    put(root / "pairs.txt", "1\t1\nAnn\t1\t2\nBob\t1\tAnn\t2\nBob\t1\t2\nAnn\t1\tBob\t2\n")
+    put(root / "pairs.txt", "2\t1\nAnn\t1\t2\nBob\t1\tAnn\t2\nBob\t1\t2\nAnn\t1\tBob\t2\n")
 
 
 def pin_bin(root: Path) -> None:
