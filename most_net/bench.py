@@ -23,7 +23,7 @@ from most_net.nlda import recognition
 from most_net.scoot import scoot
 from most_net.train import PRESETS, Weights, update
 from most_net.trials import begin, plan
-from shared.bench import count_macs, count_parameters, peak_memory, report, throughput
+from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report, throughput
 from shared.runtime import parse, pick_device, run_main, start
 
 STEP_WEIGHTS = Weights(pixel=1, reconstruction=1, perceptual=0, adversarial=1)
@@ -118,9 +118,9 @@ def step_rows(
     steps = {f"{name}, {'bf16' if bf16 else 'fp32'}": ours, f"{name}, literal form": naive(False)}
     if device.type == "cuda":
         steps[f"{name}, literal form, bf16"] = naive(True)
-    rows = []
+    rows, seconds = [], in_turn(steps, device, config.seconds)
     for what, step in steps.items():
-        speed = throughput(step, batch, device, config.seconds)
+        speed = batch / seconds[what]
         cost = count_macs(step, training=True) / batch / 1e9
         memory = peak_memory(step, device) / 2**20
         rows.append({"what": what, "gmacs": cost, "per_second": speed, "peak MiB": memory})

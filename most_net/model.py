@@ -80,6 +80,17 @@ class ResidualBlock(nn.Module):
         return x + self.body(x)
 
 
+class ReflectedConv(nn.Conv2d):
+    """A convolution with reflected borders, padded in the type of its input: on a CPU autocast would widen
+    all of the input to float32 for the padding, and narrow it again for the convolution."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        height, width = self.padding
+        with own_type(x):
+            x = F.pad(x, (width, width, height, height), mode=self.padding_mode)
+        return F.conv2d(x, weight, bias, self.stride, 0, self.dilation)
+
+
 class Encoder(nn.Module):
     """E_p (3 channels in) and E_s (1 channel in): (B, in, H, W) -> (B, C, h, w), h = H / 2**downs.
 
@@ -289,7 +300,7 @@ def initialise(module: nn.Module, gain: float = 0.02) -> nn.Module:
 
 def _conv(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> nn.Conv2d:
     padding = dilation * (kernel // 2)
-    return nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, padding_mode="reflect")
+    return ReflectedConv(inputs, outputs, kernel, padding=padding, dilation=dilation, padding_mode="reflect")
 
 
 def _double(inputs: int, outputs: int, arch: Architecture) -> list[nn.Module]:

@@ -3,12 +3,24 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.profiler import profile
 from torchvision.models.vgg import cfgs, make_layers
 
 from most_net import literal, losses
 from most_net.baselines import UNet, dodge, grey, neighbour_patches
 from most_net.memory import Memory, merge, usage_perplexity
-from most_net.model import FULL, TINY, Architecture, Discriminator, MostNet, adain, flatten, initialise
+from most_net.model import (
+    FULL,
+    TINY,
+    Architecture,
+    Discriminator,
+    MostNet,
+    ReflectedConv,
+    adain,
+    flatten,
+    initialise,
+)
 from most_net.train import PRESETS
 from shared.bench import count_macs, count_parameters
 from shared.runtime import UserError, parse_presets
@@ -22,6 +34,21 @@ def unit(count: int, channels: int, seed: int = 0) -> torch.Tensor:
 
 def plain(count: int, channels: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(count, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def test_reflected_borders_are_those_of_pytorch_without_a_change_of_type():
+    options = {"padding": 2, "dilation": 2, "padding_mode": "reflect"}
+    ours, theirs = ReflectedConv(3, 4, 3, **options), nn.Conv2d(3, 4, 3, **options)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 7, 9)
+    assert torch.equal(ours(x), theirs(x))
+    x = x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        with profile() as trace:
+            low = ours(x)
+        assert low.dtype == torch.bfloat16 and torch.equal(low, theirs(x))
+    copied = sum(event.count for event in trace.key_averages() if event.key == "aten::_to_copy")
+    assert copied == 2  # weight and bias; the input is not widened and narrowed
 
 
 # --- sizes --------------------------------------------------------------------------------------------
