@@ -296,7 +296,8 @@ def train_trial(
         if count % config.log_every == 0 or last:
             run.log(before + iteration, **means({f"{trial.name}/{name}": v for name, v in terms.items()}))
         if run.is_main and (count % config.sample_every == 0 or last):
-            run.picture(f"{trial.name}-train", training_sheet(learner.average, batch))
+            sheet = training_sheet(learner.average, batch)
+            run.picture(f"{trial.name}-train", sheet, f"face swaps by {trial.name} in training")
         if last:
             saved.done[trial.name] = learner.average.cpu()
             saved.save(number + 1, 0)

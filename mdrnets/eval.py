@@ -195,7 +195,8 @@ def evaluate_data(
             )
         )
     shown = batch_of_tests(pictures, config, 10, device)
-    write_image(folder / "samples" / f"test-{data}.png", comparison_sheet(nets, shown))
+    sheet = comparison_sheet(nets, shown)
+    write_image(folder / "samples" / f"test-{data}.png", sheet, f"faces completed by {folder.name}")
 
     claims = []
     if data in ("faces", "simple") and settings.protocol == "ours":

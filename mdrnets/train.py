@@ -315,7 +315,9 @@ def train_stage(
         record(stage, config, accelerator, run, position, terms)
         final = position.step == stage.steps
         if position.step % config.sample_every == 0 or final:
-            run.picture(stage.slug, training_sheet(net, batch))
+            run.picture(
+                stage.slug, training_sheet(net, batch), f"faces completed by {stage.label} in training"
+            )
             net.train()
         if position.step % config.checkpoint_every == 0 and not final:
             position.optimisers = [optimiser.state_dict() for optimiser in optimisers]

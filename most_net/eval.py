@@ -17,7 +17,7 @@ from most_net import baselines
 from most_net.artists import measure_artists
 from most_net.claims import Scores, judge
 from most_net.data import Pairs
-from most_net.figures import save_figures
+from most_net.figures import DRAWN_BY, save_figures
 from most_net.learner import styles_in, synthesise
 from most_net.mechanism import atlas, measure
 from most_net.metrics import grey_bytes, nlda_rate, pretrained, quality, ssim, window_of
@@ -176,9 +176,10 @@ def evaluate(config: Config) -> Path:
         if trial.name == "artists":
             net = nets[trial].cpu()  # a small network on a few faces
             artists, sheet = measure_artists(net, trial.artists, trial.size)
-            write_image(folder / "samples" / "artists.png", sheet)
+            write_image(folder / "samples" / "artists.png", sheet, DRAWN_BY)
             faces = drawn_pairs(settings, trial, PROBED, TEST_SEED)
-            write_image(folder / "samples" / "atlas-artists.png", atlas(net, faces, trial.size))
+            sheet = atlas(net, faces, trial.size)
+            write_image(folder / "samples" / "atlas-artists.png", sheet, DRAWN_BY)
     claims: list[Claim] = []
     if settings.dataset in DRAWN:
         claims = judge(settings.pairs, scores, memories, artists)
@@ -201,7 +202,8 @@ def evaluate(config: Config) -> Path:
         for name, images in {"truth": truth, **methods}.items():
             for file, image in zip(test.names, enlarge(images, truth), strict=True):
                 where = folder / ("truth" if name == "truth" else f"predictions/{name.replace(' ', '-')}")
-                write_image(where / f"{file}.png", image)
+                made = None if name == "truth" else f"sketch by {name} of a photo"
+                write_image(where / f"{file}.png", image, made)
     return folder
 
 

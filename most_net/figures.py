@@ -14,6 +14,9 @@ from shared.io import image_grid, write_image
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 - the backend is chosen first
 
+DRAWN_BY = "sketches drawn by trained networks"
+"""What the metadata of sheets with synthetic sketches say."""
+
 
 def comparison(test: Pairs, methods: dict[str, Tensor], shown: int = 8) -> Tensor:
     """Photo, every method's sketch and the drawn one: (3, H, W), a column per face."""
@@ -63,12 +66,12 @@ def save_figures(
 
     everything: number of training pairs of the networks that had all of them.
     """
-    write_image(folder / "comparison.png", comparison(test, methods))
+    write_image(folder / "comparison.png", comparison(test, methods), DRAWN_BY)
     remembering = [(net, size) for net, size in nets.values() if hasattr(net, "memories")]
     if remembering:
         net, size = remembering[-1]
-        write_image(folder / "slots.png", slots(net, test, size))
-        write_image(folder / "atlas.png", atlas(net, test, size))
+        write_image(folder / "slots.png", slots(net, test, size), DRAWN_BY)
+        write_image(folder / "atlas.png", atlas(net, test, size), DRAWN_BY)
     table = by_variant(scores, "SSIM", everything)
     if len({pairs for _, pairs in table}) > 1:
         curve(table, folder / "curve.png")

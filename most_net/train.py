@@ -307,7 +307,8 @@ def train_trial(
             run.log(before + step, **{f"{trial.name}/val_ssim": learner.validate(held_out, trial.size)})
         if (step + 1) % config.save_every == 0 and not last:
             shown = torch.cat([batch.sketch, out["sketch"].detach().float()]).cpu() / 2 + 0.5
-            run.picture(f"{trial.name}-train", image_grid(shown.clamp(0, 1), len(batch.sketch)))
+            sheet = image_grid(shown.clamp(0, 1), len(batch.sketch))
+            run.picture(f"{trial.name}-train", sheet, f"sketches by {trial.name} in training")
             save(step + 1)
     accelerator.free_memory()
     return learner.best if learner.best is not None and held_out is not None else learner.current

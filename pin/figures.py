@@ -84,7 +84,7 @@ def draw_figures(lab: Lab, table: Table, quality: dict[str, dict[str, float]], f
     pin = lab.pin("pin", "threshold")
     chosen = torch.linspace(0, len(lab.first) - 1, 6).long()
     rows = purification_rows(pin, lab.first[chosen], lab.attacked[lab.main][chosen])
-    write_image(folder / "purified.png", rows)
+    write_image(folder / "purified.png", rows, "faces purified by PIN")
     size = lab.first.shape[-1]
     sheet = eigenface_picture(lab.basis.eig_vec[:, :64], size)
     write_image(folder / "eigenfaces.png", image_grid(sheet, columns=16, scale=max(1, 48 // size)))

@@ -166,7 +166,7 @@ def predict(options: Options) -> Path:
         tiles += picture_row(pin.basis, original, x[0], purified[0], q[0])
     columns, labels = len(tiles) // len(records), UNKNOWN_ROW if options.clean is None else ROW
     sheet = image_grid(tiles, columns=columns, column_labels=labels[:columns], scale=max(1, 96 // size))
-    write_image(options.output / "rows.png", sheet)
+    write_image(options.output / "rows.png", sheet, synthetic="purified by PIN")
     write_json(options.output / "scores.json", {"mode": options.mode, "images": records})
     with open(options.output / "scores.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, records[0])

@@ -341,9 +341,8 @@ def train_esn(job: Job, variant: str, faces: Dataset, basis: Basis) -> None:
                 few = f"{kept:.1f} of {config.components} eigenfaces"
                 warn(f"{stage} keeps only {few}: lambda {lamb:.3g} is too high")
     job.finish(stage, total)
-    job.run.picture(
-        stage, purification_sheet(PIN(basis, dae if config.dae else None, esn.eval(), "threshold"), faces)
-    )
+    sheet = purification_sheet(PIN(basis, dae if config.dae else None, esn.eval(), "threshold"), faces)
+    job.run.picture(stage, sheet, "faces purified by PIN")
 
 
 def choose_lambda(job: Job, config: Config, variant: str, faces: Dataset, basis: Basis) -> float:

@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from PIL import Image
+
+from shared.io import SYNTHETIC_SOURCE
 from shared.runtime import REPOSITORY
 
 TINY = {
@@ -127,6 +130,12 @@ def assert_resumes(paper: str, folder: Path, lines: int, *arguments: object) -> 
     kill_when(lambda: has_logged(killed, lines), paper, *arguments, "--out", killed)
     script(paper, "train.py", *arguments, "--out", killed, code=0)
     assert_same_runs(killed, whole)
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a picture says in its metadata that a model made it."""
+    with Image.open(path) as picture:
+        return picture.info.get("DigitalSourceType") == SYNTHETIC_SOURCE
 
 
 def weights(folder: Path) -> dict[str, bytes]:

@@ -86,7 +86,7 @@ def test_what_a_run_leaves_behind(whole):
     assert len([n for line in lines for n in line if n == "no-identity-loss-0/d_fake"]) == 4, (
         "begins at 2 of 6"
     )
-    assert (whole / "samples/full-0-train.png").is_file()
+    assert helpers.is_marked(whole / "samples/full-0-train.png")
     with pytest.raises(UserError, match="no generator other; there are: full-0"):
         load_generators(whole, Config, ["other"])
 
@@ -310,7 +310,8 @@ def test_scripts_from_their_folder(tmp_path):
     assert len(results["claims"]) == 8
     assert {"full", "no-mask", "paste, Poisson", "mean face", "true swap"} <= set(results["scores"])
     assert not any(metric["comparable"] for metric in results["metrics"])
-    assert all((folder / "samples" / f"{name}.png").is_file() for name in ("grid", "methods", "full-0-train"))
+    samples = [folder / "samples" / f"{name}.png" for name in ("grid", "methods", "full-0-train")]
+    assert all(map(helpers.is_marked, samples))
 
 
 def test_a_users_mistakes(tmp_path, monkeypatch):

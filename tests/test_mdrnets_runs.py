@@ -56,7 +56,7 @@ def test_training_leaves_the_run_folder_described(run_folder):
     assert any("simple/full+inco2/0/inter" in entry for entry in steps)
     assert not any("simple/full/0/inter" in entry for entry in steps)
     assert json.loads((run_folder / "copy_task.json").read_text()).keys() == {"without MREM", "with MREM"}
-    assert (run_folder / "samples" / "faces-full-0.png").is_file()
+    assert helpers.is_marked(run_folder / "samples" / "faces-full-0.png")
 
 
 def test_evaluation_prints_claims_and_writes_results(run_folder):
@@ -71,7 +71,7 @@ def test_evaluation_prints_claims_and_writes_results(run_folder):
     settings = {metric["setting"] for metric in results["metrics"]}
     assert all("SSIM 11x11" in setting for setting in settings) and len(settings) == 6
     assert {m["method"] for m in results["metrics"]} >= {"coarse", "unet", "Telea (OpenCV)", *VARIANTS_HERE}
-    assert (run_folder / "samples" / "test-faces.png").is_file()
+    assert helpers.is_marked(run_folder / "samples" / "test-faces.png")
     holes = json.loads((run_folder / results["simple"]["test_masks"]).read_text())
     assert len(holes) == 5 and all(len(pairs) == 10 for pairs in holes.values())
     picture_of_first, mask_of_first = holes["10-20 %"][0]

@@ -66,6 +66,8 @@ def test_killed_and_resumed_run_is_the_same(tmp_path, saves):
     torch.set_num_threads(1)
     config = tiny(tmp_path / "whole", **EVERYTHING)
     train(config)
+    sheets = list((tmp_path / "whole/samples").iterdir())
+    assert sheets and all(map(helpers.is_marked, sheets))
     program = (
         "from pathlib import Path\n"
         "from test_most_net_runs import EVERYTHING, tiny, train\n"
@@ -95,6 +97,7 @@ def test_scripts_from_their_folder(tmp_path):
     assert len(results["claims"]) == 9
     names = ("comparison", "slots", "atlas", "artists", "atlas-artists", "curve")
     assert all((folder / "samples" / f"{name}.png").is_file() for name in names)
+    assert all(helpers.is_marked(folder / "samples" / f"{name}.png") for name in names if name != "curve")
 
 
 def test_training_on_files_with_a_discriminator(tmp_path):

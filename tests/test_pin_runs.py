@@ -80,6 +80,7 @@ def test_evaluation_and_results(run):
     assert not any(metric["comparable"] for metric in results["metrics"])
     for picture in ("purified", "eigenfaces", "probabilities", "trade-off"):
         assert (run / "samples" / f"{picture}.png").stat().st_size > 0
+    assert helpers.is_marked(run / "samples/purified.png") and helpers.is_marked(run / "samples/esn-pin.png")
 
 
 def test_public_pairs_are_attacked_as_the_authors_do_and_judge_no_claim(run, tmp_path, monkeypatch, capsys):
@@ -140,7 +141,7 @@ def test_prediction(run, tmp_path):
     script("predict", "--run", run, "--images", tmp_path / "faces", "--output", tmp_path / "out")
     scores = json.loads((tmp_path / "out/scores.json").read_text())["images"]
     assert len(scores) == 2 and set(scores[0]) == {"image", "purified", "distance", "kept", "cosine_distance"}
-    assert (tmp_path / "out/rows.png").exists() and (tmp_path / "out/0.png").exists()
+    assert helpers.is_marked(tmp_path / "out/rows.png") and helpers.is_marked(tmp_path / "out/0.png")
     assert (tmp_path / "out/scores.csv").read_text().count("\n") == 3
 
 
