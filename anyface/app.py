@@ -171,7 +171,8 @@ def build_page(model: Model, folder: Path, steps: int):
                 degree = gr.Slider(0, layers, max(1, layers // 3), step=1, label="degree", elem_id="degree")
                 alpha = gr.Slider(0, 1, 1, step=0.05, label="alpha")
             edit = gr.Button("Edit", variant="primary", elem_id="edit")
-            row = gr.Image(label="all degrees", elem_id="strip", type="filepath")
+            gr.Markdown("All degrees:")  # a label of the picture would lie over its first number
+            row = gr.Image(show_label=False, elem_id="strip", type="filepath")
             told_edit = gr.Markdown(elem_id="told")
         go.click(generate, [text, together, count, seed, m, psi], [gallery, message, codes, chosen])
         gallery.select(choose, None, chosen)

@@ -23,7 +23,7 @@ from anyface.attention import picture, word_weights
 from anyface.bundle import Model, load_model, load_plus_plus
 from anyface.gallery import grid, labelled_row, write_page
 from anyface.weights import load_e4e, load_generator
-from shared.io import SYNTHETIC_SOURCE, keep_inputs, read_image, write_image
+from shared.io import SYNTHETIC_SOURCE, keep_inputs, read_image, read_utf8, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -110,10 +110,7 @@ def read_captions(config: PredictConfig) -> list[str]:
     """Captions of the command line and of --file. UserError when there are none or the file is unreadable."""
     captions = list(config.captions)
     if config.file is not None:
-        try:
-            captions += config.file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{config.file}: not readable as UTF-8 text ({error})") from None
+        captions += read_utf8(config.file, "captions").splitlines()
     if not captions:
         raise UserError("give at least one caption, for instance: a young woman with brown hair")
     return captions

@@ -156,7 +156,7 @@ def page_of(paper: str, run: Path, *options: str) -> Iterator[str]:
     )
     address = f"http://127.0.0.1:{port}/"
     try:
-        wait_for(lambda: answers(address), 90, server)
+        wait_for(lambda: answers(address), 300, server)  # importing torch and gradio on a busy machine
         yield address
     finally:
         server.terminate()

@@ -58,6 +58,11 @@ def test_sentence_to_faces_to_an_edited_face(page, browser, tmp_path):
     wait_for(lambda: browser.rectangle("#upload img"), 30)
     browser.run("document.querySelector('#edit').click()")
     wait_for(lambda: browser.rectangle("#strip img"), 90)
+    top_left = (
+        "const i = document.querySelector('#strip img'); i.scrollIntoView({block: 'center'});"
+        "const r = i.getBoundingClientRect(); return document.elementFromPoint(r.left + 20, r.top + 8) === i"
+    )
+    assert browser.run(top_left), "nothing covers the number of the first degree"
     told = browser.run("return document.querySelector('#told').innerText")
     assert "degree 2 of 8" in told and "reproduces only" in told
     browser.picture(tmp_path / "edited.png")

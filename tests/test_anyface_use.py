@@ -298,7 +298,7 @@ def test_predict_makes_marked_faces_of_any_sentences(folder, tmp_path):
 
 def test_predict_builds_one_face_from_all_captions(folder, tmp_path):
     lines = tmp_path / "captions.txt"
-    lines.write_text("a hat\npale skin\n", encoding="utf-8")
+    lines.write_text("a hat\npale skin\n", encoding="utf-8-sig")  # with the mark of a spreadsheet
     predict("red hair", "--file", lines, "--together", "--run", folder, "--out", tmp_path / "out")
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert {face["caption"] for face in result["faces"]} == {"red hair + a hat + pale skin"}
