@@ -363,6 +363,7 @@ def test_bench_steps_train_both_streams_through_either_form():
     forms = {name: Constants(clip, None, g) for name, g in bench.both_forms(**tiny_generator).items()}
     steps = bench.training_steps(PRESETS["demo"], forms, 8, torch.device("cpu"), nullcontext)
     fast, grouped = (bench.count_macs(steps[form], training=True) for form in ("fast", "grouped"))
-    # Per face: 82 million. Grouped weights depend on the sample, so they ask for a gradient too.
-    assert fast / 8 == pytest.approx(82.2e6, rel=0.01)
+    # Per face: 83 million, 16 a value for the filter's single pass. Grouped weights depend on the sample, so
+    # they ask for a gradient too.
+    assert fast / 8 == pytest.approx(83.4e6, rel=0.01)
     assert grouped > fast
