@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anyface.clip import (
@@ -27,7 +26,7 @@ from anyface.model import FlatMapper, Memory, Stream
 from anyface.stylegan2 import Generator
 from anyface.weights import load_clip, load_generator, load_memory, load_release
 from shared.io import find_run, load_safetensors, save_safetensors
-from shared.records import read_json, write_json
+from shared.records import read_json, write_json, write_tensors
 from shared.runtime import UserError
 from shared.weights import load_torch
 
@@ -118,7 +117,7 @@ def save_model(folder: Path, model: Model) -> None:
     for name, part in parts.items():
         if part is not None and name not in model.files:
             save_safetensors(folder / f"{name}.safetensors", part)
-    save_file({"mean": model.mean.detach().cpu().contiguous()}, folder / "mean.safetensors")
+    write_tensors(folder / "mean.safetensors", {"mean": model.mean})
     # Last, so that a folder with it is whole.
     write_json(folder / "model.json", record)
 

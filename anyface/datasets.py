@@ -12,13 +12,12 @@ from typing import Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from anyface.captions import celeba_captions, read_attributes
 from shared.io import progress, read_image
-from shared.records import replacing
+from shared.records import write_tensors
 from shared.runtime import UserError
 from shared.weights import load_pickle, load_torch
 
@@ -217,12 +216,11 @@ def _face_list(root: Path, part: Part) -> FaceTexts:
 
 
 def write_codes(path: Path, names: Sequence[str], codes: Tensor) -> None:
-    """Codes (N, L, D) with the names of their faces, as one safetensors file, through a temporary name."""
+    """Codes (N, L, D) with the names of their faces, as one safetensors file."""
     joined = "\n".join(names)
     if len(names) != len(codes) or len(set(names)) != len(names):
         raise ValueError("one distinct name for each code")
-    with replacing(path) as temporary:
-        save_file({"codes": codes.contiguous()}, temporary, metadata={"names": joined})
+    write_tensors(path, {"codes": codes}, {"names": joined})
 
 
 def read_codes(path: Path | None, names: Sequence[str], root: Path | None = None) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from safetensors.torch import save_file
 from torch import Tensor
 
 from anyface import use
@@ -24,7 +23,7 @@ from anyface.bundle import Model, load_model, load_plus_plus
 from anyface.gallery import grid, labelled_row, write_page
 from anyface.weights import load_e4e, load_generator
 from shared.io import SYNTHETIC_SOURCE, keep_inputs, read_image, read_utf8, write_image
-from shared.records import write_json
+from shared.records import write_json, write_tensors
 from shared.runtime import UserError, parse, pick_device, run_main
 
 
@@ -148,7 +147,7 @@ def generate(config: PredictConfig, model: Model, captions: list[str]) -> dict:
         write_image(config.out / "captions.png", labelled_row(built[:, 0], labels), made_by)
         sections.append(("caption by caption", [], built[:, 0], labels))
     write_page(config.out / "index.html", "Faces from captions", made_by, sections)
-    save_file({"codes": codes.flatten(0, 1).cpu().contiguous()}, config.out / "codes.safetensors")
+    write_tensors(config.out / "codes.safetensors", {"codes": codes.flatten(0, 1)})
     if model.words:
         said = {
             "DigitalSourceType": SYNTHETIC_SOURCE,
@@ -203,7 +202,7 @@ def manipulate(config: PredictConfig, model: Model, captions: list[str]) -> dict
         ("all degrees: the larger, the more of the source stays", [], pictures, labels),
     ]
     write_page(config.out / "index.html", "An edited face", model.name, sections)
-    save_file({"codes": torch.cat((source, code)).cpu().contiguous()}, codes)
+    write_tensors(codes, {"codes": torch.cat((source, code))})
     scores = use.clip_scores(model, made, [title, title])
     record |= {"degree": degree, "alpha": config.alpha, "warnings": warnings}
     return record | {"clip_score_source": scores[0], "clip_score_edited": scores[1]}

@@ -24,6 +24,7 @@ from dfgc2022.predict import load_detectors
 from dfgc2022.realism import NoFaceError, RealismModel, agreement, clip_crops, clip_features
 from shared.io import runs_root
 from shared.published import Metric, environment, load_published, print_metrics, write_results
+from shared.records import replacing
 from shared.runtime import RunConfig, UserError, parse, pick_device, run_main
 
 TEST_GROUPS = frozenset((3, 4, 8, 13, 15, 19))
@@ -125,17 +126,15 @@ def features_of(clips: Sequence[RatedClip], scorer: Scorer, config: Config, out:
         for clip in (clip for clip in clips if clip.round == number):
             kept = out / "features" / header / f"C{number}-{clip.path.stem}.npy"
             if not kept.exists():
-                kept.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     (crops,) = clip_crops([clip.path], scorer, settings)
                 except NoFaceError as error:
                     print(f"warning: {clip.path.name} is left out: {error}")
                     rows.append(None)
                     continue
-                part = kept.with_suffix(".part")
-                with open(part, "wb") as file:
-                    np.save(file, clip_features(scorer, crops, config.vra_compat))
-                part.replace(kept)
+                features = clip_features(scorer, crops, config.vra_compat)
+                with replacing(kept) as temporary, open(temporary, "wb") as file:
+                    np.save(file, features)
             rows.append(np.load(kept))
     first = next((row for row in rows if row is not None), None)
     if first is None:

@@ -32,7 +32,7 @@ from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.serverapp.strategy import FedAvg  # noqa: E402
 from flwr.simulation import run_simulation  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from dfl.baselines import build_method  # noqa: E402
 from dfl.client import Client, Download, Upload, local_round  # noqa: E402
@@ -40,7 +40,7 @@ from dfl.data import load_data  # noqa: E402
 from dfl.engine import State  # noqa: E402
 from dfl.federation import Federation, accuracy, fault, predict, round_scalars, take_part  # noqa: E402
 from dfl.train import PRESETS, TRIALS, Config  # noqa: E402
-from shared.records import plain, replacing, revive  # noqa: E402
+from shared.records import plain, revive, write_tensors  # noqa: E402
 from shared.runtime import UserError  # noqa: E402
 
 Report = Callable[[Federation, dict[str, float]], None]
@@ -57,12 +57,6 @@ def to_record(state: State) -> ArrayRecord:
 def to_state(record: ArrayRecord) -> State:
     """The inverse of `to_record`."""
     return dict(record.to_torch_state_dict())
-
-
-def write_state(path: Path, state: State) -> None:
-    """A state as a safetensors file, through a temporary name."""
-    with replacing(path) as temporary:
-        save_file({name: value.contiguous() for name, value in state.items()}, temporary)
 
 
 def pack(prefix: str, states: dict) -> dict[str, ArrayRecord]:
@@ -134,7 +128,7 @@ def train_client(message: Message, context: Context) -> Message:
             context.state["memory-own"] = to_record(client.memory)
         # A node's state lives as long as the Flower run; the file outlives it.
         folder = Path(str(content["config"]["folder"]))
-        write_state(folder / f"client_{number}.safetensors", client.state)
+        write_tensors(folder / f"client_{number}.safetensors", client.state)
     metrics = {"client": number, "num-examples": upload.samples, **upload.metrics}
     records = {"arrays": to_record(upload.shared), "metrics": MetricRecord(metrics)}
     return Message(
@@ -301,7 +295,7 @@ def serve(grid: Grid, context: Context) -> None:
 
     def report(federation: Federation, scalars: dict[str, float]) -> None:
         print(json.dumps({"round": federation.round, **scalars}), flush=True)
-        write_state(folder / "shared.safetensors", federation.shared)
+        write_tensors(folder / "shared.safetensors", federation.shared)
 
     run_rounds(grid, make_federation(config), folder, report)
 

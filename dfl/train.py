@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 import tyro
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from dfl.baselines import build_method
@@ -25,7 +24,7 @@ from dfl.engine import State, part
 from dfl.federation import Federation, evaluate
 from shared.io import Run, progress
 from shared.loop import Standing
-from shared.records import replacing
+from shared.records import write_tensors
 from shared.runtime import RunConfig, UserError, run_training, start
 from shared.weights import load_state, load_torch
 
@@ -380,8 +379,7 @@ def load_trial(folder: Path, trial: Trial) -> tuple[Method, nn.Module, list[Stat
 
 
 def save_trial(folder: Path, trial: Trial, federation: Federation) -> None:
-    """Write the global part (`shared.*`) and each client's own part (`client<k>.*`), through a temporary
-    name."""
+    """Write the global part (`shared.*`) and each client's own part (`client<k>.*`)."""
     tensors = {f"shared.{name}": value for name, value in federation.shared.items()}
     for k, client in enumerate(federation.clients):
         own = local_part(client.state, federation.method.shared)
@@ -396,9 +394,8 @@ def save_trial(folder: Path, trial: Trial, federation: Federation) -> None:
     }
     # What predict.py needs beside the weights, so that it can do without the data set.
     metadata = {"facts": json.dumps(facts)}
-    tensors = {name: value.cpu().contiguous().clone() for name, value in tensors.items()}
-    with replacing(trial_path(folder, trial)) as temporary:
-        save_file(tensors, temporary, metadata)
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    write_tensors(trial_path(folder, trial), tensors, metadata)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shared.faces import draw, sample, to_bisenet
 from shared.io import load_safetensors, progress
+from shared.records import write_tensors
 from shared.runtime import parse, run_main, seed_everything
 
 WEIGHTS = Path(__file__).with_name("finder.safetensors")
@@ -290,8 +290,7 @@ def train(config: Config) -> Path:
         schedule.step()
         if step % 100 == 99:
             print(f"step {step + 1}: {loss.item():.3f}", flush=True)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.half() for name, value in net.state_dict().items()}, config.out)
+    write_tensors(config.out, {name: value.half() for name, value in net.state_dict().items()})
     return config.out
 
 

@@ -6,11 +6,10 @@ from types import ModuleType
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from shared.records import replacing
+from shared.records import write_tensors
 from shared.runtime import UserError
 
 
@@ -30,10 +29,9 @@ class Index:
         return cls(normalize(embeddings.float()), paths, model)
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, through a temporary name; its folder is made."""
+        """Write one safetensors file; its folder is made."""
         metadata = {"model": self.model, "paths": "\n".join(self.paths)}
-        with replacing(path) as temporary:
-            save_file({"features": self.features.contiguous()}, temporary, metadata)
+        write_tensors(path, {"features": self.features}, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "Index":

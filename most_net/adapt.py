@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from most_net.align import HEIGHT
@@ -21,7 +20,7 @@ from most_net.model import MostNet, flatten
 from most_net.pairs import Alignment, load, match
 from most_net.train import Config as TrainConfig
 from most_net.trials import frame_of, load_network
-from shared.io import find_run
+from shared.io import find_run, save_safetensors
 from shared.runtime import UserError, parse, run_main, step_generator
 
 
@@ -78,8 +77,7 @@ def main(config: Config) -> None:
     memory = learn_artist(net, photos, sketches, config.rounds)
     if config.merge:
         memory = merge(net.memories[0], memory)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(memory.state_dict(), config.out)
+    save_safetensors(config.out, memory)
     print(f"{len(pairs)} pairs, {memory.slots} slots: {config.out}")
 
 

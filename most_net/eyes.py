@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from most_net.align import Point
 from shared.faces import draw, sample
-from shared.io import load_safetensors, progress
+from shared.io import load_safetensors, progress, save_safetensors
 from shared.runtime import parse, run_main, seed_everything
 
 WEIGHTS = Path(__file__).with_name("eyes.safetensors")
@@ -171,7 +170,7 @@ def train(config: Config) -> Path:
         loss.backward()
         optimizer.step()
         schedule.step()
-    save_file(net.state_dict(), config.out)
+    save_safetensors(config.out, net)
     return config.out
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shared.records import replacing
+from shared.records import write_tensors
 from shared.runtime import UserError, own_type
 from shared.weights import load_torch
 
@@ -93,10 +92,8 @@ class Basis(nn.Module):
             return (self.avg_face + coefficients.float() @ self.eig_vec.T).view(shape)
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, atomically, with the fingerprint in its metadata."""
-        tensors = {name: tensor.cpu() for name, tensor in self.state_dict().items()}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint()})
+        """Write a safetensors file, with the fingerprint in its metadata."""
+        write_tensors(path, self.state_dict(), {"fingerprint": self.fingerprint()})
 
 
 def load_basis(path: Path, components: int | None = None) -> Basis:

@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from shared.records import plain, random_state, read_json, replacing, revive, set_random_state, write_json
+from shared.records import (
+    plain,
+    random_state,
+    read_json,
+    replacing,
+    revive,
+    set_random_state,
+    write_json,
+    write_tensors,
+)
 from shared.runtime import REPOSITORY, RunConfig, UserError
 from shared.weights import load_state, load_torch
 
@@ -397,8 +406,7 @@ def load_safetensors(path: Path, module: nn.Module) -> None:
 
 def save_safetensors(path: Path, module: nn.Module) -> None:
     """A module's weights as a safetensors file; its folder is made."""
-    with replacing(path) as temporary:
-        save_file(_detached(module), temporary)
+    write_tensors(path, _detached(module))
 
 
 def _checkpoint(folder: Path) -> Path | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from shared.runtime import UserError
@@ -35,6 +36,14 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON through a temporary name, non-finite numbers as null."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors, none of which shares memory with another, as one safetensors file through a temporary
+    name. metadata: texts that the file holds beside them."""
+    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(whole, temporary, metadata)
 
 
 def read_json(path: Path, what: str, form: Callable[[Any], Any] | None = None, advice: str = "") -> Any:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
 from torchvision.models import alexnet
 
 from shared import bench, io, metrics, published, report, runtime
-from shared.records import read_json
+from shared.records import read_json, write_tensors
 from shared.runtime import StepBatches, UserError
 
 # --- runtime --------------------------------------------------------------------------------------
@@ -106,6 +107,17 @@ def test_text_is_utf8_with_or_without_a_mark(tmp_path):
     for broken in (path, tmp_path / "absent.txt", tmp_path):
         with pytest.raises(UserError, match=f"{broken.name}: not readable as a list in UTF-8"):
             io.read_utf8(broken, "a list")
+
+
+def test_tensors_are_written_whole_or_not_at_all(tmp_path):
+    path, wide = tmp_path / "new" / "codes.safetensors", torch.arange(6.0).view(2, 3).requires_grad_()
+    write_tensors(path, {"codes": wide.T}, {"names": "a\nb"})
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"names": "a\nb"} and torch.equal(file.get_tensor("codes"), wide.T)
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError, match="share memory"):
+        write_tensors(path, {"a": wide, "b": wide})
+    assert path.read_bytes() == before and [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 def test_json_of_another_form_is_named(tmp_path):
