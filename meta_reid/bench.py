@@ -15,12 +15,10 @@ from meta_reid.metrics import rank
 from meta_reid.model import META
 from meta_reid.norms import kernels
 from meta_reid.sequential import Sequential
-from shared.bench import count_macs, count_parameters, peak_memory, report, throughput
+from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report
 from shared.runtime import parse, pick_device, run_main
 
 CLASSES = (767, 5532, 751)
-ROUNDS = 2
-"""Each speed is the best of so many rounds, all cases in turn, so that other work disturbs them alike."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +112,8 @@ def main() -> None:
     }
     cases = {name: evaluation(*pair) for name, pair in embeddings.items()}
     cases |= {"training step": training(in_halves), "training step, sequential": training(in_one)}
-    rates = dict.fromkeys(cases, 0.0)
-    for _ in range(ROUNDS):
-        for name, call in cases.items():
-            count = train_batch if name.startswith("training") else batch
-            rates[name] = max(rates[name], throughput(call, count, device, options.seconds / ROUNDS))
+    times = in_turn(cases, device, options.seconds)
+    rates = {n: (train_batch if n.startswith("training") else batch) / t for n, t in times.items()}
     memory = {name: peak_memory(call, device) / 1e6 for name, call in cases.items()}
     rows = []
     for name in cases:
