@@ -198,8 +198,9 @@ def score_creation(
     """Print the creation track's table; return its rows, best first, and its numbers.
 
     terms: submission -> five means. predicted: realism by a model, used where there are no ratings; such rows
-    are labelled. Creators with neither are named in a warning, and so are those whose fakes lie in parts
-    without real clips. Anti-detection is computed on the clips of the contest.
+    are labelled, and stand below the others without a rank and a sum. Creators with neither are named in a
+    warning, and so are those whose fakes lie in parts without real clips. Anti-detection is computed on the
+    clips of the contest.
     """
     rows, unrated, alone = [], [], []
     for creator in sorted({clip.creator for clip in contest.clips if clip.label == 1 and clip.creator}):
@@ -222,16 +223,12 @@ def score_creation(
         )
     rows = ranking(rows)
     print(f"\ncreation track; anti-detection: {DEFINITIONS[definition][2]}")
-    table = [
-        [
-            number,
-            row.submission + (" (realism predicted)" if row.predicted else ""),
-            *(row.terms.get(term) for term in TERMS),
-            row.anti_detection,
-            row.total,
-        ]
-        for number, row in enumerate(rows, 1)
-    ]
+    table = []
+    for number, row in enumerate(rows, 1):
+        terms_of = [*(row.terms.get(term) for term in TERMS), row.anti_detection]
+        # The sum of two terms is not to be compared with those of six.
+        cells = [None, f"{row.submission} (realism predicted)", *terms_of, None]
+        table.append(cells if row.predicted else [number, row.submission, *terms_of, row.total])
     print(format_table(["rank", "submission", *TERMS, "anti-detection", "sum"], table))
     if len(rows) >= 3 and not any(row.predicted for row in rows):
         print(
@@ -249,7 +246,7 @@ def score_creation(
             row.submission,
         )
         for row in rows
-        for name, value in {**row.terms, "anti-detection": row.anti_detection, "sum": row.total}.items()
+        for name, value in _numbers_of(row).items()
     ]
     return rows, metrics
 
@@ -285,6 +282,11 @@ def _save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _numbers_of(row: Row) -> dict[str, float]:
+    found = {**row.terms, "anti-detection": row.anti_detection}
+    return found if row.predicted else {**found, "sum": row.total}
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -130,8 +130,8 @@ def rating_rows(path: Path) -> list[tuple[str, str, list[int]]]:
 
 
 def ranking(rows: Sequence[Row]) -> list[Row]:
-    """Rows from the highest total to the lowest."""
-    return sorted(rows, key=lambda row: -row.total)
+    """Rows from the highest total to the lowest; after the rated ones those with predicted terms alone."""
+    return sorted(rows, key=lambda row: (row.predicted, -row.total))
 
 
 def correlations(rows: Sequence[Row]) -> dict[str, float]:

@@ -273,7 +273,7 @@ def draw_clips(path: Path, found: TestSet, every: int) -> None:
     tiles, labels = [], []
     for creator in ("", *CREATORS):
         chosen = [
-            clip for clip in found.clips if clip.creator == creator and clip.compression in ("none", "blur")
+            clip for clip in found.clips if clip.creator == creator and clip.compression in ("none", "noise")
         ][:4]
         frames = [next(iter(read_frames(found.paths[clip.name], every)))[1] for clip in chosen]
         if len(frames) == 4:

@@ -33,6 +33,8 @@ from shared.io import find_run, load_config
 from shared.runtime import UserError, parse, pick_device, run_main
 
 THUMBNAILS = 8
+THUMBNAIL = 128
+"""Side of a face thumbnail in pixels."""
 
 
 @dataclass(frozen=True)
@@ -110,17 +112,16 @@ def combined(clip: ClipScore) -> tuple[float, np.ndarray, bool]:
     return float(score), np.atleast_1d(frames), not clip.frames
 
 
-def draw_timeline(path: Path, video: Path, clip: ClipScore, scorer: Scorer, settings: Settings) -> None:
+def draw_timeline(path: Path, video: Path, clip: ClipScore, settings: Settings) -> None:
     """Frame scores over the frame number, with faces from evenly spaced frames above."""
     score, frames, _ = combined(clip)
-    size = scorer.sizes[-1]
     wanted = set(
         np.array(clip.frames)[np.linspace(0, len(clip.frames) - 1, THUMBNAILS).round().astype(int)].tolist()
     )
     faces: dict[int, np.ndarray] = {}
-    for piece in pieces(video, 0, box_source(settings.boxes), [size], settings):
+    for piece in pieces(video, 0, box_source(settings.boxes), [THUMBNAIL], settings):
         faces |= {
-            index: piece.crops[size][number]
+            index: piece.crops[THUMBNAIL][number]
             for number, index in enumerate(piece.frames)
             if index in wanted and index not in faces
         }
@@ -133,11 +134,13 @@ def draw_timeline(path: Path, video: Path, clip: ClipScore, scorer: Scorer, sett
         axis.axis("off")
     axis = figure.add_subplot(grid[1, :])
     for name, values in clip.probabilities.items():
-        axis.plot(clip.frames, values, linewidth=0.7, alpha=0.6, label=name)
+        axis.plot(clip.frames, values, marker=".", markersize=3, linewidth=0.7, alpha=0.6, label=name)
     axis.plot(clip.frames, frames, color="black", marker=".", label="combined")
     axis.axhline(score, color="black", linestyle=":", linewidth=0.8)
     axis.set(ylim=(0, 1), xlabel="frame", ylabel="probability of fake", title=f"{clip.name}: {score:.3f}")
-    axis.legend(fontsize=6)
+    axis.set_xlim(clip.frames[0] - 1, clip.frames[-1] + 1)  # whole frames also where there is only one
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -165,7 +168,7 @@ def main(config: Config) -> None:
         }
         (config.out / f"{clip.name}.json").write_text(json.dumps(record, indent=1) + "\n")
         if clip.frames:
-            draw_timeline(config.out / f"{clip.name}.png", video, clip, scorer, settings)
+            draw_timeline(config.out / f"{clip.name}.png", video, clip, settings)
         note = f"  ({clip.note})" if clip.note else ""
         print(f"{clip.name}  {scores[clip.name]:.4f}{note}")
     write_submission(config.out / "submission.txt", scores)

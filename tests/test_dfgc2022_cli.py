@@ -78,6 +78,21 @@ def test_predict_on_a_folder_with_a_bad_file(trained, tmp_path, capsys):
     assert len((out / "submission.txt").read_text().splitlines()) == 3
 
 
+def test_the_timeline_of_a_single_frame_can_be_read(trained, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(predict.plt, "close", drawn.append)
+    clip = next((trained / "world" / "Train").glob("*.mp4"))
+    boxes = str(trained / "world" / "boxes.csv")
+    predict.main(predict.Config(clip, tmp_path, run=trained, boxes=boxes, every=100, device="cpu"))
+    face, line = drawn[0].axes
+    assert face.images[0].get_array().shape == (predict.THUMBNAIL, predict.THUMBNAIL, 3)
+    low, high = line.get_xlim()
+    assert [tick for tick in line.get_xticks() if low <= tick <= high] == [-1, 0, 1]
+    assert {mark.get_marker() for mark in line.lines[:-1]} == {"."}  # a line through one point shows nothing
+    monkeypatch.undo()
+    predict.plt.close(drawn[0])
+
+
 def test_extract_and_train_on_lists_then_export(trained, tmp_path, capsys):
     boxes, crops = str(trained / "world" / "boxes.csv"), tmp_path / "crops"
     for label, kind in ((0, "real"), (1, "lowres")):

@@ -383,6 +383,11 @@ def test_creation_table_says_what_was_predicted_and_how(capsys):
     said = capsys.readouterr().out
     assert "announced formula" in said and "b (realism predicted)" in said
     assert [(row.submission, row.predicted) for row in rows] == [("a", False), ("b", True)]
+    sums = {metric.method for metric in metrics if metric.metric == "sum"}
+    assert sums == {"a"} and "2     b (realism" not in said  # two terms are ranked by no sum of six
+    terms = {"b": dict.fromkeys(TERMS, 0.1)}
+    rows, _ = scoring.score_creation(contest, terms, "auc10", {"a": 5.0})
+    assert [row.submission for row in rows] == ["b", "a"]  # though realism alone is more than five of b
     assert isinstance(rows[0], Row) and not any(metric.comparable for metric in metrics)
 
 
