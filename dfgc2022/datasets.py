@@ -36,8 +36,8 @@ class Video:
 def faceforensics(root: Path, compression: str = "c23", methods: Sequence[str] = FF_METHODS) -> list[Video]:
     """FaceForensics++: `original_sequences/youtube/<c>/videos/`,
     `manipulated_sequences/<method>/<c>/videos/`, and the official `splits/{train,val,test}.json` where
-    present. DeepFakeDetection is a method; its reals are under `original_sequences/actors`. Methods that are
-    not there are named in a warning; UserError when all are absent.
+    present. DeepFakeDetection is a method with reals of its own, `original_sequences/actors`. Methods that
+    are not there are named in a warning; UserError when all are absent.
     """
     here = [method for method in methods if (root / "manipulated_sequences" / method).is_dir()]
     if here and len(here) < len(methods):
@@ -50,7 +50,9 @@ def faceforensics(root: Path, compression: str = "c23", methods: Sequence[str] =
         pairs = read_json(path, "pairs of names of videos", _pairs) if path.exists() else []
         for pair in pairs:
             splits |= {name: split for name in (*pair, "_".join(pair), "_".join(pair[::-1]))}
-    places = [(root / "original_sequences" / "youtube", 0, "original")]
+    places = []
+    if set(methods) != {"DeepFakeDetection"}:
+        places.append((root / "original_sequences" / "youtube", 0, "original"))
     if "DeepFakeDetection" in methods:
         places.append((root / "original_sequences" / "actors", 0, "actors"))
     places += [(root / "manipulated_sequences" / method, 1, method) for method in methods]

@@ -14,6 +14,7 @@ from torch import nn
 from dfgc2022 import extract, losses
 from dfgc2022.data import CropFolders, Middle, read_list
 from dfgc2022.datasets import (
+    DATASETS,
     FF_METHODS,
     celeb_df,
     deeperforensics,
@@ -104,6 +105,18 @@ def test_faceforensics(tmp_path, capsys):
     ]
     with pytest.raises(UserError, match="FaceSwap"):
         faceforensics(tmp_path, "c23", ["FaceSwap"])
+
+
+def test_deepfakedetection_has_its_own_reals(tmp_path):
+    for place in ("original_sequences/actors", "manipulated_sequences/DeepFakeDetection"):
+        touch(tmp_path / place / "c23/videos/01__hugging.mp4")
+    found = DATASETS["deepfakedetection-c23"](tmp_path)  # the films of YouTube are not there, nor missed
+    assert [(v.source, v.label) for v in found] == [
+        ("FaceForensics++/actors/c23", 0),
+        ("FaceForensics++/DeepFakeDetection/c23", 1),
+    ]
+    touch(tmp_path / "original_sequences/youtube/c23/videos/071.mp4")
+    assert DATASETS["deepfakedetection-c23"](tmp_path) == found
 
 
 def test_celeb_df(tmp_path):
