@@ -1,9 +1,12 @@
 """Size, cost, speed and memory at the paper's resolution, and the fast forms against the plain ones.
 
-Plain: the whole correlation matrix, a loop over memory slots, three VGG calls. One run measures
-both. On a GPU networks work in bf16 autocast, as training does.
+Plain: `naive.py`, in fp32 and PyTorch's usual order in memory. Fast: the forms that training uses, with
+channels-last networks, once in fp32 and once in bf16. One run measures all forms in turns; networks of both
+start with the same weights. On a GPU inference and the two modules work in bf16 autocast, as training does.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -12,15 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdrnets import losses
+from mdrnets import losses, naive
 from mdrnets.masks import StrokeMasks
-from mdrnets.memory import DMM
-from mdrnets.model import SIZES, CoarseNet, Discriminator, MDRNet, RefineNet, SizeName, composite
+from mdrnets.model import SIZES, CoarseNet, Discriminator, MDRNet, RefineNet, SizeName
 from mdrnets.objective import refine_losses
 from mdrnets.parser import TinyParser
 from mdrnets.train import PRESETS, Config
-from shared.bench import count_macs, count_parameters, peak_memory, report, throughput
-from shared.runtime import own_type, parse, pick_device, run_main
+from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report, throughput
+from shared.runtime import parse, pick_device, run_main
 
 PARTS = 8
 
@@ -44,74 +46,102 @@ class BenchConfig:
     """Where to compute. auto: CUDA when there is one."""
 
 
-def read_by_loops(dmm: DMM, features: Tensor, parsing: Tensor) -> Tensor:
-    """DMM's forward, a slot at a time."""
-    q, memory = dmm.queries(features), dmm.slots_normalised()
-    p, r = parsing.flatten(2).transpose(1, 2), torch.zeros_like(q)
-    for k in range(dmm.blocks):
-        scores = torch.stack([(q * memory[k, i]).sum(-1) for i in range(dmm.slots)], -1)
-        w = (scores / dmm.tau).softmax(-1)
-        for i in range(dmm.slots):
-            r = r + (p[..., k] * w[..., i]).unsqueeze(-1) * memory[k, i]
-    r = r.transpose(1, 2).reshape(features.shape).to(features.dtype)
-    return features + dmm.fuse(torch.cat((features, r), 1))
+@dataclass
+class Step:
+    """Everything that a training step of the refinement stage needs; the coarse network is at rest."""
+
+    net: MDRNet
+    critic: Discriminator
+    phi: nn.Module
+    optimisers: tuple[torch.optim.Optimizer, torch.optim.Optimizer]
+    batch: dict[str, Tensor]
+    config: Config
+
+    def _run(self, losses_of: Callable, critic_loss: Callable, autocast: Callable) -> None:
+        of_net, of_critic = self.optimisers
+        self.critic.requires_grad_(False)
+        with autocast():
+            loss, comp = losses_of()
+        of_net.zero_grad(set_to_none=True)
+        loss.backward()
+        of_net.step()
+        self.critic.requires_grad_(True)
+        with autocast():
+            loss = critic_loss(comp)
+        of_critic.zero_grad(set_to_none=True)
+        loss.backward()
+        of_critic.step()
+
+    def fast(self, autocast: Callable = nullcontext) -> None:
+        def losses_of() -> tuple[Tensor, Tensor]:
+            chance = torch.Generator().manual_seed(0)
+            terms, comp = refine_losses(
+                self.net, self.batch, self.config, self.phi, self.critic, True, True, chance
+            )
+            return sum(terms.values()), comp
+
+        def critic_loss(comp: Tensor) -> Tensor:
+            scores = self.critic(torch.cat((self.batch["image"], comp.detach()))).float()
+            return losses.hinge_discriminator(*scores.chunk(2))
+
+        self._run(losses_of, critic_loss, autocast)
+
+    def plain(self) -> None:
+        plain = partial(naive.refine_losses, self.net, self.batch, self.config, self.phi, self.critic)
+        self._run(plain, partial(naive.critic_loss, self.critic, self.batch["image"]), nullcontext)
 
 
-class PlainRefine(nn.Module):
-    """RefineNet's weights, used in the plain forms."""
-
-    def __init__(self, refine: RefineNet):
-        super().__init__()
-        self.refine = refine
-
-    def forward(self, comp: Tensor, mask: Tensor, parsing: Tensor, read: bool = True) -> Tensor:
-        features = self.refine.features(comp, mask, parsing)
-        holes = F.adaptive_max_pool2d(mask, features.shape[-2:])
-        features = read_by_loops(self.refine.dmm, features, parsing)
-        return comp + self.refine.decoder(self.refine.mrem.dense(features, holes)[0])
-
-
-def plain_losses(
-    net: MDRNet, batch: dict[str, Tensor], config: Config, phi: nn.Module, critic: nn.Module
-) -> Tensor:
-    """The objective with three calls of phi: refined, composite and truth."""
-    x, m = batch["image"], batch["mask"]
-    y = net(x, m)["refined"].float()
-    comp = composite(x, y, m)
-    of_y, of_comp, of_x = phi(y), phi(comp), phi(x)
-    total = config.valid * losses.valid(y, x, m) + config.hole * losses.hole(y, x, m)
-    total = total + config.tv * losses.total_variation(comp, m)
-    total = total + config.perceptual * losses.perceptual(of_y, of_comp, of_x)
-    with own_type(x):
-        total = total + config.style * losses.style(of_y, of_comp, of_x)
-        inter, intra = losses.inco2(of_comp[-1], of_x[-1], m, config.inco_samples)
-    total = total + config.inter * inter + config.intra * intra
-    return total + config.adversarial * losses.hinge_generator(critic(comp).float())
+def make_step(
+    config: BenchConfig, device: torch.device, memory: torch.memory_format, plain: bool = False
+) -> Step:
+    """Networks of the configured size in one order in memory and one batch, random and the same in every
+    call. plain: for `Step.plain`."""
+    torch.manual_seed(0)
+    size, side, train_config = SIZES[config.size], config.image_size, PRESETS["paper"]
+    net = MDRNet(CoarseNet(size), TinyParser(PARTS), RefineNet(size, PARTS), size.stride)
+    net.requires_grad_(False).refine.requires_grad_(True)
+    net = naive.made_plain(net) if plain else net
+    critic, phi = Discriminator(), losses.VGGFeatures().requires_grad_(False)
+    net, critic, phi = (module.to(device, memory_format=memory) for module in (net, critic, phi))
+    count = config.batch_size or (train_config.batch_size if device.type == "cuda" else 1)
+    masks = StrokeMasks(side, config.hole - 0.01, config.hole + 0.01, seed=0)
+    mask = torch.stack([masks.mask(i) for i in range(count)]).to(device)
+    x = (torch.rand(count, 3, side, side) * 2 - 1).to(device)
+    adam = partial(torch.optim.Adam, betas=train_config.betas, fused=device.type == "cuda")
+    rate = train_config.lr
+    optimisers = adam(net.refine.parameters(), rate), adam(critic.parameters(), rate * train_config.lr_ratio)
+    return Step(net, critic, phi, optimisers, {"image": x, "mask": mask}, train_config)
 
 
 def main(config: BenchConfig) -> None:
     """Measure and print; bench.json keeps the numbers."""
     device = pick_device(config.device)
     gpu = device.type == "cuda"
-    train_config = PRESETS["paper"]
-    batch_size = config.batch_size or (train_config.batch_size if gpu else 1)
     seconds = config.seconds or (0.5 if gpu else 3.0)
-    size, side = SIZES[config.size], config.image_size
-    torch.manual_seed(0)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=gpu)
-    net = MDRNet(CoarseNet(size), TinyParser(PARTS), RefineNet(size, PARTS), size.stride)
-    net.to(device, memory_format=torch.channels_last)
-    net.requires_grad_(False).refine.requires_grad_(True)
-    critic = Discriminator().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    phi = losses.VGGFeatures().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    masks = StrokeMasks(side, config.hole - 0.01, config.hole + 0.01, seed=0)
-    mask = torch.stack([masks.mask(i) for i in range(batch_size)]).to(device)
-    x = torch.rand(batch_size, 3, side, side, device=device) * 2 - 1
-    batch = {"image": x, "mask": mask}
+    bf16 = partial(torch.autocast, device.type, torch.bfloat16)
+    autocast = bf16 if gpu else nullcontext
+    # Networks of their own for each form: optimisers keep moments in the order in memory of the networks.
+    last = torch.channels_last
+    fast, half = (make_step(config, device, last) for _ in range(2))
+    plain = make_step(config, device, torch.contiguous_format, plain=True)
+    net, critic, x, mask = fast.net, fast.critic, fast.batch["image"], fast.batch["mask"]
+    size, side, batch_size = SIZES[config.size], config.image_size, len(x)
     rows = []
 
     def row(what: str, form: str, items: int = batch_size, **numbers) -> None:
         rows.append({"what": what, "form": form, "batch": items, **numbers})
+
+    def compared(what: str, forms: dict[str, Callable], gmacs: float | None = None) -> None:
+        # The plain forms multiply element by element, which is not counted.
+        times = in_turn(forms, device, seconds)
+        for form, call in forms.items():
+            row(
+                what,
+                form,
+                gmacs=None if form.startswith("plain") else gmacs,
+                per_second=batch_size / times[form],
+                peak_mib=peak_memory(call, device) / 2**20,
+            )
 
     # Networks and inference.
     cells = (side // size.stride,) * 2
@@ -124,7 +154,7 @@ def main(config: BenchConfig) -> None:
     }
     net.eval()
     for what, (module, call) in calls.items():
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), autocast():
             for items in sorted({1, batch_size}):
                 some = x[:items], mask[:items]
                 row(
@@ -143,48 +173,21 @@ def main(config: BenchConfig) -> None:
     features = torch.randn(batch_size, channels, *cells, device=device, requires_grad=True)
     holes = F.adaptive_max_pool2d(mask, cells)
     dmm, mrem = net.refine.dmm, net.refine.mrem
-    forms = {
-        ("MREM, forward and backward", "fast"): lambda: mrem(features, holes),
-        ("MREM, forward and backward", "plain"): lambda: mrem.dense(features, holes)[0],
-        ("DMM, forward and backward", "fast"): lambda: dmm(features, parsing),
-        ("DMM, forward and backward", "plain"): lambda: read_by_loops(dmm, features, parsing),
-    }
 
-    def with_gradient(function) -> None:
-        with autocast:
+    def with_gradient(function: Callable[[], Tensor]) -> None:
+        with autocast():
             out = function()
         out.sum().backward()
 
-    for (what, form), function in forms.items():
-        row(
-            what,
-            form,
-            per_second=throughput(lambda f=function: with_gradient(f), batch_size, device, seconds),
-            peak_mib=peak_memory(lambda f=function: with_gradient(f), device) / 2**20,
-        )
+    for what, in_fast, in_plain in (
+        ("MREM", lambda: mrem(features, holes), lambda: mrem.dense(features, holes)[0]),
+        ("DMM", lambda: dmm(features, parsing), lambda: naive.read_by_loops(dmm, features, parsing)),
+    ):
+        forms = {"plain": partial(with_gradient, in_plain), "fast": partial(with_gradient, in_fast)}
+        compared(f"{what}, forward and backward", forms)
 
-    # A training step of the refinement stage (coarse network at rest).
-    optimiser = torch.optim.Adam(net.refine.parameters(), 2e-4, fused=gpu)
-    plain = MDRNet(net.coarse, net.parser, PlainRefine(net.refine), size.stride)
-
-    def step(form: str) -> None:
-        with autocast:
-            if form == "fast":
-                chance = torch.Generator().manual_seed(0)
-                terms, _ = refine_losses(net, batch, train_config, phi, critic, True, True, chance)
-                loss = sum(terms.values())
-            else:
-                loss = plain_losses(plain, batch, train_config, phi, critic)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-
-    for form in ("fast", "plain"):
-        run = partial(step, form)
-        # The plain form multiplies element by element, which is not counted.
-        macs = count_macs(run, training=True) / batch_size / 1e9 if form == "fast" else None
-        speed = throughput(run, batch_size, device, seconds)
-        row("training step", form, gmacs=macs, per_second=speed, peak_mib=peak_memory(run, device) / 2**20)
+    forms = {"plain fp32": plain.plain, "fast fp32": fast.fast, "fast bf16": partial(half.fast, bf16)}
+    compared("training step", forms, count_macs(fast.fast, training=True) / batch_size / 1e9)
     compare(rows)
     report("mdrnets", rows, device=device)
     if not gpu:
@@ -193,12 +196,16 @@ def main(config: BenchConfig) -> None:
 
 def compare(rows: list[dict]) -> None:
     """Print the fast forms against the plain ones."""
-    found = {(row["what"], row["form"]): row for row in rows}
-    for what in ("MREM, forward and backward", "DMM, forward and backward", "training step"):
-        fast, plain = found[what, "fast"], found[what, "plain"]
-        speed = fast["per_second"] / plain["per_second"]
-        memory = fast["peak_mib"] / plain["peak_mib"]
-        print(f"{what}: {speed:.2f} x the speed and {memory:.2f} x the memory of the plain form")
+    plain = {row["what"]: row for row in rows if row["form"].startswith("plain")}
+    for row in rows:
+        if row["what"] in plain and row["form"].startswith("fast"):
+            against = plain[row["what"]]
+            speed = row["per_second"] / against["per_second"]
+            memory = row["peak_mib"] / against["peak_mib"]
+            print(
+                f"{row['what']}, {row['form']}: {speed:.2f} x the speed and {memory:.2f} x the memory of "
+                f"{against['form']}"
+            )
 
 
 if __name__ == "__main__":

@@ -60,6 +60,22 @@ SIZES = {
 SizeName = Literal["mdrnet_256", "tiny", "unit"]
 
 
+class InstanceNorm(nn.Module):
+    """Instance norm without learned parameters, (B, C, h, w).
+
+    On a CPU it is not PyTorch's own form, which is slower, copies channels-last maps to another order and
+    back and, for a single picture whose gradient arrives channels-last, gives a wrong gradient.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return F.instance_norm(x)
+        if not x.requires_grad:
+            return F.group_norm(x, int(x.shape[1]))  # fast forward; its backward pass is not
+        each = [F.batch_norm(image, None, None, training=True) for image in x.split(1)]
+        return torch.cat(each) if len(each) > 1 else each[0]
+
+
 def _activation(norm: bool) -> nn.Module:
     return nn.ReLU() if norm else nn.LeakyReLU(0.2)
 
@@ -74,7 +90,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int, norm: bool) -> nn
         (kernel - 1) // 2,
         padding_mode="reflect" if stride == 1 else "zeros",
     )
-    return nn.Sequential(conv, *([nn.InstanceNorm2d(outputs)] if norm else []), _activation(norm))
+    return nn.Sequential(conv, *([InstanceNorm()] if norm else []), _activation(norm))
 
 
 class ResidualBlock(nn.Module):
@@ -84,7 +100,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, 1, dilation, dilation, padding_mode="reflect")
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, padding_mode="reflect")
-        self.norm = nn.InstanceNorm2d(channels) if norm else nn.Identity()
+        self.norm = InstanceNorm() if norm else nn.Identity()
         self.activation = _activation(norm)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +116,7 @@ class Up(nn.Module):
         self.conv = (
             nn.Sequential(
                 nn.ConvTranspose2d(inputs, outputs, 4, 2, 1),
-                nn.InstanceNorm2d(outputs),
+                InstanceNorm(),
                 _activation(True),
             )
             if norm

@@ -1,6 +1,7 @@
 """MDRNets: every term of the objective, and the metrics, against closed forms and slow references."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +9,9 @@ import torch
 from torch.nn import functional as F
 from torchvision.models.vgg import make_layers
 
-from mdrnets import losses
+from mdrnets import losses, naive
 from mdrnets.copytask import CopyNet, draw
-from mdrnets.model import SIZES, CoarseNet, MDRNet, RefineNet
+from mdrnets.model import SIZES, CoarseNet, Discriminator, MDRNet, RefineNet
 from mdrnets.objective import feature_network, refine_losses
 from mdrnets.parser import TinyParser
 from mdrnets.protocol import Scores, measure, to_bytes, uniform_ssim
@@ -313,3 +314,35 @@ def test_fid_is_collected_batch_by_batch(monkeypatch):
 
 def test_to_bytes_rounds_as_a_file_does():
     assert to_bytes(torch.tensor([-1.0, 1.0, 0.0, 3.0])).tolist() == pytest.approx([0, 1, 128 / 255, 1])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_plain_form_of_the_bench_minimises_the_same(count):
+    """Channels-last against PyTorch's usual order; networks with norms, which the small sizes lack."""
+    size = replace(UNIT, norm=True, kernel=7)
+    config = Config(inco_samples=None)
+    x, mask = (value[:count] for value in sample(32))
+    batch, found = {"image": x, "mask": mask}, {}
+    for form in ("fast", "plain"):
+        torch.manual_seed(0)
+        net = MDRNet(CoarseNet(size), TinyParser(8), RefineNet(size, 8), size.stride)
+        net.requires_grad_(False).refine.requires_grad_(True)
+        phi, critic = losses.VGGFeatures().requires_grad_(False), Discriminator(8)
+        refine = net.refine
+        if form == "plain":
+            net = naive.made_plain(net)
+            loss, comp = naive.refine_losses(net, batch, config, phi, critic)
+        else:
+            for module in (net, phi, critic):
+                module.to(memory_format=torch.channels_last)
+            terms, comp = refine_losses(net, batch, config, phi, critic, True, True, torch.Generator())
+            loss = sum(terms.values())
+        loss.backward()
+        found[form] = loss, comp, {name: p.grad for name, p in refine.named_parameters()}
+    (loss, comp, gradients), (other, other_comp, others) = found.values()
+    torch.testing.assert_close(loss, other)
+    torch.testing.assert_close(comp, other_comp, atol=1e-5, rtol=0)
+    largest = max(gradient.norm() for gradient in others.values())  # those of biases before a norm are noise
+    for name, gradient in gradients.items():
+        distance = (gradient - others[name]).norm()
+        assert distance < 1e-3 * others[name].norm() + 1e-5 * largest, f"{name}: {distance}"

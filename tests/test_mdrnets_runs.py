@@ -481,6 +481,17 @@ def test_exported_file_gives_what_the_network_gives(run_folder, tmp_path, model,
     assert (small - output).abs().mean() < 0.05
 
 
+def test_networks_with_norms_are_exported(tmp_path):
+    """The demo's have none."""
+    from mdrnets import export
+
+    torch.manual_seed(0)
+    size = replace(SIZES["unit"], norm=True)
+    net = MDRNet(CoarseNet(size), TinyParser(8), RefineNet(size, 8), size.stride).eval()
+    model = Model(net, tuple(GROUPS), 16, "with norms", torch.device("cpu"))
+    assert export.export(model, tmp_path / "net.onnx") < export.TOLERANCE
+
+
 def test_an_exported_file_that_differs_is_not_kept(tmp_path, model, monkeypatch):
     from mdrnets import export
 
@@ -494,9 +505,11 @@ def test_an_exported_file_that_differs_is_not_kept(tmp_path, model, monkeypatch)
 def test_bench_compares_fast_and_plain_forms(tmp_path):
     arguments = ["--size", "unit", "--image-size", "32", "--seconds", "0.01", "--device", "cpu"]
     done = script("bench.py", *arguments, code=0, PAPERS_RUNS=str(tmp_path))
-    assert "MREM, forward and backward:" in done.stdout and "x the memory of the plain form" in done.stdout
+    assert "MREM, forward and backward, fast:" in done.stdout and "x the memory of plain\n" in done.stdout
+    assert done.stdout.count("x the memory of plain fp32") == 2
     rows = json.loads((tmp_path / "mdrnets" / "bench.json").read_text())["rows"]
-    assert {row["form"] for row in rows} == {"fast", "plain"}
+    steps = {row["form"]: row for row in rows if row["what"] == "training step"}
+    assert list(steps) == ["plain fp32", "fast fp32", "fast bf16"]
     priced = {row["what"] for row in rows if row.get("gmacs") and row["per_second"] > 0}
     networks = {"coarse network", "refinement network", "discriminator", "inference, all"}
     assert priced == networks | {"training step"}
