@@ -11,6 +11,20 @@ from torch import Tensor, nn
 from meta_reid.aggregation import moments
 from meta_reid.norms import Unit, fused, image_by_image, in_parts, probe_and_norm_in_parts, stacked
 
+PIXELS = {
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "half": ((127.5,) * 3, (127.5,) * 3),
+    "clip": ((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321375, 70.32316305)),
+}
+"""Mean and deviation of RGB pixels in 0..255, by which images are normalised: ImageNet's, those of timm's
+ViTs pretrained on ImageNet-21k, and CLIP's."""
+
+
+def register_pixels(module: nn.Module, name: str) -> None:
+    """Buffers `pixel_mean` and `pixel_std` of a network, (1, 3, 1, 1) each: an entry of `PIXELS`."""
+    for which, values in zip(("mean", "std"), PIXELS[name], strict=True):
+        module.register_buffer(f"pixel_{which}", torch.tensor(values).view(1, 3, 1, 1))
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -28,6 +42,11 @@ class Architecture:
     """Kernel of the first convolution, stride 2."""
     pool: bool = True
     """Max-pool after the stem."""
+
+    pixels: str = "imagenet"
+    """Pixel statistics, a name in `PIXELS`."""
+    signed: bool = False
+    """Whether the last map has values below zero; here a ReLU ends it."""
 
     @property
     def positions(self) -> list[tuple[int, int]]:
@@ -187,12 +206,12 @@ class FrozenPass:
     maps: Tensor
     """(K, B, C, H, W): last map of each expert."""
     shared: Tensor | None
-    """(B, C', H', W'): the global set's map where the global branch leaves the trunk, when asked for."""
+    """What the global branch goes on from where it leaves the trunk, when asked for: (B, C', H', W')."""
     domain_mean: Tensor
-    """(K, sum of C over the layers): running means of the experts' BN; `domain_var` the variances."""
+    """(K, sum of C over the layers): running means of the experts' norms; `domain_var` the variances."""
     domain_var: Tensor
     image_mean: Tensor
-    """(K, B, sum of C): spatial means of each image before each norm; `image_var` the variances."""
+    """(K, B, sum of C): means over each image's positions before each norm; `image_var` the variances."""
     image_var: Tensor
 
 
@@ -221,11 +240,21 @@ class Trunk(Stem):
         self.shared_units = sum(len(unit.norms) > experts for unit in self.units)
         self.channels = [unit.conv.out_channels for unit in self.units]
 
+    def set_warm(self, warm: bool) -> None:
+        """Freeze (True) or release the shared convolutions and the global set."""
+        for unit in self.units:
+            unit.conv.requires_grad_(not warm)
+            if len(unit.norms) > self.experts:
+                unit.norms[self.experts].requires_grad_(not warm)
+
+    def first(self, pixels: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> output of `conv1`, which all sets have in common."""
+        return self.conv1(pixels)
+
     def live(self, stem: Tensor, chosen: int, learn: bool) -> Tensor:
         """One set with gradients; learn: normalise by the batch and update the running statistics.
 
-        stem: (B, C, H, W), output of `conv1`, which all sets have in common. The global set stops where its
-        branch leaves the trunk.
+        stem: (B, C, H, W), from `first`. The global set stops where its branch leaves the trunk.
         """
 
         def norm(unit: Unit, x: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from meta_reid.figures import embedding_plot, ranking_lists, weight_bars
 from meta_reid.items import Split, manifest
 from meta_reid.model import META
 from meta_reid.protocols import SETTINGS, Result, average, embed, evaluate, prepare, targets_of
+from meta_reid.rows import Row, plan, run_seeds
 from meta_reid.tables import SHOWN, latex, markdown, summary
-from meta_reid.train import Config, Row, plan, run_seeds, trained_on
+from meta_reid.train import Config, trained_on
 from shared.io import find_run, load_config, load_weights, write_image
 from shared.published import (
     Claim,

@@ -10,23 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from meta_reid.aggregation import Aggregation, mix, relevance, scoring_layers, weights
-from meta_reid.backbone import ARCHITECTURES, Architecture, GlobalTail, Probe, Trunk
+from meta_reid.backbone import Architecture, GlobalTail, Probe, Trunk, register_pixels
+from meta_reid.vit import VitArchitecture, VitTail, VitTrunk, architecture_of
 from shared.runtime import UserError, own_type
 from shared.weights import load_state, load_torch
 
-PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 RELEASED_CLASSES = (1467, 11934, 1502)
 PROBE_ROWS = 64
 
 
 class Head(nn.Module):
-    """GeM pooling (p = 3), BNNeck without a learned shift, linear classifier.
+    """Pooling, BNNeck without a learned shift, linear classifier.
 
-    classes: None builds no classifier. released: adds the release's unused `mask_layer`.
+    classes: None builds no classifier. released: adds the release's unused `mask_layer`. signed: pool by the
+    mean, not by GeM.
     """
 
-    def __init__(self, features: int, classes: int | None, released: bool = False):
+    def __init__(self, features: int, classes: int | None, released: bool = False, signed: bool = False):
         super().__init__()
+        self.pool = positional_mean if signed else gem
         if released:
             self.mask_layer = nn.Linear(features, 1, bias=False)
         self.bottleneck = nn.Sequential(nn.BatchNorm2d(features))
@@ -39,10 +41,20 @@ class Head(nn.Module):
         """Pooled feature (B, C) -> BN feature (B, C)."""
         return self.bottleneck(pooled[..., None, None]).flatten(1)
 
+    def feature(self, feature_map: Tensor) -> Tensor:
+        """(B, C, H, W) -> BN feature (B, C)."""
+        return self.neck(self.pool(feature_map))
+
     def forward(self, feature_map: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> pooled feature (B, C), for the metric losses, and logits (B, classes)."""
-        pooled = gem(feature_map)
+        pooled = self.pool(feature_map)
         return pooled, self.classifier(self.neck(pooled))
+
+
+def positional_mean(x: Tensor) -> Tensor:
+    """Mean over the positions in float32, (B, C, H, W) -> (B, C), for maps with values below zero, which GeM
+    cuts off."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).mean((-2, -1))
 
 
 def gem(x: Tensor, p: float = 3.0, eps: float = 1e-6) -> Tensor:
@@ -88,42 +100,52 @@ class META(nn.Module):
     episodic_grad: let the consistency loss reach the shared convolutions through the other experts.
     scoring_relu: a ReLU between the two layers of the scoring networks.
     released: also build what the release holds and never uses, under its names.
-    Raises ValueError with fewer than two domains.
+    size: (H, W) of the images, which a ViT's positions need. pixels: name of the pixel statistics in
+    `backbone.PIXELS`; None for those of the architecture.
+    Raises ValueError with fewer than two domains, UserError when patches do not fill the size.
     """
 
     def __init__(
         self,
         classes: Sequence[int],
-        architecture: str | Architecture = "r50",
+        architecture: str | Architecture | VitArchitecture = "r50",
         scoring: Literal["shared", "separate", "both"] = "shared",
         instance_norm: bool = True,
         episodic_grad: bool = False,
         scoring_relu: bool = False,
         released: bool = False,
+        size: tuple[int, int] = (256, 128),
+        pixels: str | None = None,
     ):
         super().__init__()
         if len(classes) < 2:
             raise ValueError("META needs at least two source domains")
-        arch = ARCHITECTURES[architecture] if isinstance(architecture, str) else architecture
+        arch = architecture_of(architecture)
         self.K, self.features = len(classes), arch.features
         self.episodic_grad, self.scoring_relu = episodic_grad, scoring_relu
         self.aggregation: Aggregation = "learned" if scoring == "separate" else "shared"
         self.temperature, self.normalize_parts = 1.0, False
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1))
-        self.backbone = Trunk(arch, self.K, PROBE_ROWS if released else 0)
-        self.backbone_agg = GlobalTail(arch, instance_norm)
+        register_pixels(self, pixels or arch.pixels)
+        if isinstance(arch, VitArchitecture):
+            self.backbone = VitTrunk(arch, self.K, size)
+            self.backbone_agg = VitTail(arch, size, instance_norm)
+        else:
+            self.backbone = Trunk(arch, self.K, PROBE_ROWS if released else 0)
+            self.backbone_agg = GlobalTail(arch, instance_norm)
 
-        self.heads_agg = Head(arch.features, sum(classes), released)
+        def head(count: int | None) -> Head:
+            return Head(arch.features, count, released, arch.signed)
+
+        self.heads_agg = head(sum(classes))
         if released:
-            self.heads_F_final = Head(arch.features, sum(classes), released)
+            self.heads_F_final = head(sum(classes))
         # No loss reaches this neck, in the release too: it divides by sqrt(1 + eps), no more.
-        self.heads_F_finals = Head(arch.features, sum(classes) if released else None, released)
+        self.heads_F_finals = head(sum(classes) if released else None)
         self.heads_F_finals.requires_grad_(False)
         for k, count in enumerate(classes, 1):
             if released:
-                self.add_module(f"heads_F_final_Expert{k}", Head(arch.features, count, released))
-            self.add_module(f"heads_Expert{k}", Head(arch.features, count, released))
+                self.add_module(f"heads_F_final_Expert{k}", head(count))
+            self.add_module(f"heads_Expert{k}", head(count))
 
         suffixes = [f"Expert{k}" for k in range(1, self.K + 1)] if scoring != "shared" else []
         self.scorings = ["learned"] if suffixes else []
@@ -140,15 +162,12 @@ class META(nn.Module):
         self.register_buffer("layer_norms", scale, persistent=False)
 
     def set_warm(self, warm: bool) -> None:
-        """Freeze (True) or release what the warm-up freezes: shared convolutions and global BN set."""
-        for unit in self.backbone.units:
-            unit.conv.requires_grad_(not warm)
-            if len(unit.norms) > self.K:
-                unit.norms[self.K].requires_grad_(not warm)
+        """Freeze (True) or release what the warm-up freezes: shared layers and the global branch's set."""
+        self.backbone.set_warm(warm)
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in 0..255 -> the stem's output, common to all passes."""
-        return self.backbone.conv1((images - self.pixel_mean) / self.pixel_std)
+        return self.backbone.first((images - self.pixel_mean) / self.pixel_std)
 
     def scores(self, kind: str, distances: Tensor, experts: Sequence[int]) -> Tensor:
         """Scores z_k of a scoring network ("learned" or "shared"), (B, len(experts)), from r (B, ., L)."""
@@ -185,7 +204,7 @@ class META(nn.Module):
         mixtures = {}
         for kind in self.scorings:
             w = weights(kind, distances, self.scores(kind, distances, others))
-            mixtures[kind] = gem(mix(w, frozen.maps))
+            mixtures[kind] = self.heads_F_finals.pool(mix(w, frozen.maps))
         own = self.backbone.live(stem, domain, learn=True)
         return *getattr(self, f"heads_Expert{domain + 1}")(own), mixtures
 
@@ -219,7 +238,7 @@ class META(nn.Module):
     def parts(self, description: Description, mode: Aggregation | None = None) -> tuple[Tensor, Tensor]:
         """The two halves of the embedding: mixture and global feature, (B, C) each."""
         mixture = mix(self.expert_weights(description, mode), description.experts)
-        return self.heads_F_finals.neck(gem(mixture)), self.heads_agg.neck(gem(description.universal))
+        return self.heads_F_finals.feature(mixture), self.heads_agg.feature(description.universal)
 
     def embed(self, images: Tensor, mode: Aggregation | None = None) -> Tensor:
         """Embedding [mixture | global], (B, 2C), to be compared by the cosine distance.

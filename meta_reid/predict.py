@@ -19,7 +19,8 @@ from meta_reid.gallery import Index
 from meta_reid.items import Item
 from meta_reid.model import META, load_official
 from meta_reid.protocols import embed, prepare
-from meta_reid.train import Config, plan, trained_on
+from meta_reid.rows import plan
+from meta_reid.train import Config, trained_on
 from shared.io import find_run, image_grid, images_of, load_config, load_weights, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from meta_reid.aggregation import mix, weights
-from meta_reid.model import META, Description, Training, gem
+from meta_reid.model import META, Description, Training
 from meta_reid.norms import Unit, first_norm
 
 
@@ -76,7 +76,9 @@ class Sequential:
         mixtures = {}
         for kind in model.scorings:
             w = weights(kind, r, model.scores(kind, r, others))
-            mixtures[kind] = gem(mix(w, torch.stack([maps[k].detach() for k in others])))
+            mixtures[kind] = model.heads_F_finals.pool(
+                mix(w, torch.stack([maps[k].detach() for k in others]))
+            )
         e, e_logits = getattr(model, f"heads_Expert{domain + 1}")(maps[domain])
         u, u_logits = model.heads_agg(universal)
         return Training(e, e_logits, u, u_logits, mixtures)

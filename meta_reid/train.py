@@ -1,7 +1,8 @@
 """Train META, its ablations and plain baselines for generalizable person re-identification.
 
-`demo` draws its own walkers and needs nothing else, `study` trains every row on them. `paper` is Protocol 2
-or 3 with three sources (--protocol, --target), `protocol1` the one with four, `manifest` your own domains.
+`demo` draws its own walkers and needs nothing else, `study` trains every row on them, `demo-vit` a small ViT.
+`paper` is Protocol 2 or 3 with three sources (--protocol, --target), `protocol1` the one with four, `vit` is
+`paper` with a ViT (--architecture clip-b16: CLIP's), `manifest` your own domains.
 The paper's four GPUs: torchrun --nproc-per-node 4 train.py paper --data-root DIR; the same on one GPU:
 train.py paper --shares 4 ...
 """
@@ -18,11 +19,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from meta_reid.baselines import Plain
 from meta_reid.data import Labels, batches, walker_sources
 from meta_reid.losses import backward, objective, smoothed_cross_entropy, triplet
 from meta_reid.model import META
-from meta_reid.pretrained import URLS, init_imagenet
 from meta_reid.protocols import (
     file_sources,
     manifest_sources,
@@ -30,24 +29,12 @@ from meta_reid.protocols import (
     remembered_sources,
     source_items,
 )
+from meta_reid.rows import VARIANTS, Row, plan, run_seeds, start_from_pretrained
 from meta_reid.samplers import DomainBatches
 from meta_reid.shares import Statistics
 from shared.io import Run, progress
 from shared.processes import means
 from shared.runtime import RunConfig, UserError, maybe_compile, run_training, start
-from shared.weights import download_url, load_torch, pretrained_path
-
-VARIANTS: dict[str, dict] = {
-    "meta": {},
-    "no-consistency": {"consistency": 0.0},
-    "no-in": {"instance_norm": False},
-    "episodic-grad": {"episodic_grad": True, "clip": 5.0},
-    "uniformity": {"uniformity": 1.0},
-    "baseline": {"method": "plain"},
-    "baseline-ibn": {"method": "plain", "norm": "ibn"},
-    "baseline-in": {"method": "plain", "norm": "in"},
-}
-"""Row of the result table -> what it changes in the configuration."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +60,22 @@ class Config(RunConfig):
     """META, or one plain network on mixed batches. Variants set it."""
     norm: Literal["bn", "ibn", "in"] = "bn"
     """Norms of the plain network."""
-    architecture: Literal["r18", "r34", "r50", "r101", "r152", "mini"] = "r50"
-    """Backbone."""
+    architecture: Literal[
+        "r18", "r34", "r50", "r101", "r152", "mini", "vit-s16", "vit-b16", "clip-b16", "vit-mini"
+    ] = "r50"
+    """Backbone: a ResNet as in the paper, or a ViT with the experts' layer norms (not in META)."""
     height: int = 256
     """Image height in pixels."""
     width: int = 128
     """Image width in pixels."""
+    pixels: Literal["backbone", "imagenet", "half", "clip"] = "backbone"
+    """Mean and deviation by which pixels are normalised: those of the backbone's pretraining, or by name
+    (`imagenet` for DeiT's weights in a ViT).
+    """
     pretrained: bool = True
-    """Start from torchvision's ImageNet weights."""
+    """Start from ImageNet weights, for `clip-b16` from CLIP's."""
     weights: Path | None = None
-    """File with those weights; default: torchvision's own download."""
+    """File with those weights, torchvision's, timm's or open_clip's; default: the library's own download."""
 
     instance_norm: bool = True
     """IN in the last stage of the global branch; False is the ablation with BN there."""
@@ -111,11 +104,13 @@ class Config(RunConfig):
     steps: int | None = None
     """Iterations; instead of `epochs`."""
     lr: float = 0.04
-    """Base learning rate of SGD with Nesterov momentum."""
+    """Base learning rate."""
     final_lr: float = 4e-5
     """Learning rate at the end of the cosine."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with Nesterov momentum as in the paper, or AdamW, which a ViT that starts from nothing needs."""
     momentum: float = 0.9
-    """Momentum."""
+    """Momentum of SGD."""
     weight_decay: float = 5e-4
     """Weight decay of everything but biases."""
     warmup: int = 500
@@ -136,11 +131,27 @@ WALKERS = Config(
 
 PRESETS = {
     "demo": WALKERS,
+    "demo-vit": dataclasses.replace(
+        WALKERS,
+        architecture="vit-mini",
+        optimizer="adamw",
+        lr=1e-3,
+        final_lr=1e-5,
+        weight_decay=0.05,
+        seeds=1,
+    ),
     "study": dataclasses.replace(WALKERS, variants=tuple(VARIANTS)),
     "paper": Config(protocol="2", workers=8),
     "protocol1": Config(protocol="1", workers=8),
     "manifest": Config(protocol="manifest", workers=8),
+    "vit": Config(
+        protocol="2", architecture="vit-b16", lr=0.008, final_lr=8e-6, weight_decay=1e-4, workers=8
+    ),
 }
+
+
+LEAST = {"people": 2, "images": 1, "shares": 1, "seeds": 1, "epochs": 1, "steps": 1}
+"""Smallest values that settings may have."""
 
 
 def load_sources(config: Config, seed: int) -> tuple[Dataset, Labels]:
@@ -170,47 +181,17 @@ def trained_on(folder: Path, config: Config) -> tuple[list[str], dict[int, list[
     return known
 
 
-def build(config: Config, classes: list[int], seed: int) -> nn.Module:
-    """The untrained network of a row, the same for the same seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if config.method == "plain":
-            return Plain(sum(classes), config.architecture, config.norm)
-        return META(
-            classes,
-            config.architecture,
-            config.scoring,
-            config.instance_norm,
-            config.episodic_grad,
-            config.scoring_relu,
-        )
-
-
-def start_from_imagenet(model: nn.Module, config: Config) -> None:
-    """ImageNet weights into trunk and global branch (or the plain network)."""
-    if not config.pretrained:
-        return
-    if config.architecture not in URLS:
-        raise UserError(f"no ImageNet weights for '{config.architecture}'; use --no-pretrained")
-    where = f"download {URLS[config.architecture]} and pass it with --weights, or use --no-pretrained"
-    path = pretrained_path("ImageNet ResNet", config.weights, where, download_url(URLS[config.architecture]))
-    state = load_torch(path)
-    for backbone in (model.backbone, model.backbone_agg) if isinstance(model, META) else (model,):
-        init_imagenet(backbone, state, str(path))
-
-
-def optimiser(model: nn.Module, config: Config) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; no weight decay on names with "bias". Sets without gradient stay still."""
+def optimiser(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """SGD or AdamW; no weight decay on names with "bias". Sets without gradient stay still."""
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups["bias" in name].append(parameter)
-    return torch.optim.SGD(
-        [{"params": groups[False], "weight_decay": config.weight_decay}, {"params": groups[True]}],
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=True,
-    )
+    split = [{"params": groups[False], "weight_decay": config.weight_decay}]
+    split.append({"params": groups[True], "weight_decay": 0.0})
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(split, lr=config.lr)
+    return torch.optim.SGD(split, lr=config.lr, momentum=config.momentum, nesterov=True)
 
 
 def learning_rate(step: int, steps: int, per_epoch: int, config: Config) -> float:
@@ -225,33 +206,6 @@ def learning_rate(step: int, steps: int, per_epoch: int, config: Config) -> floa
     epoch = max(step // per_epoch - math.ceil(config.warmup / per_epoch) + 1, 0)
     share = min(epoch / max(epochs, 1), 1.0)
     return config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(math.pi * share)) / 2
-
-
-@dataclass
-class Row:
-    """One training: a row of the table with one seed."""
-
-    name: str
-    config: Config
-    model: nn.Module
-
-
-def plan(config: Config, classes_of: dict[int, list[int]]) -> list[Row]:
-    """All rows of a run in their order, untrained. Raises UserError for an unknown one."""
-    unknown = [name for name in config.variants if name not in VARIANTS]
-    if unknown or not config.variants:
-        raise UserError(f"--variants: unknown variant {unknown[:1]}; there are {', '.join(VARIANTS)}")
-    rows = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        for name in config.variants:
-            changed = dataclasses.replace(config, seed=seed, **VARIANTS[name])
-            rows.append(Row(f"{name}-{seed}", changed, build(changed, classes_of[seed], seed)))
-    return rows
-
-
-def run_seeds(config: Config) -> range:
-    """Seeds of a run."""
-    return range(config.seed, config.seed + config.seeds)
 
 
 def step_back(
@@ -315,7 +269,7 @@ def train_row(
     if saved is not None:
         optim.load_state_dict(saved)
     else:
-        start_from_imagenet(model, config)
+        start_from_pretrained(model, config)
     mixed = config.method == "plain"
     shares = config.shares
     batch = config.people * config.images * accelerator.num_processes * shares
@@ -397,10 +351,10 @@ def train(config: Config) -> Path:
     """Train all rows of `config`; returns the run folder. Continues a run that was interrupted."""
     if config.save_every % 20:
         raise UserError(f"--save-every {config.save_every}: must be a multiple of 20, the logging interval")
-    for name, least in {"people": 2, "images": 1, "shares": 1, "seeds": 1, "epochs": 1, "steps": 1}.items():
+    for name, least in LEAST.items():
         value = getattr(config, name)
         if value is not None and value < least:
-            raise UserError(f"--{name} {value}: must be {least} or more")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = start(config, kwargs_handlers=[parallel])
     data = {seed: load_sources(config, seed) for seed in run_seeds(config)}

@@ -21,7 +21,8 @@ from meta_reid.gallery import Index
 from meta_reid.losses import objective
 from meta_reid.model import META
 from meta_reid.protocols import Result
-from meta_reid.train import PRESETS, VARIANTS, Row, learning_rate, optimiser, plan, train
+from meta_reid.rows import VARIANTS, Row, plan
+from meta_reid.train import PRESETS, learning_rate, optimiser, train
 from meta_reid.walkers import draw
 from shared.io import images_of, write_image
 from shared.runtime import UserError
