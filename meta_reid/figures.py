@@ -4,11 +4,13 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from sklearn.manifold import TSNE
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
+from torch.utils.data import Dataset
 
-from meta_reid.data import Target
+from meta_reid.data import Labels, Target, Tensors
+from meta_reid.model import META
+from meta_reid.protocols import rows_at
 from shared.io import image_grid
 
 matplotlib.use("Agg")
@@ -25,7 +27,12 @@ def framed(image: Tensor, colour: tuple[float, float, float], width: int = 2) ->
 
 
 def ranking_lists(
-    features: Tensor, target: Target, queries: Tensor, gallery: Tensor, top: int = 10
+    features: Tensor,
+    target: Target,
+    queries: Tensor,
+    gallery: Tensor,
+    top: int = 10,
+    row_labels: list[str] | None = None,
 ) -> Tensor:
     """One row per query: the query in blue, then its nearest gallery images, right ones in green.
 
@@ -33,7 +40,8 @@ def ranking_lists(
     identity and camera are left out, as in the metrics.
     """
     scale = 2 if target.images[0][0].shape[-1] < 64 else 1
-    similarity = normalize(features[queries]) @ normalize(features[gallery]).T
+    known = rows_at(features, gallery)
+    similarity = normalize(features[queries]) @ known.T / known.norm(dim=1).clamp_min(1e-12)
     same = target.identities[queries, None] == target.identities[gallery]
     own = same & (target.cameras[queries, None] == target.cameras[gallery])
     order = similarity.masked_fill(own, -2).argsort(dim=1, descending=True, stable=True)[:, :top]
@@ -44,7 +52,42 @@ def ranking_lists(
             shown = framed(target.images[int(gallery[column])][0] / 255, GREEN if same[row, column] else RED)
             # A short gallery leaves the last places of a row empty.
             tiles.append(torch.ones_like(shown) if own[row, column] else shown)
-    return image_grid(tiles, columns=order.shape[1] + 1, scale=scale)
+    return image_grid(tiles, columns=order.shape[1] + 1, row_labels=row_labels, scale=scale)
+
+
+@torch.no_grad()
+def training_sheet(
+    model: nn.Module, images: Dataset, labels: Labels, device: torch.device, people: int = 4, views: int = 4
+) -> Tensor:
+    """What a network in training makes of some of its own images, without augmentation: ranking lists of two
+    persons of each source, for META with the experts' weights of the query.
+
+    people, views: how many persons of each source and images of each are ranked. The network is evaluated and
+    left in training as it was.
+    """
+    union, chosen, queries = labels.union.cpu(), [], []
+    for domain in range(len(labels.names)):
+        for number, person in enumerate(union[labels.domain == domain].unique()[:people].tolist()):
+            if number < 2:
+                queries.append(len(chosen))
+            chosen += (union == person).nonzero().squeeze(1)[:views].tolist()
+    pixels = torch.stack([images[index][0] for index in chosen])
+    everyone = torch.arange(len(chosen))
+    target = Target("sources", Tensors(pixels), union[chosen], everyone, [])
+    model.eval()
+    names = [labels.names[int(labels.domain[chosen[query]])] for query in queries]
+    on_device = pixels.to(device, memory_format=torch.channels_last)
+    if isinstance(model, META):
+        described = model.describe(on_device)
+        features, weights = torch.cat(model.parts(described), 1), model.expert_weights(described).tolist()
+        for row, query in enumerate(queries):
+            shares = zip(labels.names, weights[query], strict=True)
+            names[row] += ": " + " ".join(f"{name} {share:.2f}" for name, share in shares)
+    else:
+        features = model.embed(on_device)
+    model.train()
+    others = torch.tensor([index for index in everyone.tolist() if index not in queries])
+    return ranking_lists(features.cpu(), target, torch.tensor(queries), others, row_labels=names)
 
 
 def weight_bars(weights: dict[str, Tensor], experts: list[str], path: Path) -> None:
@@ -65,6 +108,8 @@ def weight_bars(weights: dict[str, Tensor], experts: list[str], path: Path) -> N
 
 def embedding_plot(features: dict[str, Tensor], path: Path, most: int = 150) -> None:
     """t-SNE of the embeddings of several domains, domain name -> (N, D); at most `most` of each."""
+    from sklearn.manifold import TSNE  # takes seconds, and training needs this module too
+
     parts = {name: normalize(feature[:most]) for name, feature in features.items()}
     joined = torch.cat(list(parts.values())).numpy()
     perplexity = min(30, (len(joined) - 1) // 3)

@@ -65,7 +65,8 @@ def rank(
     """
     if not len(gallery):
         raise ValueError("the gallery is empty")
-    gallery_t = normalize(gallery.float()).T.contiguous()
+    lengths = gallery.float().norm(dim=1).clamp_min(1e-12)
+    gallery_t = gallery.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True).div_(lengths)
     chunk = max(1, CHUNK_BYTES // (BYTES_PER_PAIR * len(gallery)))
     cmc = torch.zeros(CMC_LENGTH, device=gallery.device)
     aps, inps, skipped = [], [], 0

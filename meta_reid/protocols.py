@@ -124,6 +124,14 @@ class Result:
     """Queries without a true match, over all splits: excluded, as the protocol says."""
 
 
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], without a copy where the rows follow one another, as queries and gallery of one split do."""
+    first = int(index[0]) if len(index) else 0
+    if torch.equal(index, torch.arange(first, first + len(index))):
+        return x[first : first + len(index)]
+    return x[index]
+
+
 def evaluate(embeddings: Tensor, target: Target) -> Result:
     """Embeddings of all images of a target, (N, D) -> metrics in percent, averaged over its splits.
 
@@ -132,7 +140,7 @@ def evaluate(embeddings: Tensor, target: Target) -> Result:
     rankings: list[Ranking] = []
     for query, gallery in target.splits:
         ids, cameras = target.identities, target.cameras
-        sides = [side[part] for side in (embeddings, ids, cameras) for part in (query, gallery)]
+        sides = [rows_at(side, part) for side in (embeddings, ids, cameras) for part in (query, gallery)]
         try:
             rankings.append(rank(*sides))
         except ValueError as error:
@@ -160,16 +168,21 @@ def embed(
     workers: int = 0,
     bf16: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Apply a network's function to all images in evaluation mode; its outputs, concatenated, on the CPU."""
+    """Apply a network's function to all images in evaluation mode; its outputs for all of them, in float32 on
+    the CPU. They are written where they stay, so that nothing is held twice."""
     loader = DataLoader(images, batch, num_workers=workers, pin_memory=device.type == "cuda")
-    outputs: list[tuple[Tensor, ...]] = []
+    outputs: tuple[Tensor, ...] = ()
+    done = 0
     for pixels, _ in progress(batches(loader), "images", len(loader)):
         pixels = pixels.to(device, non_blocking=True, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             result = function(pixels)
         result = result if isinstance(result, tuple) else (result,)
-        outputs.append(tuple(part.float().cpu() for part in result))
-    return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+        outputs = outputs or tuple(torch.empty(len(images), *part.shape[1:]) for part in result)
+        for whole, part in zip(outputs, result, strict=True):
+            whole[done : done + len(part)] = part
+        done += len(pixels)
+    return outputs
 
 
 def prepare(model: nn.Module, device: torch.device) -> nn.Module:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from meta_reid.data import Labels, batches, walker_sources
+from meta_reid.figures import training_sheet
 from meta_reid.losses import backward, objective, smoothed_cross_entropy, triplet
 from meta_reid.model import META
 from meta_reid.protocols import (
@@ -121,11 +122,13 @@ class Config(RunConfig):
     """Largest gradient norm; None does not clip."""
     save_every: int = 1000
     """Iterations between checkpoints."""
+    sample_every: int = 1000
+    """Iterations between pictures (`samples/training-*.png`) of what the network makes of training images."""
 
 
 WALKERS = Config(
     architecture="mini", height=48, width=24, pretrained=False, scoring="both", people=8, steps=200, lr=0.05,
-    final_lr=5e-5, warmup=30, freeze=0, save_every=100, seeds=3,
+    final_lr=5e-5, warmup=30, freeze=0, save_every=100, sample_every=100, seeds=3,
     variants=("meta", "no-consistency", "no-in", "baseline"),
 )  # fmt: skip
 
@@ -150,7 +153,7 @@ PRESETS = {
 }
 
 
-LEAST = {"people": 2, "images": 1, "shares": 1, "seeds": 1, "epochs": 1, "steps": 1}
+LEAST = {"people": 2, "images": 1, "shares": 1, "seeds": 1, "epochs": 1, "steps": 1, "sample_every": 1}
 """Smallest values that settings may have."""
 
 
@@ -328,6 +331,9 @@ def train_row(
             scalars = means({f"{row.name}/{name}": value / count for name, value in logged.items()})
             run.log(position["row"] * steps + done, **scalars)
             logged.clear()
+        if (done % config.sample_every == 0 or done == steps) and accelerator.is_main_process:
+            sheet = training_sheet(model, images, labels, accelerator.device)
+            run.picture(f"training-{row.name}", sheet)
         if done == steps:
             position.update(row=position["row"] + 1, step=0)
         if done == steps or done % config.save_every == 0:

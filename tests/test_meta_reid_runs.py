@@ -14,17 +14,20 @@ from safetensors.torch import load_file, save_file
 
 from meta_reid import eval as evaluation
 from meta_reid import predict
+from meta_reid.claims import claims_from
 from meta_reid.data import Target, Tensors, walker_target
-from meta_reid.eval import Measured, Options, claims_from, measure, protocol_metrics, rows_of
+from meta_reid.eval import Options, protocol_metrics, rows_of
 from meta_reid.export import export
 from meta_reid.gallery import Index
 from meta_reid.losses import objective
-from meta_reid.model import META
-from meta_reid.protocols import Result
+from meta_reid.measure import Measured, measure
+from meta_reid.model import META, Description
+from meta_reid.protocols import Result, evaluate, rows_at
 from meta_reid.rows import VARIANTS, Row, plan
 from meta_reid.train import PRESETS, learning_rate, optimiser, train
 from meta_reid.walkers import draw
-from shared.io import images_of, write_image
+from shared.bench import peak_memory
+from shared.io import Run, images_of, write_image
 from shared.runtime import UserError
 
 
@@ -88,6 +91,29 @@ def test_a_killed_run_continues_to_the_same_weights_and_log(tmp_path):
     helpers.kill_when((killed / "checkpoint").is_dir, "meta_reid", *arguments, "--out", killed)
     train(small(variants=("meta", "baseline"), out=killed))
     helpers.assert_same_runs(killed, whole)
+
+
+def test_pictures_while_it_trains_change_nothing(tmp_path):
+    rows = ("meta", "baseline")
+    without = train(small(variants=rows, sample_every=1000, out=tmp_path / "without"))
+    written = tmp_path / "with" / "samples"
+    seen = []
+
+    def watch(self, name, image):
+        seen.append((name, image.shape))
+        picture(self, name, image)
+
+    with pytest.MonkeyPatch.context() as patch:
+        picture = Run.picture
+        patch.setattr(Run, "picture", watch)
+        pictured = train(small(variants=rows, sample_every=10, out=tmp_path / "with"))
+    helpers.assert_same_runs(pictured, without)
+    assert [name for name, _ in seen] == ["training-meta-0"] * 4 + ["training-baseline-0"] * 4
+    for name in rows:
+        assert (written / f"training-{name}-0.png").stat().st_size > 0
+        assert (without / "samples" / f"training-{name}-0.png").exists()  # of the last step
+    # Six queries, each with its ten nearest; the weights stand left of them.
+    assert seen[0][1][1] == 6 * (2 * 52 + 2) - 2 and seen[0][1][2] > 11 * (2 * 28 + 2) + 60
 
 
 def test_train_evaluate_and_search_from_the_folder(tmp_path):
@@ -229,13 +255,14 @@ def test_two_processes_give_the_curves_of_two_shares(tmp_path, monkeypatch):
     assert furthest_weights(one / "checkpoint", two / "checkpoint") < 1e-3
 
 
-def measured(*parts: str) -> Measured:
-    """A META row on a target of four images, with made-up embeddings of these parts."""
+def measured(*modes: str) -> Measured:
+    """A META row on a target of four images, with made-up embeddings of these modes."""
     rng = torch.Generator().manual_seed(0)
     values = {"mAP": 1.0, "Rank-1": 2.0}
-    features = {part: torch.rand(4, 6, generator=rng) for part in parts}
-    results = {part: Result(values, dict.fromkeys(values, 0.0), 0) for part in parts}
-    return Measured(results, features, None, torch.zeros(4, 3))
+    results = {f"full:{mode}": Result(values, dict.fromkeys(values, 0.0), 0) for mode in modes}
+    parts = {"global": torch.rand(4, 6, generator=rng)}
+    parts |= {f"mixture:{mode}": torch.rand(4, 6, generator=rng) for mode in modes}
+    return Measured(results, parts, False, None, torch.zeros(4, 3))
 
 
 def test_only_the_method_itself_stands_beside_the_published_numbers(tmp_path, monkeypatch):
@@ -243,7 +270,7 @@ def test_only_the_method_itself_stands_beside_the_published_numbers(tmp_path, mo
     split = (torch.tensor([0, 1]), torch.tensor([2, 3]))
     target = Target("Market1501", Tensors(torch.zeros(4, 3, 8, 4)), ids, cameras, [split])
     monkeypatch.setattr(evaluation, "target_sets", lambda config: [target])
-    monkeypatch.setattr(evaluation, "measure", lambda *_: measured("full:official", "full:shared"))
+    monkeypatch.setattr(evaluation, "measure", lambda *_: measured("official", "shared"))
     config = replace(PRESETS["paper"], preset="paper", target="M")
     rows = {name: Row(name, replace(config, **VARIANTS[name[:-2]]), None) for name in ("meta-0", "no-in-0")}
 
@@ -262,8 +289,8 @@ def test_modes_that_a_run_has_no_scores_for(tmp_path):
     with pytest.raises(UserError, match="'learned'.*was trained with the 'shared' scoring"):
         measure(row, None, Options(aggregation=("learned",)), torch.device("cpu"))
     # Claim (f) compares the modes that are there.
-    rows = {"meta-0": measured("full:official", "full:shared"), "no-consistency-0": measured("full:official")}
-    rows["no-consistency-0"].features["full:shared"] = torch.zeros(4, 6)
+    rows = {"meta-0": measured("official", "shared"), "no-consistency-0": measured("official", "shared")}
+    rows["no-consistency-0"].parts["mixture:shared"].zero_()
     (claim,) = claims_from({}, rows, {}, [0])
     assert claim.id == "f" and claim.holds and list(claim.measured) == ["official, seed 0", "shared, seed 0"]
 
@@ -275,9 +302,9 @@ def test_embeddings_in_bf16_and_by_loading_processes():
         target, images=Tensors(target.images.images[:12]), splits=[(torch.arange(2), torch.arange(2, 12))]
     )
     cpu = torch.device("cpu")
-    exact = measure(row, few, Options(aggregation=("uniform",)), cpu).features["full:uniform"]
+    exact = measure(row, few, Options(aggregation=("uniform",)), cpu).full("uniform")
     options = Options(aggregation=("uniform",), bf16=True, workers=1, batch=4)
-    rough = measure(row, few, options, cpu).features["full:uniform"]
+    rough = measure(row, few, options, cpu).full("uniform")
     assert torch.cosine_similarity(exact, rough).min() > 0.99 and not torch.equal(exact, rough)
 
 
@@ -291,6 +318,7 @@ def test_embeddings_in_bf16_and_by_loading_processes():
         ({"seeds": 0}, "--seeds 0"),
         ({"variants": ()}, "--variants"),
         ({"save_every": 30}, "multiple of 20"),
+        ({"sample_every": 0}, "--sample-every 0: must be 1 or more"),
     ],
 )
 def test_settings_that_cannot_train_are_refused(changes, message, tmp_path):
@@ -329,3 +357,48 @@ def test_only_rows_of_meta_are_searched_with(monkeypatch):
         monkeypatch.setattr(predict, "load_config", lambda *_, v=variants: small(variants=v))
         with pytest.raises(UserError, match=message):
             predict.load_model(predict.Options(row=row))
+
+
+def test_whole_embeddings_are_made_one_at_a_time_and_give_the_same_results(monkeypatch):
+    """The results are those of all embeddings at once, but never is there more than the parts, one whole
+    embedding, the gallery of its ranking and a little."""
+    monkeypatch.setattr("meta_reid.metrics.CHUNK_BYTES", 2**18)
+    n, c, modes = 900, 256, ("nearest", "uniform", "official")
+    rng = torch.Generator().manual_seed(0)
+    halves = torch.randn(n, len(modes) + 1, c, generator=rng)
+
+    class Known(torch.nn.Module):
+        """Looks embeddings up; the number of an image stands in its first pixel."""
+
+        scorings = ()
+
+        def describe(self, images):
+            number = images[:, 0, 0, 0].long()
+            return Description(number, number, torch.ones(len(number), 3, 2))
+
+        def parts(self, described, mode):
+            number = described.experts
+            return halves[number, modes.index(mode)], halves[number, -1]
+
+    images = Tensors(torch.arange(n, dtype=torch.int32).view(n, 1, 1, 1).expand(n, 3, 1, 1))
+    people, cameras = torch.arange(n) % 40, torch.arange(n) % 7
+    target = Target("T", images, people, cameras, [(torch.arange(60), torch.arange(60, n))])
+    row = Row("meta-0", small(), Known())
+    found = []
+    peak = peak_memory(
+        lambda: found.append(measure(row, target, Options(aggregation=modes), torch.device("cpu")))
+    )
+    for i, mode in enumerate(modes):
+        whole = torch.cat([halves[:, i], halves[:, -1]], 1)
+        assert torch.equal(found[0].full(mode), whole)
+        assert found[0].results[f"full:{mode}"] == evaluate(whole, target)
+        assert found[0].results[f"mixture:{mode}"] == evaluate(halves[:, i].contiguous(), target)
+    parts, whole = 4 * n * c * (len(modes) + 1), 4 * n * 2 * c
+    assert peak < 1.1 * (parts + 2 * whole)
+
+
+def test_rows_that_follow_one_another_are_not_copied():
+    x = torch.randn(6, 2)
+    for index in (torch.arange(2, 5), torch.tensor([3, 1]), torch.tensor([], dtype=torch.long)):
+        assert torch.equal(rows_at(x, index), x[index])
+    assert rows_at(x, torch.arange(2, 5)).data_ptr() == x[2].data_ptr()
