@@ -84,12 +84,21 @@ def small(**changes):
     )
 
 
-def test_a_killed_run_continues_to_the_same_weights_and_log(tmp_path):
-    whole = train(small(variants=("meta", "baseline"), out=tmp_path / "whole"))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"variants": ("meta", "baseline")},
+        {"variants": ("meta",), "architecture": "vit-mini", "optimizer": "adamw"},
+    ],
+)
+def test_a_killed_run_continues_to_the_same_weights_and_log(changes, tmp_path):
+    whole = train(small(out=tmp_path / "whole", **changes))
     killed = tmp_path / "killed"
-    arguments = ["demo", *helpers.TINY["meta_reid"], "--variants", "meta", "baseline", "--device", "cpu"]
+    arguments = ["demo", *helpers.TINY["meta_reid"], "--device", "cpu"]
+    for name, value in changes.items():
+        arguments += [f"--{name}", *([value] if isinstance(value, str) else value)]
     helpers.kill_when((killed / "checkpoint").is_dir, "meta_reid", *arguments, "--out", killed)
-    train(small(variants=("meta", "baseline"), out=killed))
+    train(small(out=killed, **changes))
     helpers.assert_same_runs(killed, whole)
 
 

@@ -10,16 +10,20 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from meta_reid import pretrained
+from meta_reid import predict, pretrained
 from meta_reid.aggregation import MODES, mix, weights
 from meta_reid.backbone import PIXELS
 from meta_reid.baselines import Plain
+from meta_reid.data import Target, Tensors
+from meta_reid.eval import Options, rows_of
 from meta_reid.export import export
 from meta_reid.losses import backward, consistency, objective
+from meta_reid.measure import measure, measure_plain
 from meta_reid.model import META, Description, Training
 from meta_reid.pretrained import init_vit, positions, vit_state
-from meta_reid.train import PRESETS, optimiser
-from meta_reid.vit import TokenNorm, VitArchitecture
+from meta_reid.rows import plan, start_from_pretrained
+from meta_reid.train import PRESETS, optimiser, train
+from meta_reid.vit import VITS, TokenNorm, VitArchitecture
 from shared.bench import count_macs
 from shared.runtime import UserError
 
@@ -416,3 +420,58 @@ def test_bfloat16_stays_close_to_single_precision():
 def test_export_reproduces_the_network(ending, tmp_path):
     model = tiny("clip").float()
     assert export(model, SIZE, tmp_path / f"meta.{ending}") < 1e-4
+
+
+# --- whole runs ------------------------------------------------------------------------------------
+
+
+def test_a_vit_is_trained_evaluated_searched_with_and_exported(tmp_path, monkeypatch):
+    monkeypatch.setitem(VITS, "vit-mini", VitArchitecture(16, 4, 2, patch=8, pixels="imagenet"))
+    rows = ("meta", "no-in", "baseline")
+    config = replace(
+        PRESETS["demo-vit"], preset="demo-vit", variants=rows, steps=3, people=4, device="cpu",
+        pixels="half", out=tmp_path / "run",
+    )  # fmt: skip
+    folder = train(config)
+    trained = rows_of(config, folder)
+    images = Tensors((torch.rand(12, 3, 48, 24) * 255).byte())
+    people = torch.arange(12) % 3
+    target = Target("T", images, people, torch.arange(12), [(torch.arange(3), torch.arange(3, 12))])
+    for name in ("meta-0", "no-in-0"):
+        measured = measure(trained[name], target, Options(), torch.device("cpu"))
+        assert set(measured.modes) == set(MODES) and measured.full("shared").shape == (12, 32)
+    assert (
+        0 <= measure_plain(trained["baseline-0"], target, Options(), torch.device("cpu")).mean["mAP"] <= 100
+    )
+    for name in rows:
+        assert (folder / "samples" / f"training-{name}-0.png").stat().st_size > 0
+    model, names, size, _ = predict.load_model(predict.Options(run=folder))
+    assert names == ["A", "B", "C"] and size == (48, 24)
+    assert (model.pixel_mean == 127.5).all()  # --pixels half
+    assert export(model, size, tmp_path / "meta.pt") < 1e-4
+
+
+def test_settings_of_the_vit_presets():
+    assert PRESETS["vit"].architecture == "vit-b16" and PRESETS["vit"].pretrained
+    row = plan(replace(PRESETS["demo-vit"], variants=("meta",)), {0: [3, 3, 3]})[0]
+    found = optimiser(row.model, row.config)
+    assert isinstance(found, torch.optim.AdamW)
+    assert [group["weight_decay"] for group in found.param_groups] == [0.05, 0]
+    with pytest.raises(UserError, match="no pretrained weights for 'vit-mini'"):
+        start_from_pretrained(row.model, replace(row.config, pretrained=True))
+
+
+def test_a_vit_starts_from_the_file_that_weights_names(tmp_path, monkeypatch):
+    monkeypatch.setitem(pretrained.TIMM, "vit-mini", "vit_of_the_test")
+    monkeypatch.setitem(VITS, "vit-mini", SMALL["vit"])
+    source = timm_network((32, 32))  # of another grid
+    torch.save(source.state_dict(), tmp_path / "vit.pth")
+    config = replace(
+        PRESETS["demo-vit"], height=32, width=16, pretrained=True, weights=tmp_path / "vit.pth",
+        variants=("meta", "baseline"),
+    )  # fmt: skip
+    for row in plan(config, {0: [3, 3, 3]}):
+        start_from_pretrained(row.model, row.config)
+        vit = row.model.backbone if row.name == "meta-0" else row.model.vit
+        assert torch.equal(vit.blocks[3].mlp.fc2.weight, source.blocks[3].mlp.fc2.weight)
+        torch.testing.assert_close(vit.pos_embed, positions(source.pos_embed, (4, 2), "file"))
