@@ -19,6 +19,7 @@ from mdrnets.memory import DMM, Addressing, Routing, Update
 from mdrnets.mrem import MREM, hole_cells
 from mdrnets.parser import load_bisenet_state
 from shared.bisenet import BiSeNet
+from shared.norms import InstanceNorm
 from shared.runtime import UserError, own_type
 
 Memory = Literal["none", "shared", "disentangled"]
@@ -58,22 +59,6 @@ SIZES = {
     "unit": Size((8, 8), 3, False, (1,), (1,), (1,), 4, 4),
 }
 SizeName = Literal["mdrnet_256", "tiny", "unit"]
-
-
-class InstanceNorm(nn.Module):
-    """Instance norm without learned parameters, (B, C, h, w).
-
-    On a CPU it is not PyTorch's own form, which is slower, copies channels-last maps to another order and
-    back and, for a single picture whose gradient arrives channels-last, gives a wrong gradient.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return F.instance_norm(x)
-        if not x.requires_grad:
-            return F.group_norm(x, int(x.shape[1]))  # fast forward; its backward pass is not
-        each = [F.batch_norm(image, None, None, training=True) for image in x.split(1)]
-        return torch.cat(each) if len(each) > 1 else each[0]
 
 
 def _activation(norm: bool) -> nn.Module:

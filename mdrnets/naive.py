@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from mdrnets import losses
 from mdrnets.memory import DMM
-from mdrnets.model import InstanceNorm, MDRNet, RefineNet, composite
+from mdrnets.model import MDRNet, RefineNet, composite
 from mdrnets.train import Config
+from shared.norms import with_plain_norms
 from shared.runtime import own_type
 
 
@@ -42,19 +43,9 @@ class Refine(nn.Module):
         return comp + self.refine.decoder(self.refine.mrem.dense(features, holes)[0])
 
 
-class OwnNorm(nn.Module):
-    """PyTorch's instance norm."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.instance_norm(x)
-
-
 def made_plain(net: MDRNet) -> MDRNet:
-    """A network, changed: `OwnNorm` in the place of `InstanceNorm`, both modules in the plain forms."""
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, InstanceNorm):
-                setattr(module, name, OwnNorm())
+    """A network, changed: PyTorch's instance norm and both modules in the plain forms."""
+    with_plain_norms(net)
     return MDRNet(net.coarse, net.parser, Refine(net.refine), net.stride)
 
 

@@ -24,6 +24,7 @@ from most_net.scoot import scoot
 from most_net.train import PRESETS, Weights, update
 from most_net.trials import begin, plan
 from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report, throughput
+from shared.norms import with_plain_norms
 from shared.runtime import parse, pick_device, run_main, start
 
 STEP_WEIGHTS = Weights(pixel=1, reconstruction=1, perceptual=0, adversarial=1)
@@ -104,7 +105,7 @@ def step_rows(
         with torch.autocast(device.type, torch.bfloat16) if bf16 and not wrapped else nullcontext():
             update(settings, trial, learner, accelerator, pairs, 0)
 
-    net, discriminator = MostNet(arch).to(device), Discriminator(arch.base).to(device)
+    net, discriminator = with_plain_norms(MostNet(arch)).to(device), Discriminator(arch.base).to(device)
     optimizers = tuple(torch.optim.Adam(m.parameters(), 2e-4, foreach=False) for m in (net, discriminator))
 
     def naive(low: bool) -> Callable[[], None]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from most_net.memory import Memory, MemoryKind
+from shared.norms import InstanceNorm
 from shared.runtime import own_type
 
 
@@ -71,9 +72,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             _conv(channels, channels, 3, dilation),
-            *_after(channels, arch),
+            *_after(arch),
             _conv(channels, channels, 3, dilation),
-            *_after(channels, arch)[:-1],
+            *_after(arch)[:-1],
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,10 +101,10 @@ class Encoder(nn.Module):
 
     def __init__(self, inputs: int, arch: Architecture):
         super().__init__()
-        layers: list[nn.Module] = [_conv(inputs, arch.base, arch.kernel), *_after(arch.base, arch)]
+        layers: list[nn.Module] = [_conv(inputs, arch.base, arch.kernel), *_after(arch)]
         for level in range(arch.downs):
             channels = arch.base * 2**level
-            layers += [nn.Conv2d(channels, 2 * channels, 4, 2, 1), *_after(2 * channels, arch)]
+            layers += [nn.Conv2d(channels, 2 * channels, 4, 2, 1), *_after(arch)]
         layers += [ResidualBlock(arch.channels, arch, dilation) for dilation in arch.dilations]
         self.body = nn.Sequential(*layers, nn.GroupNorm(1, arch.channels))
 
@@ -121,7 +122,7 @@ class KeyHead(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.project = nn.Conv2d(channels, channels, 1)
-        self.centre = nn.InstanceNorm2d(channels)
+        self.centre = InstanceNorm()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(self.centre(self.project(x)).float(), dim=1)
@@ -139,7 +140,7 @@ class Decoder(nn.Module):
         layers: list[nn.Module] = [ResidualBlock(arch.channels, arch) for _ in range(arch.decoder_blocks)]
         for level in reversed(range(arch.downs)):
             channels = arch.base * 2**level
-            layers += [*_double(2 * channels, channels, arch), *_after(channels, arch)]
+            layers += [*_double(2 * channels, channels, arch), *_after(arch)]
         self.body = nn.Sequential(*layers, _conv(arch.base, 1, arch.kernel))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -309,11 +310,11 @@ def _double(inputs: int, outputs: int, arch: Architecture) -> list[nn.Module]:
     return [
         nn.Upsample(scale_factor=2),
         _conv(inputs, outputs, 3),
-        *_after(outputs, arch),
+        *_after(arch),
         _conv(outputs, outputs, 3),
     ]
 
 
-def _after(channels: int, arch: Architecture) -> list[nn.Module]:
-    norm = [nn.InstanceNorm2d(channels)] if arch.instance_norm else []
+def _after(arch: Architecture) -> list[nn.Module]:
+    norm = [InstanceNorm()] if arch.instance_norm else []
     return [*norm, nn.LeakyReLU(arch.slope) if arch.slope else nn.ReLU()]

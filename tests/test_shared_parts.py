@@ -9,6 +9,7 @@ from shared import runtime
 from shared.io import load_safetensors, save_safetensors
 from shared.irse import IRSE, Trunk
 from shared.loop import Position, average_gradients, follow
+from shared.norms import InstanceNorm, PlainInstanceNorm, with_plain_norms
 from shared.onnxfile import open_onnx, require_close, run_onnx, write_onnx
 from shared.records import replacing
 from shared.runtime import UserError
@@ -183,3 +184,36 @@ def test_weights_of_a_module_come_back_and_leave_no_other_file(tmp_path):
         torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values(), strict=True)
     )
     assert [entry.name for entry in path.parent.iterdir()] == ["net.safetensors"]
+
+
+# --- norms ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_instance_norm_and_its_gradient_are_the_textbooks_in_either_order(count, order):
+    """PyTorch's own gives a wrong gradient for one picture, on a CPU, where the gradient is channels-last."""
+    torch.manual_seed(0)
+    x, gradient = (torch.randn(count, 8, 6, 6, dtype=torch.float64) for _ in range(2))
+    variance, mean = torch.var_mean(x.requires_grad_(), (2, 3), correction=0, keepdim=True)
+    expected = (x - mean) / (variance + 1e-5).sqrt()
+    (of_x,) = torch.autograd.grad(expected, x, gradient)
+    for arrives in (torch.contiguous_format, torch.channels_last):
+        mine = x.detach().clone(memory_format=order).requires_grad_()
+        y = InstanceNorm()(mine)
+        y.backward(gradient.contiguous(memory_format=arrives))
+        assert y.is_contiguous(memory_format=order)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(mine.grad, of_x)
+        torch.testing.assert_close(InstanceNorm()(mine.detach()), expected)
+
+
+def test_plain_norms_take_the_place_of_ours_and_give_the_same():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(InstanceNorm(), nn.ReLU()), InstanceNorm())
+    x = torch.randn(2, 3, 8, 8)
+    ours = net(x)
+    assert with_plain_norms(net) is net
+    assert [type(m) for m in net.modules()].count(PlainInstanceNorm) == 2
+    assert not any(isinstance(m, InstanceNorm) for m in net.modules())
+    torch.testing.assert_close(net(x), ours)
