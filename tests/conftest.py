@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import Browser, chromium
+
+pytest.register_assert_rewrite("browser", "curves", "helpers", "layouts")  # before they are imported
+
+from browser import Browser, chromium  # noqa: E402
 
 
 @pytest.fixture

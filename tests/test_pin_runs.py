@@ -21,10 +21,12 @@ from pin.eval import evaluate
 from pin.export import Options as Export
 from pin.export import export
 from pin.immune import identity_cost
+from pin.losses import cosine_logits
 from pin.model import official
 from pin.predict import Options as Purify
 from pin.predict import load_defense, predict
-from pin.recognizers import OnnxRecognizer
+from pin.recognition import attack_training_batch
+from pin.recognizers import OnnxRecognizer, SmallRecognizer
 from pin.train import PRESETS, train
 from shared.io import write_image
 from shared.runtime import UserError, parse_presets
@@ -350,11 +352,31 @@ def test_ais_memory_follows_and_replaces():
 
 
 def test_two_processes_give_the_curves_of_one(tmp_path):
-    """The attack of adversarial training takes signs, which rounding turns: its pixels hardly move here."""
+    """Adversarial training attacks with its random start alone: steps follow signs, which rounding turns."""
     arguments = ["demo", *TINY, "--variants", "pin", "ais", "--recognizers", "recognizer", "robust"]
-    arguments += ["--adversarial", "trades", "--adversarial-eps", "1e-6"]
+    arguments += ["--adversarial", "trades", "--adversarial-steps", "0"]
     arguments += ["--recognizer-epochs", "7", "--log-every", "1"]
     a = run_one(train, PRESETS, tmp_path, *arguments)
     b = run_two("pin", tmp_path, *arguments)
     assert_same_curves(a, b, lines=25)
     assert furthest_weights(a / "checkpoint", b / "checkpoint") < 1e-3
+
+
+@pytest.mark.parametrize("adversarial", ["pgd", "trades"])
+def test_a_process_attacks_its_rows_as_one_process_does(adversarial, monkeypatch):
+    """In double precision, where no sign of a gradient is left to rounding."""
+    torch.manual_seed(0)
+    network = SmallRecognizer(16, 5).double().eval()
+    x, label = torch.rand(8, 1, 16, 16).double() * 2 - 1, torch.arange(8) % 5
+    config = replace(PRESETS["demo"], adversarial=adversarial)
+
+    def attack(rank, world):
+        monkeypatch.setattr("shared.processes.rank", lambda: rank)
+        monkeypatch.setattr("shared.processes.world", lambda: world)
+        rows, generator = slice(rank * 8 // world, (rank + 1) * 8 // world), torch.Generator().manual_seed(1)
+        return attack_training_batch(network, x[rows], label[rows], config, cosine_logits, generator)
+
+    whole = attack(0, 1)
+    assert (whole - x).abs().max() <= config.adversarial_eps + 1e-12
+    assert (whole - x).abs().mean() > config.adversarial_eps / 2
+    torch.testing.assert_close(torch.cat([attack(0, 2), attack(1, 2)]), whole, rtol=0, atol=1e-12)
