@@ -81,15 +81,21 @@ def read_groups(model: Model, path: Path | None) -> dict[str, dict[str, tuple[st
         if isinstance(model.tokenizer, WordTokenizer):
             return {trait.name: {phrases[0]: phrases for phrases in trait.phrases} for trait in TRAITS}
         return GROUPS
-    return read_json(
-        path,
-        "{attribute: {value: [phrases]}}",
-        lambda groups: {
-            name: {value: tuple(phrases) for value, phrases in values.items()}
-            for name, values in groups.items()
-            if len(values) > 1
-        },
-    )
+    return read_json(path, "{attribute: {value: [phrases]}}", _groups)
+
+
+def _groups(content: dict) -> dict[str, dict[str, tuple[str, ...]]]:
+    """The attributes of a file's content. ValueError or TypeError where it has another form."""
+    for name, values in content.items():
+        if len(values) < 2:
+            raise ValueError(f"{name!r} has {len(values)} value, shares need two")
+        for value, phrases in values.items():
+            if not isinstance(phrases, list) or not phrases:
+                raise TypeError(f"the phrases of {name!r}, {value!r} are no list of texts")
+    return {
+        name: {value: tuple(map(str, phrases)) for value, phrases in values.items()}
+        for name, values in content.items()
+    }
 
 
 def classify(model: Model, seen: Tensor, values: dict[str, tuple[str, ...]]) -> Tensor:

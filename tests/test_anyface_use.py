@@ -438,6 +438,9 @@ def test_bias_report(tmp_path, model, folder, capsys, monkeypatch):
     safety.main(safety.SafetyConfig(folder, ("someone", "a face"), groups, 8, out=tmp_path))
     again = json.loads((tmp_path / "safety.json").read_text())["rows"]
     assert len(again) == 2 and again[0] == row
-    groups.write_text("[1, 2]")
-    with pytest.raises(UserError, match="is expected"):
-        safety.read_groups(model, groups)
+    form = r"groups\.json: not readable as \{attribute: \{value: \[phrases\]\}\}"
+    # A phrase that stands where a list of phrases should would be read letter by letter.
+    for foreign in ([1, 2], {"hair": {"red": "red hair", "blond": "blond hair"}}, {"hair": {"red": ["red"]}}):
+        groups.write_text(json.dumps(foreign))
+        with pytest.raises(UserError, match=form):
+            safety.read_groups(model, groups)
