@@ -12,12 +12,10 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mdrnets.data import DataName
 from mdrnets.inpaint import Completed, Crop, Model, attention_of, complete, load_model
-from mdrnets.parser import paint_parts
-from mdrnets.predict import heat
+from mdrnets.predict import heat, painted_parsing
 from shared import faces
 from shared.runtime import REPOSITORY, UserError, parse, pick_device, run_main
 
@@ -83,20 +81,20 @@ def build_page(model: Model):
         image = to_tensor(editor["background"])
         mask = brushed(editor["layers"], tuple(image.shape[-2:]))
         done = complete(model, image, mask, crop, blend)
-        painted = F.interpolate(paint_parts(done.parsing[None]), image.shape[-2:], mode="nearest")[0]
         note = f"{100 * done.hole_ratio:.1f} % of the picture completed by {model.name}."
         message = "\n\n".join([note, *(f"**Warning:** {warning}" for warning in done.warnings)])
-        return to_array(done.image), to_array(done.coarse), to_array(painted), message, (image, done)
+        pictures = (done.image, done.coarse, painted_parsing(done))
+        return *(to_array(picture) for picture in pictures), message, done
 
-    def look(state: tuple[Tensor, Completed] | None, event: gr.SelectData) -> tuple:
-        if state is None:
+    def look(done: Completed | None, event: gr.SelectData) -> tuple:
+        if done is None:
             raise gr.Error("complete a picture first")
-        image, done = state
         try:
             weights, slots = attention_of(model, done, tuple(event.index))
         except UserError as error:
             raise gr.Error(str(error)) from None
-        return to_array(heat(image, weights[0], done.box)), to_array(heat(image, weights[1], done.box)), slots
+        kept, inside = (to_array(heat(done, each)) for each in weights)
+        return kept, inside, slots
 
     with gr.Blocks(title="MDRNets: face inpainting") as page:
         gr.Markdown(

@@ -44,6 +44,8 @@ class Completed:
     image: Tensor
     coarse: Tensor
     """The coarse result alone, pasted the same way."""
+    damaged: Tensor
+    """The picture with a grey hole."""
     parsing: Tensor
     """(K, h, w) on the crop's memory grid."""
     box: tuple[int, int, int, int]
@@ -169,7 +171,7 @@ def complete(
     if share == 0:
         empty = torch.zeros(len(model.parts), 1, 1)
         notes = ["the mask is empty: nothing to complete, the picture is returned as it is"]
-        return Completed(image, image, empty, (0, 0, 0, 0), 0.0, notes)
+        return Completed(image, image, image, empty, (0, 0, 0, 0), 0.0, notes)
     notes = [note for note in [warn_inverted(share)] if note]
     if share == 1:
         notes.append("the mask covers the whole picture: the result is invented, nothing is kept")
@@ -191,6 +193,7 @@ def complete(
         whole = image.clone()
         whole[view] = paste(image[view], mask[view], filled.clamp(0, 1), seamless)
         results.append(whole)
+    results.append(image.masked_fill(mask > 0.5, 0.5))
     return Completed(*results, out["parsing"][0].cpu(), box, share, notes, (x, m))
 
 

@@ -103,38 +103,45 @@ def one_slot(model: Model, part: str | None, slot: int):
     return memory_replaced(dmm, memory)
 
 
-def heat(image: Tensor, weights: Tensor, box: tuple[int, int, int, int]) -> Tensor:
-    """Attention weights (h, w) as a red glow on the picture (3, H, W)."""
-    left, top, width, height = box
+def heat(done: Completed, weights: Tensor) -> Tensor:
+    """Attention weights (h, w) as a red glow on the damaged picture (3, H, W)."""
+    left, top, width, height = done.box
     glow = F.interpolate(
         (weights / weights.max().clamp_min(1e-12))[None, None], (height, width), mode="nearest"
     )
-    shown = image * 0.5
+    shown = done.damaged * 0.5
     view = shown[:, top : top + height, left : left + width]
     view += (1 - view) * glow[0] * torch.tensor((1.0, 0.25, 0.1)).view(3, 1, 1)
     return shown
 
 
-def write_outputs(
-    folder: Path, model: Model, image: Tensor, mask: Tensor, done: Completed, config: PredictConfig
-) -> None:
+def painted_parsing(done: Completed) -> Tensor:
+    """The parsing in colours (3, H, W) where the network looked; the rest of the picture is black."""
+    left, top, width, height = done.box
+    shown = torch.zeros_like(done.image)
+    if done.inputs is not None:
+        colours = F.interpolate(paint_parts(done.parsing[None]), (height, width), mode="nearest")[0]
+        shown[:, top : top + height, left : left + width] = colours
+    return shown
+
+
+def write_outputs(folder: Path, model: Model, done: Completed, config: PredictConfig) -> None:
     """All pictures and result.json of one completion."""
     made = f"hole completed by {model.name}" if done.inputs is not None else None
     write_image(folder / "completed.png", done.image, made)
     write_image(folder / "coarse.png", done.coarse, made)
-    painted = F.interpolate(paint_parts(done.parsing[None]), image.shape[-2:], mode="nearest")[0]
-    write_image(folder / "parsing.png", painted)
-    damaged = image.masked_fill(mask > 0.5, 0.5)
-    tiles, labels = [damaged, done.coarse, painted, done.image], ["input", "coarse", "parsing", "completed"]
+    write_image(folder / "parsing.png", painted_parsing(done))
+    tiles = [done.damaged, done.coarse, painted_parsing(done), done.image]
+    labels = ["input", "coarse", "parsing", "completed"]
     record = {"model": model.name, "hole_ratio": done.hole_ratio, "crop": done.box, "warnings": done.warnings}
     if config.pixel is not None and done.inputs is not None:
         weights, record["slots"] = attention_of(model, done, config.pixel)
         for name, each in zip(("from kept cells", "from the hole"), weights, strict=True):
-            tiles.append(heat(damaged, each, done.box))
+            tiles.append(heat(done, each))
             labels.append(name)
         record["pixel"] = config.pixel
         write_image(folder / "attention.png", image_grid(tiles[-2:], columns=2, column_labels=labels[-2:]))
-    scale = max(1, 128 // image.shape[-1])
+    scale = max(1, 128 // done.image.shape[-1])
     sheet = image_grid(tiles, columns=len(tiles), column_labels=labels, scale=scale)
     write_image(folder / "sheet.png", sheet, made)
     write_json(folder / "result.json", record)
@@ -166,7 +173,7 @@ def main(config: PredictConfig) -> Path:
         with one_slot(model, config.part, config.slot):
             done = complete(model, image, mask, config.crop, config.blend)
             done.warnings[:0] = remarks
-            write_outputs(config.out / place, model, image, mask, done, config)
+            write_outputs(config.out / place, model, done, config)
         for warning in done.warnings:
             print(f"warning: {warning}")
     return config.out

@@ -51,6 +51,14 @@ def test_painting_completing_and_asking_for_attention(page, browser, tmp_path):
     centre = (shown["x"] + shown["width"] / 2, shown["y"] + shown["height"] / 2)
     browser.drag([centre, centre])
     wait_for(lambda: browser.rectangle("#kept img"), 60)
+    wait_for(lambda: browser.run("return document.querySelector('#kept img').complete"), 10)
+    middle = browser.run(
+        "const i = document.querySelector('#kept img'), c = document.createElement('canvas');"
+        "c.width = i.naturalWidth; c.height = i.naturalHeight; const p = c.getContext('2d');"
+        "p.drawImage(i, 0, 0); return [...p.getImageData(c.width / 2, c.height / 2, 1, 1).data];"
+    )
+    # A darkened grey hole: what the picture held there is not shown, as the network did not see it.
+    assert all(abs(value - 64) < 8 for value in middle[:3])
     assert "mouth" in browser.run("return document.querySelector('#slots').innerText")
     browser.picture(tmp_path / "done.png")
     keep_pictures("mdrnets", tmp_path / "painted.png", tmp_path / "done.png")

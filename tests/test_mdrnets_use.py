@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from mdrnets.inpaint import Model, attention_of, complete, hiding_mask
 from mdrnets.model import SIZES, CoarseNet, MDRNet, RefineNet
 from mdrnets.parser import GROUPS, BiSeNetParser, TinyParser
+from mdrnets.predict import heat, painted_parsing
 from shared.runtime import UserError
 
 
@@ -60,3 +61,27 @@ def test_attention_of_a_picture_whose_sides_are_no_whole_cells():
     assert len(slots) == 8
     with pytest.raises(UserError, match="not in the hole"):
         attention_of(model, done, (11, 8))
+
+
+def test_pictures_of_attention_and_parsing_show_what_the_network_saw():
+    torch.manual_seed(0)
+    size = SIZES["unit"]
+    net = MDRNet(CoarseNet(size), TinyParser(8), RefineNet(size, 8), size.stride).eval()
+    model = Model(net, tuple(GROUPS), 16, "test", torch.device("cpu"))
+    mask = torch.zeros(1, 40, 60)
+    mask[:, 12:20, 40:48] = 1
+    image = picture(40, 60)
+    done, other = (complete(model, x, mask, "hole") for x in (image, torch.where(mask > 0.5, 0.9, image)))
+    left, top, width, height = done.box
+    outside = torch.ones(40, 60, dtype=torch.bool)
+    outside[top : top + height, left : left + width] = False
+    weights, _ = attention_of(model, done, (44, 16))
+    for each in weights:
+        glow = heat(done, each)
+        assert torch.equal(glow, heat(other, each))
+        assert torch.equal(glow[:, outside], 0.5 * image[:, outside])
+    assert torch.equal(heat(done, weights[0])[:, 14:18, 42:46], torch.full((3, 4, 4), 0.25))
+    parsed = painted_parsing(done)
+    assert not parsed[:, outside].any() and parsed[:, ~outside].any(0).all()
+    empty = complete(model, image, 0 * mask)
+    assert torch.equal(empty.damaged, image) and not painted_parsing(empty).any()
