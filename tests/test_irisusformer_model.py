@@ -86,6 +86,14 @@ def test_base_costs_35_percent_of_irisparsenet():
     assert meta_macs(bitrans, 480, 640, return_uncertainty=False) / full == pytest.approx(0.20, abs=0.005)
 
 
+def test_plain_network_is_pointwise_but_for_the_stem_and_costs_what_the_readme_says():
+    plain = IrisUsformer("base", position_sensitive=False)
+    spread = [n for n, m in plain.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size > m.stride]
+    assert spread == ["stem.0"]
+    assert count_parameters(plain) / 1e6 == pytest.approx(8.81, abs=0.005)
+    assert meta_macs(plain, 480, 640) == pytest.approx(58.65, abs=0.006)
+
+
 def test_auxiliary_head_of_base_has_10417_parameters():
     assert count_parameters(IrisUsformer("base").aux_head) == 10417
 
