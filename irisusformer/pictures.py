@@ -1,5 +1,7 @@
 """Pictures of what the network sees: masks, uncertainty, boundaries."""
 
+from collections.abc import Callable
+
 import cv2
 import matplotlib
 import numpy as np
@@ -30,7 +32,7 @@ def outlined(image: Tensor, region: Tensor, colour: Colour) -> Tensor:
     contours, _ = cv2.findContours(
         region.cpu().numpy().astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
     )
-    return _drawn(image, lambda canvas: cv2.drawContours(canvas, contours, -1, colour, 1))
+    return _drawn(image, lambda canvas, width: cv2.drawContours(canvas, contours, -1, colour, width))
 
 
 def with_ellipse(image: Tensor, ellipse: Ellipse | None, colour: Colour) -> Tensor:
@@ -38,13 +40,13 @@ def with_ellipse(image: Tensor, ellipse: Ellipse | None, colour: Colour) -> Tens
     if ellipse is None:
         return image
     box = (ellipse.x, ellipse.y), (2 * ellipse.a, 2 * ellipse.b), float(np.degrees(ellipse.angle))
-    return _drawn(image, lambda canvas: cv2.ellipse(canvas, box, colour, 1, cv2.LINE_AA))
+    return _drawn(image, lambda canvas, width: cv2.ellipse(canvas, box, colour, width, cv2.LINE_AA))
 
 
-def _drawn(image: Tensor, draw) -> Tensor:
+def _drawn(image: Tensor, draw: Callable[[np.ndarray, int], object]) -> Tensor:
     # 8-bit, because OpenCV draws antialiased lines into nothing else
     canvas = (image.cpu() * 255).byte().permute(1, 2, 0).contiguous().numpy()
-    draw(canvas)
+    draw(canvas, max(1, round(min(canvas.shape[:2]) / 400)))  # a line of one pixel is lost in a large photo
     return torch.from_numpy(canvas).permute(2, 0, 1).float() / 255
 
 

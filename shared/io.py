@@ -98,11 +98,13 @@ def read_image(path: Path | str, mode: str = "RGB") -> Tensor:
     """Image file -> (C, H, W) float32 in [0, 1]. mode: PIL's, e.g. RGB (3 channels) or L (1).
 
     16-bit grey files are scaled by 65535; photos are turned upright as their metadata say.
-    Raises UserError that names a missing, unreadable or damaged file.
+    Raises UserError that names a missing, unreadable or damaged file, or one of floating-point numbers.
     """
     path = Path(path)
     try:
         with Image.open(path) as opened:
+            if opened.mode == "F":  # PIL would cut it off at 255 whatever its range is
+                raise UserError(f"{path}: holds floating-point numbers; save it with 8 or 16 bits")
             ImageOps.exif_transpose(opened, in_place=True)
             if opened.mode.startswith("I;16") or opened.mode == "I":
                 grey = np.asarray(opened, dtype=np.float32) / 65535
@@ -127,7 +129,7 @@ def read_photo(path: Path) -> tuple[Tensor, list[str]]:
             alpha = torch.from_numpy(np.array(opened.convert("RGBA"))[..., 3]).float() / 255
             image = image * alpha + (1 - alpha)
             remarks.append(f"{path.name}: transparent parts are shown on white")
-        elif opened.mode in ("1", "L", "I", "F") or opened.mode.startswith("I;"):
+        elif opened.mode in ("1", "L", "I") or opened.mode.startswith("I;"):
             remarks.append(f"{path.name}: a grey picture; the network was trained on colour")
     return image, remarks
 

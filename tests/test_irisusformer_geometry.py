@@ -9,6 +9,7 @@ from irisusformer.eyes import draw_eye
 from irisusformer.geometry import Ellipse, fit_boundaries, quality, robust_ellipse, rubber_sheet
 from irisusformer.iris import identity
 from irisusformer.model import IrisUsformer
+from irisusformer.pictures import outlined, with_ellipse
 from irisusformer.recognition import (
     RecognitionConfig,
     code_mask,
@@ -81,6 +82,19 @@ def test_no_iris_gives_no_ellipse():
     line = np.zeros((60, 60), bool)
     line[30, 5:50] = True
     assert fit_boundaries(line) == (None, None)
+
+
+@pytest.mark.parametrize(("height", "least", "most"), [(240, 0.6, 2.5), (2400, 5, 10)])
+def test_ellipses_and_contours_are_drawn_wide_enough_to_be_seen(height, least, most):
+    image = torch.zeros(3, height, height)
+    circle = Ellipse(height / 2, height / 2, height / 4, height / 4, 0)
+    y, x = np.mgrid[:height, :height] + 0.5
+    for drawn_in in (
+        with_ellipse(image, circle, (255, 255, 255)),
+        outlined(image, torch.from_numpy(circle.level(x, y) <= 1), (255, 255, 255)),
+    ):
+        across = float(drawn_in[0, height // 2, : height // 2].sum())
+        assert least <= across <= most
 
 
 def test_rubber_sheet_unrolls_radius_and_angle():

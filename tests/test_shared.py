@@ -76,6 +76,12 @@ def test_sixteen_bit_images_keep_their_scale(tmp_path):
     assert io.read_image(tmp_path / "deep.png").mean().item() == pytest.approx(40000 / 65535, abs=0.003)
 
 
+def test_floating_point_images_are_refused_not_blackened(tmp_path):
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(UserError, match="float.tiff: holds floating-point numbers"):
+        io.read_image(tmp_path / "float.tiff")
+
+
 def test_damaged_and_missing_images_are_named(tmp_path):
     whole = tmp_path / "whole.png"
     io.write_image(whole, torch.rand(3, 40, 40))
