@@ -71,10 +71,8 @@ def what_is_wrong(path: Path) -> str:
         return "holds sound but no pictures"
     if "Video:" in said:
         return "no frame can be read"
-    lines = [line for line in said.splitlines() if "moov" in line or "Invalid data" in line]
-    return (
-        f"truncated or not a video ({lines[0].split('] ')[-1].split(': ')[-1]})" if lines else "not a video"
-    )
+    reasons = ("moov atom not found", "Invalid data found")
+    return f"truncated or not a video ({next((r for r in reasons if r in said), 'no pictures in it')})"
 
 
 def write_clips(

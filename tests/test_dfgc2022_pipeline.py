@@ -63,6 +63,14 @@ def test_libraries_say_nothing_of_a_bad_video(tmp_path, capfd):
     assert not capfd.readouterr().err
 
 
+def test_a_file_cut_in_its_header_is_called_so_whatever_its_name(tmp_path):
+    write_clips([tmp_path / "whole.mp4"], [film(3)], 10)
+    (tmp_path / "smoove.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:200])
+    with pytest.raises(VideoError) as caught:
+        list(read_frames(tmp_path / "smoove.mp4"))
+    assert str(caught.value) == f"{tmp_path / 'smoove.mp4'}: truncated or not a video (no pictures in it)"
+
+
 def test_many_clips_through_one_encoder_are_their_own_files(tmp_path):
     clips = [film(9, seed=seed) for seed in range(3)]
     paths = [tmp_path / f"{name}.mp4" for name in "abc"]
