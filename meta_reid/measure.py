@@ -64,9 +64,10 @@ def measure(row: Row, target: Target, options: "Options", device: torch.device) 
 
     def everything(images: Tensor) -> tuple[Tensor, ...]:
         described = model.describe(images)
-        halves = [model.parts(described, mode) for mode in modes]
+        first, universal = model.parts(described, modes[0])
+        mixtures = [first, *(model.mixture(described, mode) for mode in modes[1:])]
         weights = [model.expert_weights(described, "shared")] if "shared" in model.scorings else []
-        return (halves[0][1], described.relevance.sum(-1), *(mixture for mixture, _ in halves), *weights)
+        return (universal, described.relevance.sum(-1), *mixtures, *weights)
 
     universal, distance, *rest = embed(
         everything, target.images, device, options.batch, options.workers, options.bf16

@@ -235,10 +235,13 @@ class META(nn.Module):
             scores = self.scores(mode, description.relevance, range(self.K))
         return weights(mode, description.relevance, scores, self.temperature)
 
+    def mixture(self, description: Description, mode: Aggregation | None = None) -> Tensor:
+        """First half of the embedding: feature of the experts' mixture, (B, C)."""
+        return self.heads_F_finals.feature(mix(self.expert_weights(description, mode), description.experts))
+
     def parts(self, description: Description, mode: Aggregation | None = None) -> tuple[Tensor, Tensor]:
         """The two halves of the embedding: mixture and global feature, (B, C) each."""
-        mixture = mix(self.expert_weights(description, mode), description.experts)
-        return self.heads_F_finals.feature(mixture), self.heads_agg.feature(description.universal)
+        return self.mixture(description, mode), self.heads_agg.feature(description.universal)
 
     def embed(self, images: Tensor, mode: Aggregation | None = None) -> Tensor:
         """Embedding [mixture | global], (B, 2C), to be compared by the cosine distance.

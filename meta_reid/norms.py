@@ -63,9 +63,8 @@ def kernels() -> bool:
 
         one = torch.ones(1, 16, device="cuda")
         probe_and_norm(one.clone()[..., None, None], one, one)
-    except (
-        Exception
-    ) as error:  # Triton, a C compiler, Python's headers, the driver: each fails in its own way
+    # Triton, a C compiler, Python's headers, the driver: each fails in its own way.
+    except Exception as error:
         warnings.warn(f"the experts' norms are slower, their kernel does not run: {error!r}", stacklevel=2)
         return False
     return True

@@ -385,9 +385,11 @@ def test_whole_embeddings_are_made_one_at_a_time_and_give_the_same_results(monke
             number = images[:, 0, 0, 0].long()
             return Description(number, number, torch.ones(len(number), 3, 2))
 
+        def mixture(self, described, mode):
+            return halves[described.experts, modes.index(mode)]
+
         def parts(self, described, mode):
-            number = described.experts
-            return halves[number, modes.index(mode)], halves[number, -1]
+            return self.mixture(described, mode), halves[described.universal, -1]
 
     images = Tensors(torch.arange(n, dtype=torch.int32).view(n, 1, 1, 1).expand(n, 3, 1, 1))
     people, cameras = torch.arange(n) % 40, torch.arange(n) % 7

@@ -282,16 +282,21 @@ def test_instance_norm_takes_out_what_a_camera_does_to_all_patches_alike():
 # --- weights ---------------------------------------------------------------------------------------
 
 
+def different(network: nn.Module) -> nn.Module:
+    """No norm or bias like another, as after training: a new network's are all alike."""
+    with torch.no_grad():
+        for p in network.parameters():
+            if p.ndim == 1:
+                p.add_(0.3 * torch.randn_like(p))
+    return network.eval()
+
+
 def timm_network(size=SIZE, **options) -> VisionTransformer:
     torch.manual_seed(2)
     network = VisionTransformer(
         img_size=size, patch_size=8, embed_dim=24, depth=4, num_heads=3, num_classes=0, **options
     )
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            if "norm" in name:
-                p.copy_(torch.rand_like(p) + 0.5)
-    return network.eval()
+    return different(network)
 
 
 def normalised(images: Tensor, which: str) -> Tensor:
@@ -299,44 +304,59 @@ def normalised(images: Tensor, which: str) -> Tensor:
     return (images - mean) / std
 
 
-def test_timms_weights_give_timms_features(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", SMALL)
+def test_timms_weights_give_timms_features(kind, tmp_path, monkeypatch):
     monkeypatch.setitem(pretrained.TIMM, "vit-mini", "vit_of_the_test")
-    source = timm_network()
+    clip = {"pre_norm": True, "norm_layer": nn.LayerNorm, "act_layer": QuickGELU}
+    source = timm_network(**(clip if kind == "clip" else {}))
     torch.save({"model": source.state_dict()}, tmp_path / "vit.pth")
-    model = META((3, 3, 3), SMALL["vit"], size=SIZE).eval()
+    model = META((3, 3, 3), SMALL[kind], size=SIZE).eval()
     state, where = vit_state("vit-mini", tmp_path / "vit.pth")
     for part in (model.backbone, model.backbone_agg):
         init_vit(part, state, where)
-    images = pictures().float()
+    plain = Plain(4, SMALL[kind], size=SIZE).eval()
+    init_vit(plain.vit, state, where)
+    for network in (source, model, plain):
+        network.double()
     with torch.no_grad():
-        expected = as_map(source.forward_features(normalised(images, "imagenet"))[:, 1:])
-        described = model.describe(images)
-        for expert in described.experts:
-            torch.testing.assert_close(expert, expected, rtol=1e-4, atol=1e-5)
-        plain = Plain(4, SMALL["vit"], size=SIZE).eval()
-        init_vit(plain.vit, state, where)
-        torch.testing.assert_close(plain.parts(images)[1], expected.mean((2, 3)), rtol=1e-4, atol=1e-5)
+        expected = as_map(source.forward_features(normalised(pictures(), SMALL[kind].pixels))[:, 1:])
+        for expert in model.describe(pictures()).experts:
+            torch.testing.assert_close(expert, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(plain.parts(pictures())[1], expected.mean((2, 3)), rtol=1e-9, atol=1e-9)
     assert torch.equal(model.backbone_agg.blocks["3"].norm2[0].weight, source.blocks[3].norm2.weight)
     assert torch.equal(model.backbone_agg.norm[0].bias, source.norm.bias)
-    pointers = [p.data_ptr() for p in model.parameters()]
-    assert len(set(pointers)) == len(pointers)  # no set shares storage with another
+
+
+def test_weights_reach_every_set_and_share_no_storage():
+    source, model = timm_network(), META((3, 3, 3), SMALL["vit"], size=SIZE)
+    for part in (model.backbone, model.backbone_agg):
+        init_vit(part, source.state_dict(), "source")
+    assert [len(place) for place in model.backbone.units] == [4] * 4 + [3] * 5
+    for block, own in zip(model.backbone.blocks, source.blocks, strict=True):
+        assert all(torch.equal(norm.weight, own.norm1.weight) for norm in block.norm1)
+    # A step of one expert would move the others, or the file's own tensors, if they shared memory.
+    tensors = [*model.parameters(), *model.buffers(), *source.parameters()]
+    pointers = [t.untyped_storage().data_ptr() for t in tensors]
+    assert len(set(pointers)) == len(pointers)
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_open_clips_weights_give_open_clips_features(whole, tmp_path):
     torch.manual_seed(3)
-    tower = ClipTower(SIZE, 8, 24, 4, 3, 4.0, output_dim=16, act_layer=QuickGELU, output_tokens=True).eval()
+    tower = different(
+        ClipTower(SIZE, 8, 24, 4, 3, 4.0, output_dim=16, act_layer=QuickGELU, output_tokens=True)
+    )
     state = {("visual." if whole else "") + name: value for name, value in tower.state_dict().items()}
     torch.save(state | ({"logit_scale": torch.ones(())} if whole else {}), tmp_path / "clip.pt")
     model = META((3, 3), SMALL["clip"], size=SIZE).eval()
     state, where = vit_state("clip-b16", tmp_path / "clip.pt")
     for part in (model.backbone, model.backbone_agg):
         init_vit(part, state, where)
-    images = pictures().float()
+    tower.double(), model.double()
     with torch.no_grad():
-        expected = as_map(tower(normalised(images, "clip"))[1])
-        for expert in model.describe(images).experts:
-            torch.testing.assert_close(expert, expected, rtol=1e-4, atol=1e-5)
+        expected = as_map(tower(normalised(pictures(), "clip"))[1])
+        for expert in model.describe(pictures()).experts:
+            torch.testing.assert_close(expert, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_positions_are_interpolated_as_timm_does():
