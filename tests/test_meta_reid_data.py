@@ -22,6 +22,7 @@ from meta_reid.protocols import average, evaluate, manifest_sources, source_item
 from meta_reid.samplers import DomainBatches, IdentityStream
 from meta_reid.tables import latex, markdown, summary
 from meta_reid.walkers import draw
+from shared.bench import peak_memory
 from shared.io import write_image
 from shared.published import Metric, load_published
 from shared.runtime import UserError
@@ -143,6 +144,19 @@ def test_ranking_against_a_slow_reference(monkeypatch):
         assert float(found.inp.mean()) == pytest.approx(m_inp, abs=1e-5)
         summary = found.summary()
         assert summary["metric"] == pytest.approx((summary["mAP"] + summary["Rank-1"]) / 2)
+
+
+def test_ranking_holds_a_part_of_the_matrix_at_a_time(monkeypatch):
+    """Peak memory: a normalised copy of the gallery and a chunk, whatever the number of queries."""
+    monkeypatch.setattr("meta_reid.metrics.CHUNK_BYTES", 2**20)
+    rng = torch.Generator().manual_seed(0)
+    sizes = (1_000, 5_000)
+    features = [torch.randn(size, 16, generator=rng) for size in sizes]
+    ids = [torch.randint(50, (size,), generator=rng) for size in sizes]
+    cameras = [torch.randint(3, (size,), generator=rng) for size in sizes]
+    peak = peak_memory(lambda: rank(*features, *ids, *cameras))
+    whole = 4 * sizes[0] * sizes[1]
+    assert peak < 5_000 * 16 * 4 * 2 + 1.2 * 2**20 < whole / 10
 
 
 def test_ties_follow_the_gallery_and_hopeless_tests_are_refused():
