@@ -3,10 +3,13 @@
 import json
 import shutil
 import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers
+import numpy as np
 import pytest
 import torch
 from curves import assert_same_curves, furthest_weights, run_one, run_two
@@ -227,6 +230,33 @@ def test_index(tmp_path):
     save_file({"features": features}, tmp_path / "foreign.safetensors", {"paths": "a\nb\nc\nd\ne"})
     with pytest.raises(UserError, match="foreign.safetensors: damaged or not a gallery index"):
         Index.load(tmp_path / "foreign.safetensors")
+
+
+class FlatIndex:
+    """What the search uses of FAISS's IndexFlatIP, for machines without FAISS."""
+
+    def __init__(self, dimensions: int):
+        self.known = np.empty((0, dimensions), np.float32)
+
+    def add(self, vectors: np.ndarray) -> None:
+        self.known = np.concatenate([self.known, vectors])
+
+    def search(self, queries: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+        products = queries @ self.known.T
+        order = np.argsort(-products, axis=1, kind="stable")[:, :top]
+        return np.take_along_axis(products, order, 1), order
+
+
+def test_faiss_finds_the_same_and_its_absence_is_said(monkeypatch):
+    index, queries = Index.of(torch.randn(50, 8), [str(i) for i in range(50)], "weights"), torch.randn(4, 8)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match=r"FAISS is not installed \(pip install faiss-cpu\)"):
+        index.search(queries, 10, faiss=True)
+    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace(IndexFlatIP=FlatIndex))
+    for top in (10, 80):
+        exact, found = index.search(queries, top), index.search(queries, top, faiss=True)
+        assert torch.equal(found[1], exact[1])
+        torch.testing.assert_close(found[0], exact[0])
 
 
 @pytest.mark.parametrize("ending", ["pt", "onnx"])
