@@ -97,7 +97,8 @@ class Files(Dataset):
         if draw is None:
             return resize(image, self.size).float(), index
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(step_generator(self.seed, draw, stream=1).initial_seed())
+            # Not torch.manual_seed, which seeds GPUs too and, where there is none, notes a stack each time.
+            torch.default_generator.manual_seed(step_generator(self.seed, draw, stream=1).initial_seed())
             return self.augment(image).float(), index
 
 
