@@ -28,6 +28,8 @@ from shared.runtime import UserError, parse, pick_device, run_main
 IDENTITIES = {767: "CUHK03", 1467: "CUHK03", 11934: "CUHK-SYSU", 1041: "MSMT17", 4101: "MSMT17"}
 IDENTITIES |= dict.fromkeys((751, 1501, 1502), "Market1501")
 """Identities of a source, its training part or all of it -> the source."""
+PRINTED = 20
+"""Queries whose answers are printed; all are written."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Options:
     """Search with FAISS (must be installed)."""
     batch: int = 64
     """Images per forward pass."""
+    workers: int = 0
+    """Data-loading processes."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -102,7 +106,15 @@ def describe_files(
         return embedding, model.expert_weights(described, options.aggregation), described.relevance.sum(-1)
 
     files = Files([Item(path, 0, 0) for path in paths], size)
-    return embed(everything, files, pick_device(options.device), options.batch)
+    return embed(everything, files, pick_device(options.device), options.batch, options.workers)
+
+
+def ranked_list(query: Path, found: list[str], similarity: list[float], size: tuple[int, int]) -> Tensor:
+    """Picture of a query in blue and what was found, with its similarities."""
+    files = Files([Item(Path(file), 0, 0) for file in [str(query), *found]], size)
+    tiles = [framed(files[i][0] / 255, BLUE if i == 0 else (1.0, 1.0, 1.0)) for i in range(len(files))]
+    labels = ["query", *(f"{value:.2f}" for value in similarity)]
+    return image_grid(tiles, len(tiles), column_labels=labels, scale=2 if size[1] < 64 else 1)
 
 
 def main() -> None:
@@ -130,12 +142,9 @@ def main() -> None:
     answers = []
     for number, path in enumerate(queries):
         found = [index.paths[column] for column in order[number].tolist()]
-        files = Files([Item(Path(file), 0, 0) for file in [str(path), *found]], size)
-        tiles = [framed(files[i][0] / 255, BLUE if i == 0 else (1.0, 1.0, 1.0)) for i in range(len(files))]
-        labels = ["query", *(f"{value:.2f}" for value in similarity[number].tolist())]
-        scale = 2 if size[1] < 64 else 1
+        near = similarity[number].tolist()
         picture = options.out / f"{number:04d}-{path.stem}.png"
-        write_image(picture, image_grid(tiles, len(tiles), column_labels=labels, scale=scale))
+        write_image(picture, ranked_list(path, found, near, size))
         answers.append(
             {
                 "query": str(path),
@@ -143,11 +152,15 @@ def main() -> None:
                 "distance": dict(zip(names, distances[number].tolist(), strict=True)),
                 "weight": dict(zip(names, weights[number].tolist(), strict=True)),
                 "found": [
-                    {"path": file, "similarity": value}
-                    for file, value in zip(found, similarity[number].tolist(), strict=True)
+                    {"path": file, "similarity": value} for file, value in zip(found, near, strict=True)
                 ],
             }
         )
+        if number < PRINTED:
+            looks = answers[-1]["looks_like"]
+            print(f"{path}: looks like source {looks}; nearest {found[0]} ({near[0]:.2f})")
+    if len(queries) > PRINTED:
+        print(f"and {len(queries) - PRINTED} more queries, all in {options.out / 'results.json'}")
     write_json(options.out / "results.json", {"weights": weights_from, "queries": answers})
     print(options.out)
 

@@ -54,7 +54,9 @@ class Config(RunConfig):
     """Protocols 1 and 3: count Market-1501's background boxes as one more person, as the release does."""
 
     variants: tuple[str, ...] = ("meta",)
-    """Rows to train, by their names in VARIANTS."""
+    """Rows to train: meta, no-consistency, no-in (BN for IN), episodic-grad, uniformity; plain networks:
+    baseline (BN), baseline-ibn, baseline-in.
+    """
     seeds: int = 1
     """Every row is trained with so many seeds, beginning with `seed`."""
     method: Literal["meta", "plain"] = "meta"

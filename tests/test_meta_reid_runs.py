@@ -162,6 +162,8 @@ def test_train_evaluate_and_search_from_the_folder(tmp_path):
     assert answer["found"][0]["path"].endswith("b.png") and len(answer["found"]) == 2
     assert answer["looks_like"] in "ABC" and sum(answer["weight"].values()) == pytest.approx(1, abs=1e-4)
     assert list((tmp_path / "out").glob("*.png"))
+    said = f"b.png: looks like source {answer['looks_like']}; nearest {answer['found'][0]['path']} (1.00)"
+    assert found.stdout.splitlines()[-2].endswith(said)
 
 
 def test_a_manifest_of_the_users_own_domains_is_trained_and_evaluated(tmp_path, capsys):
