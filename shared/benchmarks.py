@@ -24,7 +24,19 @@ def machine() -> str:
     """The hardware that the numbers depend on, as a section's title."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+    return f"{processor()}, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+def processor(table: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name. A virtual machine may hide which one it is, so the numbers of family and model
+    stand behind it."""
+    lines = table.read_text().splitlines() if table.is_file() else []
+    about = {
+        key.strip(): value.strip() for key, found, value in (line.partition(":") for line in lines) if found
+    }
+    name = about.get("model name") or platform.processor() or "CPU"
+    numbers = [f"{key} {about[key]}" for key in ("cpu family", "model") if key in about]
+    return " ".join([name, *([f"({', '.join(numbers)})"] if numbers else [])])
 
 
 def commit() -> str:

@@ -13,7 +13,7 @@ import pytest
 from helpers import TINY
 
 from shared import benchmarks, demo
-from shared.benchmarks import TITLE, write_section
+from shared.benchmarks import TITLE, processor, write_section
 from shared.report import PAPERS
 from shared.runtime import REPOSITORY
 from shared.strip import CELLS
@@ -99,6 +99,14 @@ def test_benchmarks_keep_one_section_per_machine(tmp_path):
     write_section(page, "B", "### x\n\nother")
     write_section(page, "A", "second")
     assert page.read_text() == TITLE + "\n## B\n\n### x\n\nother\n\n## A\n\nsecond\n"
+
+
+def test_a_section_is_called_after_the_processor(tmp_path):
+    table = tmp_path / "cpuinfo"
+    core = "processor : {}\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Some CPU @ 2 GHz\nflags : a: b\n\n"
+    table.write_text(core.format(0) + core.format(1))
+    assert processor(table) == "Some CPU @ 2 GHz (cpu family 6, model 143)"
+    assert processor(tmp_path / "none")  # a system without that table
 
 
 def test_only_a_bench_of_all_papers_is_written_down(tmp_path, monkeypatch, capsys):
