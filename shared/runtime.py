@@ -5,14 +5,16 @@ import errno
 import os
 import random
 import re
+import select
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import UnsupportedOperation
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -103,11 +105,39 @@ def _report_dead_worker() -> None:
     sys.exit(2)
 
 
+def _has_no_reader(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose other end is closed."""
+    try:
+        descriptor = stream.fileno()
+    except UnsupportedOperation:  # a stream in memory
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _leave_the_pipe(error: BrokenPipeError) -> None:
+    """End as a program does that writes to a closed pipe; another pipe's error is raised again."""
+    unread = [stream for stream in (sys.stdout, sys.stderr) if _has_no_reader(stream)]
+    if not unread:
+        raise error
+    with open(os.devnull, "w") as nowhere:
+        for stream in unread:  # the interpreter writes what is left when it ends
+            os.dup2(nowhere.fileno(), stream.fileno())
+    sys.exit(128 + signal.SIGPIPE)
+
+
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script. A user's mistake or a full disk: one message and exit code 2. A bug: its traceback."""
+    """Run a script. A user's mistake or a full disk: one message and exit code 2. A bug: its traceback. When
+    the reader of the output has seen enough (`| head`): silence, and the exit code of a closed pipe, 141."""
     threading.excepthook = _report_thread
     try:
-        _run(main)
+        try:
+            _run(main)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can be met
+    except BrokenPipeError as error:
+        _leave_the_pipe(error)
     except RuntimeError as error:
         # PyTorch reports a dead data-loading process from a signal handler, so also while another error,
         # of the same death, is being handled.

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,6 +291,46 @@ def test_exit_codes(capsys):
         assert text in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         run_main(bug)
+
+
+def show_help():
+    parse_presets({"demo": Config()}, "Doc.", ["--help"])
+
+
+def print_much():
+    print("x" * 200_000)
+
+
+def make_a_mistake():
+    print("before it")
+    raise UserError("no")
+
+
+def run_on_a_closed_pipe(main: Callable[[], None], messages: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as sys.stdout, open(messages, "w") as sys.stderr:
+        run_main(main)
+
+
+@pytest.mark.parametrize("main", [show_help, print_much, lambda: print("short"), make_a_mistake])
+def test_a_reader_that_closes_the_pipe_ends_the_script_quietly(tmp_path, main):
+    """`| head`, met by help, while printing, and at the end of the program."""
+    messages = tmp_path / "stderr"
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=run_on_a_closed_pipe, args=(main, messages))
+    process.start()
+    process.join()
+    assert messages.read_text() == ("error: no\n" if main is make_a_mistake else "")
+    assert process.exitcode == 128 + signal.SIGPIPE
+
+
+def test_another_pipe_that_closes_is_no_reader_of_the_output():
+    def main():
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run_main(main)
 
 
 def test_a_script_leaves_the_other_processes_before_it_ends(tmp_path):
