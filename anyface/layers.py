@@ -212,9 +212,11 @@ class StyledConv(nn.Module):
             return self.activate(self.noise(self.conv(x, style, styled), noise))
         # Demodulation, noise, bias and sqrt(2) in one pass: leaky ReLU commutes with positive factors.
         out, factor = self.conv.parts(x, style, styled)
-        shift = self.noise.weight * noise + self.activate.bias.view(1, -1, 1, 1)
         gain = math.sqrt(2)
-        out = torch.addcmul((gain * shift).to(out.dtype), out, gain * factor)
+        # (1 or B, H, W, C), the order in memory of `out`: one operand in another order makes the pass several
+        # times as slow, and what comes of it has to be turned back for the next convolution.
+        shift = gain * self.noise.weight * noise.permute(0, 2, 3, 1) + gain * self.activate.bias
+        out = torch.addcmul(shift.to(out.dtype).permute(0, 3, 1, 2), out, gain * factor)
         return F.leaky_relu_(out, 0.2)
 
 

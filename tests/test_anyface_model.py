@@ -20,7 +20,7 @@ from anyface.clip import (
     vit_b32,
 )
 from anyface.encoder import E4E, IRSE50
-from anyface.layers import Blur, EqualLinear, ModulatedConv2d, Upsample, fir_kernel
+from anyface.layers import Blur, EqualLinear, ModulatedConv2d, StyledConv, Upsample, fir_kernel
 from anyface.lightcnn import LightCNN9, LightCNN29v2, grey_faces
 from anyface.model import (
     OFFICIAL,
@@ -171,6 +171,22 @@ def test_generator_forms_agree():
         # In the scale of the gradient: activations are deeper here than in one convolution.
         to_codes = [torch.autograd.grad(picture.square().mean(), codes)[0] for picture in pictures]
         assert torch.allclose(*to_codes, atol=1e-4 * to_codes[1].abs().max().item(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("draws", [1, 2])
+def test_pictures_stay_in_the_order_of_the_convolutions(upsample, draws):
+    """Channels last between layers: another order costs a pass of its own, and one slow one."""
+    torch.manual_seed(0)
+    layer = StyledConv(6, 5, 16, upsample, "scaled")
+    plain = StyledConv(6, 5, 16, upsample, "grouped")
+    torch.nn.init.normal_(layer.noise.weight), torch.nn.init.normal_(layer.activate.bias)
+    plain.load_state_dict(layer.state_dict())
+    side = 16 if upsample else 8
+    x, style, noise = torch.randn(2, 6, 8, 8), torch.randn(2, 16), torch.randn(draws, 1, side, side)
+    out = layer(x, style, noise)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(out, plain(x, style, noise), atol=1e-4)
 
 
 def test_filters_equal_the_original_filter():
