@@ -286,9 +286,8 @@ def choose_captions(
     if choice == "id":
         return (faces if ids is None else ids[faces]) % counts
     # A hash of the draw's number: the same whatever process or batch the draw falls into.
-    mixed = (np.asarray(draws, np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)) * np.uint64(
-        0xBF58476D1CE4E5B9
-    )
+    start = np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
+    mixed = (np.asarray(draws, np.uint64) + start) * np.uint64(0xBF58476D1CE4E5B9)
     mixed ^= mixed >> np.uint64(31)
     mixed *= np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(29)

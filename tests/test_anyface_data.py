@@ -1,6 +1,7 @@
 """AnyFace: the simple world, captions, every public layout in miniature, codes, features and draws."""
 
 import pickle
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -349,6 +350,10 @@ def test_caption_choice():
     assert (choose_captions(counts, np.full(6000, 30), draws, 0, "sample") < 3).all()
     part = choose_captions(counts, np.full(10, 5), np.arange(100, 110), 0, "sample")
     assert part.tolist() == chosen[100:110].tolist()
+    with warnings.catch_warnings():  # the hash wraps around on purpose, and says nothing about it
+        warnings.simplefilter("error")
+        others = choose_captions(counts, np.full(6000, 5), draws, 7, "sample")
+    assert 300 < (others == chosen).sum() < 900  # another seed, other draws: one in ten agrees
 
 
 def test_the_released_choice_goes_by_the_number_a_face_is_called_by(small, mm_celeba):
