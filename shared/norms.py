@@ -5,6 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+LARGE = 1024
+"""Pixels of a map above which PyTorch's group norm is fast with channels last; below it takes 4 to 40 times
+as long as a batch norm of each picture."""
+
+
 class InstanceNorm(nn.Module):
     """Instance norm without learned parameters, (B, C, h, w).
 
@@ -15,7 +20,7 @@ class InstanceNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return F.instance_norm(x)
-        if not x.requires_grad:
+        if not x.requires_grad and (x.is_contiguous() or x.shape[2] * x.shape[3] > LARGE):
             return F.group_norm(x, int(x.shape[1]))  # fast forward; its backward pass is not
         each = [F.batch_norm(image, None, None, training=True) for image in x.split(1)]
         return torch.cat(each) if len(each) > 1 else each[0]

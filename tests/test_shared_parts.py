@@ -190,11 +190,12 @@ def test_weights_of_a_module_come_back_and_leave_no_other_file(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("side", [6, 40])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-def test_instance_norm_and_its_gradient_are_the_textbooks_in_either_order(count, order):
+def test_instance_norm_and_its_gradient_are_the_textbooks_in_either_order(count, side, order):
     """PyTorch's own gives a wrong gradient for one picture, on a CPU, where the gradient is channels-last."""
     torch.manual_seed(0)
-    x, gradient = (torch.randn(count, 8, 6, 6, dtype=torch.float64) for _ in range(2))
+    x, gradient = (torch.randn(count, 8, side, side, dtype=torch.float64) for _ in range(2))
     variance, mean = torch.var_mean(x.requires_grad_(), (2, 3), correction=0, keepdim=True)
     expected = (x - mean) / (variance + 1e-5).sqrt()
     (of_x,) = torch.autograd.grad(expected, x, gradient)
