@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 LARGE = 1024
 """Pixels of a map above which PyTorch's group norm is fast with channels last; below it takes 4 to 40 times
 as long as a batch norm of each picture."""
