@@ -1,4 +1,4 @@
-"""META: samplers, ranking metrics, data set layouts, walkers."""
+"""META: samplers, data set layouts, walkers."""
 
 import csv
 import json
@@ -14,17 +14,12 @@ from torch.utils.data import DataLoader
 
 from meta_reid import datasets, small_sets
 from meta_reid.cuhk03 import extract
-from meta_reid.data import Files, Target, Tensors, augmentation, batches, file_target, label, resize
-from meta_reid.figures import ranking_lists
+from meta_reid.data import Files, augmentation, batches, file_target, label, resize
 from meta_reid.items import Item, Split, manifest
-from meta_reid.metrics import ordered_keys, rank
-from meta_reid.protocols import average, evaluate, manifest_sources, source_items, sources_of
+from meta_reid.protocols import manifest_sources, source_items, sources_of
 from meta_reid.samplers import DomainBatches, IdentityStream
-from meta_reid.tables import latex, markdown, summary
 from meta_reid.walkers import draw
-from shared.bench import peak_memory
 from shared.io import write_image
-from shared.published import Metric, load_published
 from shared.runtime import UserError
 
 
@@ -105,96 +100,6 @@ def test_shares_of_one_process_are_what_several_processes_see():
 def test_a_domain_with_too_few_identities_is_named():
     with pytest.raises(UserError, match="domain CUHK03 has 10 identities, a step asks for 16"):
         sampler(people=16, names=["CUHK03", "b", "c"])
-
-
-# --- metrics --------------------------------------------------------------------------------------
-
-
-def slow_rank(query, gallery, qi, gi, qc, gc):
-    aps, inps, firsts, skipped = [], [], [], 0
-    for q in range(len(query)):
-        distance = 1 - torch.cosine_similarity(query[q : q + 1], gallery)
-        order = sorted(range(len(gallery)), key=lambda g: (round(float(distance[g]), 5), g))
-        order = [g for g in order if not (gi[g] == qi[q] and gc[g] == qc[q])]
-        hits = [place for place, g in enumerate(order, 1) if gi[g] == qi[q]]
-        if not hits:
-            skipped += 1
-            continue
-        aps.append(sum((i + 1) / place for i, place in enumerate(hits)) / len(hits))
-        inps.append(len(hits) / hits[-1])
-        firsts.append(hits[0])
-    cmc = [sum(first <= k for first in firsts) / len(firsts) for k in range(1, 51)]
-    return cmc, sum(aps) / len(aps), sum(inps) / len(inps), skipped
-
-
-def test_ranking_against_a_slow_reference(monkeypatch):
-    rng = torch.Generator().manual_seed(0)
-    query, gallery = torch.randn(40, 8, generator=rng), torch.randn(300, 8, generator=rng)
-    gallery[200:] = gallery[100:200]  # exact ties
-    qi, gi = (torch.randint(1, 30, (n,), generator=rng) for n in (40, 300))
-    qi[0], gi[:20] = 99, 0  # a query without a match, distractors
-    qc, gc = (torch.randint(0, 3, (n,), generator=rng) for n in (40, 300))
-    cmc, m_ap, m_inp, skipped = slow_rank(query, gallery, qi, gi, qc, gc)
-    for chunk in (2**28, 40 * 300 * 7):
-        monkeypatch.setattr("meta_reid.metrics.CHUNK_BYTES", chunk)
-        found = rank(query, gallery, qi, gi, qc, gc)
-        assert found.skipped == skipped >= 1
-        torch.testing.assert_close(found.cmc, torch.tensor(cmc), rtol=0, atol=1e-6)
-        assert float(found.ap.mean()) == pytest.approx(m_ap, abs=1e-5)
-        assert float(found.inp.mean()) == pytest.approx(m_inp, abs=1e-5)
-        summary = found.summary()
-        assert summary["metric"] == pytest.approx((summary["mAP"] + summary["Rank-1"]) / 2)
-
-
-def test_ranking_holds_a_part_of_the_matrix_at_a_time(monkeypatch):
-    """Peak memory: a normalised copy of the gallery and a chunk, whatever the number of queries."""
-    monkeypatch.setattr("meta_reid.metrics.CHUNK_BYTES", 2**20)
-    rng = torch.Generator().manual_seed(0)
-    sizes = (1_000, 5_000)
-    features = [torch.randn(size, 16, generator=rng) for size in sizes]
-    ids = [torch.randint(50, (size,), generator=rng) for size in sizes]
-    cameras = [torch.randint(3, (size,), generator=rng) for size in sizes]
-    peak = peak_memory(lambda: rank(*features, *ids, *cameras))
-    whole = 4 * sizes[0] * sizes[1]
-    assert peak < 5_000 * 16 * 4 * 2 + 1.2 * 2**20 < whole / 10
-
-
-def test_ties_follow_the_gallery_and_hopeless_tests_are_refused():
-    keys = ordered_keys(torch.tensor([[0.5, 0.0, -0.0, 0.5, 0.1]]))
-    assert keys.argsort(1).tolist() == [[1, 2, 4, 0, 3]]
-    one = torch.ones(1, 2)
-    number = torch.ones(1, dtype=torch.long)
-    with pytest.raises(ValueError, match="no query has a true match"):
-        rank(one, one, number, number, number, number)
-    with pytest.raises(ValueError, match="empty"):
-        rank(one, one[:0], number, number[:0], number, number[:0])
-
-
-def test_one_true_match_makes_map_and_minp_equal_and_splits_are_averaged():
-    rng = torch.Generator().manual_seed(0)
-    features, ids = torch.randn(40, 4, generator=rng), torch.arange(20).repeat(2)
-    cameras = torch.arange(2).repeat_interleave(20)
-    splits = []
-    for _ in range(10):
-        people = torch.randperm(20, generator=rng)[:10]
-        splits.append((people, people + 20))
-    target = Target("T", Tensors(torch.zeros(40, 3, 1, 1)), ids, cameras, splits)
-    result = evaluate(features, target)
-    assert result.mean["mAP"] == pytest.approx(result.mean["mINP"])
-    single = [
-        evaluate(features, Target("T", target.images, ids, cameras, [split])).mean["mAP"] for split in splits
-    ]
-    assert result.mean["mAP"] == pytest.approx(np.mean(single))
-    assert result.std["mAP"] == pytest.approx(np.std(single, ddof=1))
-    assert average([result, result])["mAP"] == pytest.approx(result.mean["mAP"])
-
-
-def test_a_target_that_cannot_be_tested_is_named(tmp_path):
-    alone, again = Item(tmp_path / "a", 1, 0), Item(tmp_path / "b", 1, 0)
-    for gallery, message in (([], "test set yard: the gallery is empty"), ([again], "yard: .*other camera")):
-        target = file_target("yard", [Split([alone], gallery)], (8, 4))
-        with pytest.raises(UserError, match=message):
-            evaluate(torch.ones(len(target.images), 4), target)
 
 
 # --- layouts --------------------------------------------------------------------------------------
@@ -554,17 +459,6 @@ def test_images_that_several_splits_use_are_embedded_once(tmp_path):
     assert target.splits[1][0].tolist() == [1] and target.splits[1][1].tolist() == [2]
 
 
-def test_ranking_lists_leave_out_the_querys_own_camera():
-    images = torch.arange(4).mul(60).view(4, 1, 1, 1).expand(4, 3, 8, 64).byte()
-    ids, cameras = torch.tensor([1, 1, 1, 2]), torch.tensor([0, 0, 1, 1])
-    target = Target("T", Tensors(images), ids, cameras, [])
-    features = torch.tensor([[1.0, 0], [1, 0], [1, 0.1], [0, 1]])
-    sheet = ranking_lists(features, target, torch.tensor([0]), torch.tensor([1, 2, 3]))
-    tiles = [sheet[:, 6, 70 * column + 30] for column in range(4)]  # a tile of 68 px and a gap of 2
-    levels = [round(float(tile[0]) * 255) for tile in tiles]
-    assert levels == [0, 120, 180, 255]  # the view of the same camera is a white place at the end
-
-
 def test_walkers_keep_their_clothes_and_sites_their_look():
     first, again = draw("A", 5, 4, 7), draw("A", 5, 4, 7)
     assert torch.equal(first.images, again.images) and first.images.shape == (20, 3, 48, 24)
@@ -572,20 +466,3 @@ def test_walkers_keep_their_clothes_and_sites_their_look():
     assert torch.equal(first.identities, other.identities)
     gap = (first.images.float() - other.images.float()).mean((0, 2, 3)).abs().max()
     assert gap > 5 and not torch.equal(draw("A", 5, 4, 8).images, first.images)
-
-
-def test_tables_show_deviations_and_the_published_rows_of_the_same_protocol():
-    def metric(name, value, data="GRID", method="meta-0 global"):
-        return Metric("Protocol-1 comparison", "M+C2+C3+CS", name, "percent", value, data, False, method)
-
-    metrics = [metric("mAP", 50.0), metric("mAP std", 2.0), metric("Rank-1", 40.0), metric("Rank-1 std", 3.0)]
-    metrics += [metric("mAP", 10.0, "average"), metric("Rank-1", 5.0, "average")]
-    metrics += [metric("mAP", value, "average", "seeds") for value in (10.0, 12.0)]
-    table = summary(metrics, load_published("meta_reid")["rows"])
-    lines = markdown(table).splitlines()
-    assert lines[0] == "| method | GRID | average |" and len({line.count("|") for line in lines}) == 1
-    assert "| meta-0 global | 50.0 ± 2.0 / 40.0 ± 3.0 | 10.0 / 5.0 |" in lines
-    assert "| seeds | - / - | 11.0 ± 1.4 / - |" in lines
-    assert "| META, published (M) | 60.1 / 52.4 | 70.9 / 63.8 |" in lines
-    assert not any("DIMN" in line for line in lines)  # other sources, another setting
-    assert r"50.0 $\pm$ 2.0 / 40.0 $\pm$ 3.0 & 10.0 / 5.0 \\" in latex(table)
