@@ -1,8 +1,10 @@
 """META on a ViT: experts' layer norms against a plain loop, weights of timm and open_clip, whole runs."""
 
+import re
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from open_clip.transformer import QuickGELU
 from open_clip.transformer import VisionTransformer as ClipTower
@@ -302,6 +304,25 @@ def timm_network(size=SIZE, **options) -> VisionTransformer:
 def normalised(images: Tensor, which: str) -> Tensor:
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in PIXELS[which])
     return (images - mean) / std
+
+
+@pytest.mark.parametrize("name", pretrained.TIMM)
+def test_the_full_networks_are_those_whose_weights_they_take(name):
+    """timm's network of that name has every weight in its shape, norms, heads and pixels as here."""
+    arch = VITS[name]
+    with torch.device("meta"):
+        theirs = timm.create_model(pretrained.TIMM[name], num_classes=0)
+        model = META((3, 3), name, size=(224, 224))  # of the size that the positions were learned on
+    state = theirs.state_dict()
+    taken = {re.sub(r"(norm\w*)\.\d+\.", r"\1.", key): v for key, v in model.backbone.state_dict().items()}
+    kept = {key: value for key, value in taken.items() if "running_" not in key}
+    assert {key: value.shape for key, value in kept.items()} == {k: v.shape for k, v in state.items()}
+    assert theirs.norm.eps == theirs.blocks[0].norm1.eps == arch.eps
+    assert theirs.blocks[0].attn.num_heads == arch.heads
+    assert ("Quick" in type(theirs.blocks[0].mlp.act).__name__) == arch.clip
+    known = timm.get_pretrained_cfg(pretrained.TIMM[name])
+    for ours, of_timm in zip(PIXELS[arch.pixels], (known.mean, known.std), strict=True):
+        assert ours == pytest.approx([255 * value for value in of_timm])
 
 
 @pytest.mark.parametrize("kind", SMALL)
