@@ -110,7 +110,16 @@ def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, fol
     device, metrics = pick_device(options.device), []
     table = f"Protocol-{config.protocol} comparison"
     settings = {"1": "M+C2+C3+CS"}.get(config.protocol, SETTINGS.get(config.target, config.target))
-    targets = target_sets(config)
+    targets, skipped = target_sets(config), {}
+
+    def record(row: Row, part: str, values: dict[str, float], where: str, ending: str = "") -> None:
+        released = as_published(row, options) and part.endswith("full:official")
+        method, comparable = "META" if released else part, released and not ending
+        for name, value in values.items():
+            metrics.append(
+                Metric(table, settings, name + ending, "percent", value, where, comparable, method)
+            )
+
     for row in rows.values():
         by_part: dict[str, list[Result]] = {}
         weights: dict[str, Tensor] = {}
@@ -120,30 +129,19 @@ def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, fol
                 weights[target.name] = mean
             for part, result in found.items():
                 by_part.setdefault(part, []).append(result)
-                released = as_published(row, options) and part.endswith("full:official")
-                for name, value in result.mean.items():
-                    method = "META" if released else part
-                    metrics.append(
-                        Metric(table, settings, name, "percent", value, target.name, released, method)
-                    )
-                    if len(target.splits) > 1:
-                        metrics.append(
-                            Metric(table, settings, f"{name} std", "percent", result.std[name], target.name,
-                                   False, method)
-                        )  # fmt: skip
-                if result.skipped:
-                    print(f"{target.name}, {part}: {result.skipped} queries without a true match, left out")
+                record(row, part, result.mean, target.name)
+                if len(target.splits) > 1:
+                    record(row, part, result.std, target.name, " std")
+            skipped[target.name] = next(iter(found.values())).skipped
         if weights:
             experts = trained_on(folder, config)[0]
             weight_bars(weights, experts, folder / "samples" / f"weights-{row.name}.png")
         if len(targets) > 1:
             for part, results in by_part.items():
-                released = as_published(row, options) and part.endswith("full:official")
-                for name, value in average(results).items():
-                    method = "META" if released else part
-                    metrics.append(
-                        Metric(table, settings, name, "percent", value, "average", released, method)
-                    )
+                record(row, part, average(results), "average")
+    for name, count in skipped.items():
+        if count:
+            print(f"{name}: queries without a true match, left out: {count}")
     return metrics
 
 
