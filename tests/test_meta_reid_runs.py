@@ -325,6 +325,40 @@ def test_only_the_method_itself_stands_beside_the_published_numbers(tmp_path, mo
     assert beside(normalize_parts=True) == own | {"meta-0 full:official"}
 
 
+def test_protocol_1_has_means_and_deviations_over_splits_and_the_targets_average(tmp_path, monkeypatch):
+    cameras = torch.tensor([0, 0, 1, 1])
+    splits = [(torch.tensor([i]), torch.tensor([2, 3])) for i in (0, 1)]
+    targets = [
+        Target(name, Tensors(torch.zeros(4, 3, 8, 4)), torch.tensor([1, 2, 1, 2]), cameras, splits)
+        for name in ("PRID", "GRID")
+    ]
+    features = {"PRID": torch.eye(4)[[0, 1, 0, 1]], "GRID": torch.eye(4)[[0, 0, 0, 1]]}
+
+    def known(row, target, options, device):
+        found = measured("official")
+        return replace(found, results={"full:official": evaluate(features[target.name], target)})
+
+    monkeypatch.setattr(evaluation, "target_sets", lambda config: targets)
+    monkeypatch.setattr(evaluation, "measure", known)
+    config = replace(PRESETS["protocol1"], preset="protocol1")
+    metrics = protocol_metrics(
+        config, {"meta-0": Row("meta-0", config, None)}, Options(device="cpu"), tmp_path
+    )
+    found = {(m.dataset, m.metric): m for m in metrics if m.metric.startswith("mAP")}
+    # In GRID the second split finds the wrong person first.
+    assert {key: m.value for key, m in found.items()} == {
+        ("PRID", "mAP"): 100,
+        ("PRID", "mAP std"): 0,
+        ("GRID", "mAP"): 75,
+        ("GRID", "mAP std"): pytest.approx(50 / 2**0.5),
+        ("average", "mAP"): 87.5,
+    }
+    assert {key for key, m in found.items() if m.comparable} == {
+        (name, "mAP") for name in ("PRID", "GRID", "average")
+    }
+    assert all(m.method == "META" and m.setting == "M+C2+C3+CS" for m in metrics)
+
+
 def test_modes_that_a_run_has_no_scores_for(tmp_path):
     row = plan(small(variants=("meta",), scoring="shared"), {0: [3, 3, 3]})[0]
     with pytest.raises(UserError, match="'learned'.*was trained with the 'shared' scoring"):
