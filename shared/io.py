@@ -271,7 +271,7 @@ class Run:
         if folder is not None:
             state = _read_state(folder)
             for name, model in models.items():
-                load_safetensors(folder / f"{name}.safetensors", model)
+                load_safetensors(folder / f"{name}.safetensors", model, exact=True)
             for name, holder in (objects or {}).items():
                 holder.load_state_dict(state["objects"][name])
             set_random_state(state["random"])
@@ -395,15 +395,16 @@ def load_weights(folder: Path, models: dict[str, nn.Module]) -> dict:
     return _read_state(checkpoint)["progress"]
 
 
-def load_safetensors(path: Path, module: nn.Module) -> None:
-    """A safetensors file into a module, strictly. UserError on a missing, damaged or foreign file."""
+def load_safetensors(path: Path, module: nn.Module, exact: bool = False) -> None:
+    """A safetensors file into a module, strictly. exact: in the module's own precision too, see `load_state`.
+    UserError on a missing, damaged or foreign file."""
     try:
         state = load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or not a safetensors file ({error})") from None
-    load_state(module, state, path, prefixes=())
+    load_state(module, state, path, prefixes=(), exact=exact)
 
 
 def save_safetensors(path: Path, module: nn.Module) -> None:

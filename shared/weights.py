@@ -120,12 +120,17 @@ def load_pickle(path: Path | str, allowed: Iterable[str] = (), replace: dict[str
 
 
 def load_state(
-    module: nn.Module, state: dict[str, Any], source: Path | str, prefixes: Iterable[str] = ("module.",)
+    module: nn.Module,
+    state: dict[str, Any],
+    source: Path | str,
+    prefixes: Iterable[str] = ("module.",),
+    exact: bool = False,
 ) -> None:
     """Load a state dict strictly, after taking one common prefix off all its names.
 
-    prefixes: those that wrappers are known to add (`DataParallel`: "module."). Raises UserError that lists
-    what is missing, unexpected or of another shape, in words that name the file.
+    prefixes: those that wrappers are known to add (`DataParallel`: "module."). exact: the types must be the
+    module's own; otherwise real numbers of another precision are converted. Raises UserError that lists what
+    is missing, unexpected, of another shape or of another kind of number, in words that name the file.
     """
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{source}: holds no state dict of tensors")
@@ -140,7 +145,24 @@ def load_state(
         for key, value in expected.items()
         if key in state and state[key].shape != value.shape
     ]
+    faults += [
+        f"{key} holds {_type(state[key])} instead of {_type(value)}"
+        for key, value in expected.items()
+        if key in state
+        and (_type(state[key]) != _type(value) if exact else _kind(state[key]) != _kind(value))
+    ]
     if faults:
         shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise UserError(f"{source}: made for another model than {type(module).__name__}: {shown}")
     module.load_state_dict(state)
+
+
+def _type(values: Tensor) -> str:
+    return str(values.dtype).removeprefix("torch.")
+
+
+def _kind(values: Tensor) -> str:
+    """Real numbers of every precision are alike, and so are whole ones; between the two a value is lost or
+    means something else."""
+    kinds = {"complex": values.is_complex(), "real": values.is_floating_point()}
+    return next((kind for kind, found in kinds.items() if found), "whole")

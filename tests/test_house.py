@@ -3,16 +3,21 @@
 import contextlib
 import fcntl
 import io
+import multiprocessing
+import os
 import pickle
 import runpy
 import shutil
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import helpers
 import pytest
 import torch
-from helpers import TINY, weights
+from helpers import TINY, assert_same_runs, weights
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from shared.report import PAPERS
@@ -20,16 +25,23 @@ from shared.runtime import REPOSITORY
 
 HERE = [paper for paper in PAPERS if (REPOSITORY / paper / "train.py").is_file()]
 
+LOADS = [
+    paper
+    for paper in HERE
+    if any("num_workers=" in path.read_text() for path in (REPOSITORY / paper).glob("*.py"))
+]
+"""The papers that read their data in processes of their own when they are asked to."""
+
 NARROW = {
     "pin": "--variants pin",
     "dfgc2022": "--steps 2 --members diverse-swin diverse-convnext-0 diverse-convnext-1",
-    "dfl": "--trials dfl --per-client 20 --rounds 2",
+    "dfl": "--trials dfl --per-client 20 --rounds 2 --checkpoint-every 1",
     "mdrnets": "--data simple --variants full --no-unet --copy-steps 0",
     "anyface": "--variants full --wide-steps 0",
     "biphasic_age": "--steps 2 --scene.steps 2",
     "faceswapper": "--variants full --judge-width 4 --per-person 2 --iterations 2 --checkpoint-every 1",
     "most_net": "--steps 2 --batch 2 --save-every 1",
-    "meta_reid": "--variants meta --steps 20",
+    "meta_reid": "--variants meta --steps 21",
     "irisusformer": "--variants learned --ensemble 1 --steps 2 --save-every 1",
 }
 """What makes of a paper's smallest options the shortest run that still writes every kind of file."""
@@ -63,8 +75,45 @@ def evaluate(paper: str, folder: Path) -> tuple[int, str, str]:
     return script(paper, "eval.py", "--run", str(folder), *TINY_EVAL.get(paper, "").split())
 
 
-def train(paper: str, folder: Path) -> tuple[int, str, str]:
-    return script(paper, "train.py", *smallest(paper), "--out", str(folder))
+def train(paper: str, folder: Path, *more: str) -> tuple[int, str, str]:
+    return script(paper, "train.py", *smallest(paper), "--out", str(folder), *more)
+
+
+def struck(strike: Callable[[], None], paper: str, folder: Path, *more: str) -> tuple[int, str]:
+    """Training in a process of its own, after `strike` there: exit code, stderr."""
+    said = folder.with_name("stderr")
+
+    def child() -> None:
+        strike()
+        code, _, err = train(paper, folder, *more)
+        said.write_text(err)
+        sys.exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    return process.exitcode, said.read_text() if said.exists() else ""
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lose_a_worker() -> None:
+    """Every data-loading process is killed as soon as it has started."""
+    torch.utils.data._utils.worker._worker_loop = die
+
+
+def terminate_in_a_checkpoint() -> None:
+    """`kill` at the moment when the last checkpoint has gone and the new one has not taken its place."""
+    rename = Path.rename
+
+    def ended(path: Path, target: Path) -> Path:
+        if path.name == "checkpoint.new" and path.with_name("checkpoint.old").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rename(path, target)
+
+    Path.rename = ended
 
 
 @pytest.fixture(scope="session")
@@ -147,6 +196,35 @@ def test_hostile_truncated_and_foreign_checkpoints(paper, copy, tmp_path):
             assert err.startswith("error: ") and path.name in err and err.count("\n") <= 3, err
             assert not mark.exists(), f"code in {path.name} ran"
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("paper", HERE)
+def test_weights_of_another_type(paper, copy):
+    """Whole numbers where a network has real ones are refused by the file's name."""
+    folder = copy(paper)
+    path = max(folder.rglob("*.safetensors"))  # the first may be no network's
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    name = next(name for name, value in tensors.items() if value.is_floating_point() and value.ndim)
+    save_file(tensors | {name: tensors[name].round().long()}, path, metadata)
+    code, _, err = evaluate(paper, folder)
+    assert code == 2 and err.startswith("error: ") and path.name in err and "int64" in err, err
+
+
+@pytest.mark.parametrize("paper", HERE)
+def test_a_run_struck_twice_ends_as_a_whole_one(paper, trained, tmp_path):
+    """A data-loading process dies; then `kill` comes in the middle of a checkpoint; the same command goes on
+    to the log and the weights of a run that nothing happened to."""
+    folder = tmp_path / "run"
+    if paper in LOADS:
+        code, err = struck(lose_a_worker, paper, folder, "--workers", "1")
+        assert code == 2 and err.startswith("error: a data-loading process died"), err
+    code, err = struck(terminate_in_a_checkpoint, paper, folder)
+    assert code == -signal.SIGTERM, err
+    assert (folder / "checkpoint.old").is_dir() and not (folder / "checkpoint").exists()
+    code, _, err = train(paper, folder)
+    assert code == 0, err
+    assert_same_runs(folder, trained(paper))
 
 
 @pytest.mark.parametrize("paper", HERE)

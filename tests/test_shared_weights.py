@@ -108,6 +108,25 @@ def test_state_of_another_model_is_described():
         weights.load_state(target, {"weight": 3}, "x.pth")
 
 
+def test_numbers_of_another_type():
+    """Half precision is read; whole numbers for weights, or weights for a counter, are another model's. A run
+    that goes on needs its own precision, or it would end with other numbers."""
+    source, target = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    nn.init.uniform_(source.weight)
+    state = source.state_dict()
+    weights.load_state(
+        target, {name: v.half() if v.is_floating_point() else v for name, v in state.items()}, "x"
+    )
+    assert torch.allclose(target.weight, source.weight, atol=1e-3)
+    whole, counted = state | {"weight": torch.ones(2, dtype=torch.int64)}, "num_batches_tracked"
+    with pytest.raises(UserError, match="x: made for another model .*weight holds int64 instead of float32"):
+        weights.load_state(target, whole, "x")
+    with pytest.raises(UserError, match=f"{counted} holds float32 instead of int64"):
+        weights.load_state(target, state | {counted: torch.tensor(1.5)}, "x")
+    with pytest.raises(UserError, match="weight holds float64 instead of float32"):
+        weights.load_state(target, state | {"weight": torch.ones(2).double()}, "x", exact=True)
+
+
 def test_pretrained_parts_have_one_clear_error(tmp_path):
     with pytest.raises(UserError, match="Thing: weights needed; give --thing"):
         weights.pretrained_path("Thing", None, "give --thing")
