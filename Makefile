@@ -5,7 +5,7 @@ VENV    ?= .venv
 PYTHON  ?= python3
 WORKERS ?= 2
 BIN     := $(abspath $(VENV))/bin
-PINNED  := requirements.txt requirements-dev.txt pyproject.toml
+PINNED  := requirements.txt requirements-dev.txt requirements-alone.txt pyproject.toml
 # The clone's own code comes first, so that several clones can share one VENV.
 export PYTHONPATH := $(CURDIR)
 
@@ -35,7 +35,7 @@ setup:
 	  echo 'setting up $(VENV) (some GB, a few minutes; later calls reuse it)' && \
 	  $(PYTHON) -m venv $(VENV) && \
 	  PYTHONPATH= $(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt && \
-	  PYTHONPATH= $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e . && \
+	  PYTHONPATH= $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements-alone.txt -e . && \
 	  echo "$$pins" > $(VENV)/.pins; \
 	fi
 
