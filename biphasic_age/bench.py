@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from biphasic_age import naive
+from biphasic_age.discriminator import Discriminator
 from biphasic_age.frozen import AgeNet, IdentityNet, freeze
 from biphasic_age.layouts import CLASSES
 from biphasic_age.losses import Weights
-from biphasic_age.model import SIZES, Discriminator, Generator, SizeName
+from biphasic_age.model import SIZES, Generator, SizeName
 from biphasic_age.objective import Guides, discriminator_backward, generator_backward
 from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report, throughput
 from shared.runtime import parse, pick_device, run_main

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from biphasic_age import losses
 from biphasic_age.ages import as_weights
+from biphasic_age.discriminator import Discriminator
 from biphasic_age.layouts import one_hot
 from biphasic_age.losses import Weights
-from biphasic_age.model import Discriminator, Generator, Injection, InjectionBlock
+from biphasic_age.model import Generator, Injection, InjectionBlock
 from biphasic_age.objective import Guides
 
 

@@ -10,10 +10,11 @@ from torch import nn
 from biphasic_age.ages import AgeScale
 from biphasic_age.align import mean_eyes
 from biphasic_age.baselines import PlainGenerator
+from biphasic_age.discriminator import Discriminator, TwoScales
 from biphasic_age.frozen import AgeNet, IdentityNet, SmallParser, freeze, load_age, load_identity, load_parser
 from biphasic_age.layouts import CLASSES
 from biphasic_age.losses import Weights
-from biphasic_age.model import SIZES, Discriminator, Generator, Output, SizeName, Switches, TwoScales
+from biphasic_age.model import SIZES, Generator, Output, SizeName, Switches
 from biphasic_age.objective import Guides
 from biphasic_age.projection import ProjectionNet
 from biphasic_age.scene import PARTS

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from biphasic_age import losses, naive
+from biphasic_age.discriminator import Discriminator, TwoScales
 from biphasic_age.frozen import (
     YEARS,
     AgeNet,
@@ -23,7 +24,7 @@ from biphasic_age.frozen import (
     require_face,
 )
 from biphasic_age.losses import Weights
-from biphasic_age.model import SIZES, Discriminator, Generator, Switches, TwoScales
+from biphasic_age.model import SIZES, Generator, Switches
 from biphasic_age.objective import Guides, discriminator_backward, generator_backward
 from shared.irse import IRSE
 from shared.runtime import UserError

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from biphasic_age import naive
 from biphasic_age.constraint import ConstraintNet
+from biphasic_age.discriminator import Discriminator, TwoScales
 from biphasic_age.layouts import (
     CELEBAMASK_CLASSES,
     CLASSES,
@@ -21,12 +22,10 @@ from biphasic_age.layouts import (
 from biphasic_age.model import (
     GATE_START,
     SIZES,
-    Discriminator,
     Generator,
     Injection,
     InjectionBlock,
     Switches,
-    TwoScales,
 )
 from biphasic_age.projection import NoisyLayout, ProjectionNet
 from shared import faces

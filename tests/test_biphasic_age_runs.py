@@ -13,8 +13,9 @@ from PIL import Image
 
 from biphasic_age import eval as evaluation
 from biphasic_age.data import drawn_faces
+from biphasic_age.discriminator import TwoScales
 from biphasic_age.losses import Weights
-from biphasic_age.model import Generator, TwoScales
+from biphasic_age.model import Generator
 from biphasic_age.stages import (
     TABLE,
     VARIANTS,
