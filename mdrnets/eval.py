@@ -250,14 +250,17 @@ def summary(results: Results) -> str:
 
 
 def by_bin(results: Results) -> str:
-    """The main metric of every method in every bin, mean over seeds."""
-    main_metric = "PSNR hole" if "PSNR hole" in first(first(first(results))) else "PSNR"
-    bins = list(first(first(results)))
-    rows = [
-        [method, *(mean([row[name][main_metric] for row in seeds.values()]) for name in bins)]
-        for method, seeds in results.items()
-    ]
-    return format_table([f"{main_metric} [dB], hole of", *bins], rows)
+    """Table A: a table for each metric, every method in every bin, mean over seeds."""
+    bins, names = list(first(first(results))), list(first(first(first(results))))
+    tables = []
+    for name in names:
+        rows = [
+            [method, *(mean([row[hole][name] for row in seeds.values()]) for hole in bins)]
+            for method, seeds in results.items()
+        ]
+        header = f"{name} [{UNITS[name]}]" if name in UNITS else name
+        tables.append(format_table([f"{header}, hole of", *bins], rows))
+    return "\n\n".join(tables)
 
 
 if __name__ == "__main__":

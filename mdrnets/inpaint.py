@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mdrnets.blend import paste, shrink_known
 from mdrnets.data import DataName
-from mdrnets.masks import Polarity, ratio, read_mask, to_mask, warn_inverted
+from mdrnets.masks import Polarity, looks_inverted, ratio, read_mask, to_mask
 from mdrnets.model import MDRNet
 from mdrnets.mrem import hole_cells
 from mdrnets.parser import GLASSES, GROUPS, HAT, BiSeNetParser, likely_cells
@@ -172,9 +172,9 @@ def complete(
         empty = torch.zeros(len(model.parts), 1, 1)
         notes = ["the mask is empty: nothing to complete, the picture is returned as it is"]
         return Completed(image, image, image, empty, (0, 0, 0, 0), 0.0, notes)
-    notes = [note for note in [warn_inverted(share)] if note]
+    notes = [note for note in [looks_inverted(share)] if note]
     if share == 1:
-        notes.append("the mask covers the whole picture: the result is invented, nothing is kept")
+        notes = ["the mask covers the whole picture: the result is invented, nothing is kept"]
     left, top, width, height = box = crop_box(mask, crop)
     view = (slice(None), slice(top, top + height), slice(left, left + width))
     scale = model.size / min(height, width)

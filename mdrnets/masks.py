@@ -184,13 +184,17 @@ def show_ratio(mask: Tensor) -> None:
     warn_inverted(share)
 
 
-def warn_inverted(mean_ratio: float) -> str | None:
-    """The warning for masks whose mean ratio says that kept and corrupted are swapped; also logged."""
+def looks_inverted(mean_ratio: float) -> str | None:
+    """A warning when the mean ratio of masks says that kept and corrupted are swapped; None otherwise."""
     if mean_ratio <= INVERTED:
         return None
-    message = (
+    return (
         f"{100 * mean_ratio:.0f} % of the pixels are marked as corrupted: the masks look inverted. "
         "White means corrupted; use --mask-polarity black-hole for files where black does"
     )
-    log.warning(message)
-    return message
+
+
+def warn_inverted(mean_ratio: float) -> None:
+    """Log the warning of `looks_inverted`."""
+    if message := looks_inverted(mean_ratio):
+        log.warning(message)

@@ -64,6 +64,9 @@ def test_evaluation_prints_claims_and_writes_results(run_folder):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(run_folder)
     assert "claims:" in done.stdout and "no row here is a ShowFace result" in done.stdout
+    assert all(
+        f"{name}, hole of" in done.stdout for name in ("PSNR [dB]", "PSNR hole [dB]", "SSIM", "L1 [%]")
+    )
     results = json.loads((run_folder / "results.json").read_text())
     ids = [claim["id"] for claim in results["claims"]]
     assert ids == [f"C{i}" for i in range(1, len(ids) + 1)]
@@ -252,15 +255,17 @@ def test_crop_is_inside_and_around_the_hole():
     assert crop_box(wide, "hole") == (0, 0, 60, 50)
 
 
-def test_empty_full_and_inverted_masks(model):
+def test_empty_full_and_inverted_masks(model, caplog):
     image = picture()
     empty = complete(model, image, torch.zeros(1, 50, 60))
     assert torch.equal(empty.image, image) and "empty" in empty.warnings[0]
     full = complete(model, image, torch.ones(1, 50, 60))
-    assert full.image.isfinite().all() and any("whole picture" in warning for warning in full.warnings)
+    assert full.image.isfinite().all() and "whole picture" in full.warnings[0]
+    assert not any("inverted" in warning for warning in full.warnings)
     inverted = complete(model, image, 1 - hole())
     assert any("look inverted" in warning for warning in inverted.warnings)
     assert not any("look inverted" in warning for warning in complete(model, image, hole()).warnings)
+    assert not caplog.text  # predict.py and the page print the warnings: each is said once
 
 
 def save(path: Path, image: torch.Tensor) -> str:
