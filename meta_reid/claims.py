@@ -51,7 +51,7 @@ def walker_claims(
                 for part, result in at_sources[site, seed].results.items():
                     record(variant, part, seed, result, site)
     seeds = [seed for seed in run_seeds(config) if f"meta-{seed}" in rows]
-    pictures(config, everywhere, at_sources, seeds[0] if seeds else None, folder)
+    pictures(everywhere, at_sources, seeds[0] if seeds else None, folder)
     norm = "layer norm" if config.architecture in VITS else "BN"
     return claims_from(m_ap, everywhere, at_sources, seeds, norm), metrics
 
@@ -59,12 +59,15 @@ def walker_claims(
 def claims_from(
     m_ap: dict[str, float],
     everywhere: dict[str, Measured],
-    sources: dict,
+    sources: dict[tuple[str, int], Measured],
     seeds: list[int],
     norm: str = "BN",
 ) -> list[Claim]:
-    """The claims whose rows were trained; every claim must hold with every seed. norm: what stands in the
-    ablation where the method has IN."""
+    """The claims whose rows were trained; every claim must hold with every seed.
+
+    m_ap: "<row> <part> <seed>" -> mAP at T. everywhere: META's rows at T. sources: the row `meta` at A, B and
+    C, by site and seed. norm: what stands in the ablation where the method has IN.
+    """
     claims = []
 
     def difference(key: str, text: str, better: str, worse: str, margin: float) -> None:
@@ -128,7 +131,10 @@ def claims_from(
 
 
 def pictures(
-    config: Config, everywhere: dict[str, Measured], sources: dict, seed: int | None, folder: Path
+    everywhere: dict[str, Measured],
+    sources: dict[tuple[str, int], Measured],
+    seed: int | None,
+    folder: Path,
 ) -> None:
     """Ranking lists, weights for each site, and the embedding plot of the first META row."""
     if seed is None:
