@@ -175,7 +175,7 @@ def write_levels(
     """The swap at the decoder's resolutions, from coarse to fine, as a strip; grey where the photo is."""
     crop, _ = swapper.aligned(photo.seen, result.face)
     pictures = swapper.levels(swapper.describe(to_tensor([crop], swapper.device)), source)
-    labels = [f"{picture.shape[-1]} px" for picture in pictures]
+    labels = [*(f"{picture.shape[-1]} px" for picture in pictures[:-1]), "swap"]
     side = max(128, swapper.size)
     large = torch.cat([F.interpolate(picture[None], (side, side), mode="nearest") for picture in pictures])
     large = without_colour(large) if photo.grey else large

@@ -14,6 +14,7 @@ from PIL import Image
 from test_faceswapper_scenes import eyes_of, scene, small_swapper
 
 from faceswapper import datasets, video
+from faceswapper import predict as predicting
 from faceswapper.align import (
     DEMO_FRAMING,
     cut,
@@ -26,7 +27,7 @@ from faceswapper.pipeline import Photo, Swapper
 from faceswapper.predict import Networks, PredictConfig, predict, swap_photos, swap_video
 from faceswapper.prepare import COLUMNS, PrepareConfig, prepare
 from faceswapper.video import VideoReader, VideoWriter, describe, in_batches
-from shared.io import SYNTHETIC_SOURCE
+from shared.io import SYNTHETIC_SOURCE, image_grid
 from shared.runtime import UserError, run_main
 
 
@@ -225,6 +226,18 @@ def test_strips_of_a_grey_photo_are_grey(tmp_path, swapper):
     for kind in ("", "_strip", "_levels"):
         pixels = np.asarray(Image.open(tmp_path / "out" / f"s_FS_t{kind}.png").convert("RGB"))
         assert (pixels == pixels[..., :1]).all(), kind
+
+
+def test_the_levels_are_named_by_their_sides_and_the_last_is_the_swap(tmp_path, swapper, monkeypatch):
+    """The finest side picture has the swap's own side: two columns of one name would not tell them apart."""
+    Image.fromarray(scene()).save(tmp_path / "t.png")
+    named = []
+    monkeypatch.setattr(
+        predicting, "image_grid", lambda x, **how: named.append(how["column_labels"]) or image_grid(x, **how)
+    )
+    config = PredictConfig((tmp_path / "s.png",), tmp_path / "t.png", tmp_path / "out", strip=0, levels=True)
+    swap_photos(config, swapper, swapper.source([Photo("s.png", scene((1,)))]), "by a test")
+    assert named == [["32 px", "64 px", "swap"]]
 
 
 def test_a_face_by_its_number_is_said_to_be_missing_by_its_option(tmp_path, swapper):
