@@ -6,6 +6,7 @@ training had them: python predict.py photos/ --align auto --out drawn/
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -77,6 +78,10 @@ def photo_files(inputs: tuple[Path, ...]) -> list[Path]:
     return files
 
 
+CUT_SIDE = 400
+"""Longest side in pixels at which person and background are told apart."""
+
+
 @torch.inference_mode()
 def draw(net: nn.Module, photo: Tensor, least: int, style: int, strength: float, tile: int) -> Tensor:
     """Photo (3, H, W) in [0, 1] -> sketch (1, H, W) in [0, 1], in overlapping tiles when larger than `tile`.
@@ -88,7 +93,8 @@ def draw(net: nn.Module, photo: Tensor, least: int, style: int, strength: float,
 
     def whole(image: Tensor) -> Tensor:
         side = [max(least, n) for n in image.shape[-2:]]
-        out = net.sketch(pad_to(image[None], *side) * 2 - 1, style, strength)
+        signed = pad_to(image[None], *side) * 2 - 1
+        out = net.sketch(signed.contiguous(memory_format=torch.channels_last), style, strength)
         return crop_to(out, *image.shape[-2:])[0] / 2 + 0.5
 
     if max(height, width) <= tile:
@@ -98,13 +104,12 @@ def draw(net: nn.Module, photo: Tensor, least: int, style: int, strength: float,
     small = whole(F.interpolate(photo[None], size, mode="bilinear", antialias=True)[0])
     total, weight = torch.zeros(1, height, width, device=photo.device), torch.zeros(1, height, width)
     weight = weight.to(photo.device)
-    for top in _starts(height, tile):
-        for left in _starts(width, tile):
-            piece = whole(photo[:, top : top + tile, left : left + tile])
-            ramp = _ramp(piece.shape[-2])[:, None] * _ramp(piece.shape[-1])
-            place = (..., slice(top, top + tile), slice(left, left + tile))
-            total[place] += piece * ramp.to(photo.device)
-            weight[place] += ramp.to(photo.device)
+    for top, left in progress(list(product(_starts(height, tile), _starts(width, tile))), "tiles"):
+        piece = whole(photo[:, top : top + tile, left : left + tile])
+        ramp = _ramp(piece.shape[-2])[:, None] * _ramp(piece.shape[-1])
+        place = (..., slice(top, top + tile), slice(left, left + tile))
+        total[place] += piece * ramp.to(photo.device)
+        weight[place] += ramp.to(photo.device)
     fine = total / weight
     tone = F.interpolate(_smooth(small, tile // 16)[None], (height, width), mode="bilinear")[0]
     return (fine - _smooth(fine, round(tile / 16 / factor)) + tone).clamp(0, 1)
@@ -125,19 +130,27 @@ def _ramp(length: int) -> Tensor:
 
 
 def _smooth(image: Tensor, radius: int) -> Tensor:
-    """Box blur of (1, H, W)."""
+    """Box blur of (1, H, W). By running sums: of a large photo the box has tens of thousands of pixels."""
     radius = max(1, min(radius, (min(image.shape[-2:]) - 1) // 2))
-    padded = F.pad(image[None], (radius,) * 4, mode="replicate")
-    return F.avg_pool2d(padded, 2 * radius + 1, 1)[0]
+    out = F.pad(image[None], (radius,) * 4, mode="replicate")[0].double()
+    box = 2 * radius + 1
+    for dim, before in ((1, (0, 0, 1, 0)), (2, (1, 0))):
+        sums = F.pad(out.cumsum(dim), before)
+        length = sums.shape[dim] - box
+        out = (sums.narrow(dim, box, length) - sums.narrow(dim, 0, length)) / box
+    return out.to(image.dtype)
 
 
 def person_mask(photo: Tensor) -> Tensor:
     """1 on the person, 0 on the background: (3, H, W) in [0, 1] -> (1, H, W).
 
-    GrabCut, told that the two upper corners are background and the middle is the person; no learned part.
+    GrabCut, told that the two upper corners are background and the middle is the person; no learned part. It
+    works on at most `CUT_SIDE` pixels a side: it would take minutes on a camera's picture.
     """
-    image = (photo.permute(1, 2, 0).cpu().numpy()[..., ::-1] * 255).round().astype(np.uint8).copy()
-    height, width = image.shape[:2]
+    full = (photo.permute(1, 2, 0).cpu().numpy()[..., ::-1] * 255).round().astype(np.uint8)
+    factor = min(1.0, CUT_SIDE / max(full.shape[:2]))
+    width, height = (max(8, round(n * factor)) for n in full.shape[1::-1])
+    image = cv2.resize(full, (width, height), interpolation=cv2.INTER_AREA)
     mask = np.full((height, width), cv2.GC_PR_FGD, np.uint8)
     rim_y, rim_x = max(1, height // 20), max(1, width // 20)
     mask[:rim_y] = cv2.GC_BGD
@@ -147,7 +160,8 @@ def person_mask(photo: Tensor) -> Tensor:
     cv2.setRNGSeed(0)
     cv2.grabCut(image, mask, None, *models, 4, cv2.GC_INIT_WITH_MASK)
     person = np.isin(mask, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.float32)
-    return torch.from_numpy(cv2.GaussianBlur(person, (0, 0), max(0.5, height / 250)))[None]
+    person = cv2.resize(person, full.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    return torch.from_numpy(cv2.GaussianBlur(person, (0, 0), max(0.5, full.shape[0] / 250)))[None]
 
 
 def load_memory(path: Path, like: Memory) -> Memory:
@@ -189,7 +203,7 @@ def predict(config: Config) -> Path:
         if not hasattr(net, "memories"):
             raise UserError(f"--memory: {trial.name} is a network without one")
         net.memories[0] = load_memory(config.memory, net.memories[0])
-    net.to(device).eval()
+    net.to(device, memory_format=torch.channels_last).eval()
     style = 0 if config.memory is not None else config.style
     if not 0 <= style < styles_in(net):
         raise UserError(f"--style {style}: {trial.name} has {styles_in(net)} of them, from 0")

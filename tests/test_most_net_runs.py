@@ -1,12 +1,15 @@
 """MOST-Net: training, resume after a kill, evaluation, prediction and teaching a new artist."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import helpers
 import pytest
 import torch
+import torch.nn.functional as F
 from curves import assert_same_curves, run_one, run_two
 from safetensors.torch import load_file
 
@@ -332,6 +335,35 @@ def test_tiles_leave_no_seams():
     photo = (0.5 + 0.2 * torch.sin(6 * x) + 0.2 * y).expand(3, -1, -1)
     got = predict.draw(Copy(), photo, 16, 0, 1.0, tile=64)
     assert (got - photo[:1]).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(("shape", "radius"), [((61, 50), 9), ((7, 40), 3), ((8, 8), 100)])
+def test_the_box_blur_is_the_mean_of_each_box(shape, radius):
+    image = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    got = predict._smooth(image, radius)
+    radius = min(radius, (min(shape) - 1) // 2)
+    padded = F.pad(image[None], (radius,) * 4, mode="replicate")
+    torch.testing.assert_close(got, F.avg_pool2d(padded, 2 * radius + 1, 1)[0])
+
+
+def test_a_large_photo_costs_no_box_and_no_cut_at_its_own_size(monkeypatch):
+    """Both took most of a minute on a photo of a megapixel, and grew with the square of its size."""
+    begin = time.process_time()
+    predict._smooth(torch.rand(1, 600, 600), 200)
+    assert time.process_time() - begin < 5  # by pooling 45 s
+    seen = []
+    cut = cv2.grabCut
+
+    def grab_cut(image, *rest):
+        seen.append(image.shape[:2])
+        return cut(image, *rest)
+
+    monkeypatch.setattr(cv2, "grabCut", grab_cut)
+    photo = torch.zeros(3, 1000, 700)
+    photo[:, 300:, 150:550] = 0.9  # a bright person before a dark wall
+    mask = predict.person_mask(photo)
+    assert seen == [(400, 280)] and mask.shape == (1, 1000, 700)
+    assert mask[0, 350:950, 200:500].min() > 0.99 and mask[0, :250].max() < 0.01
 
 
 def test_predict_aligns_by_eyes(run, tmp_path):
