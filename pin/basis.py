@@ -96,10 +96,11 @@ class Basis(nn.Module):
         write_tensors(path, self.state_dict(), {"fingerprint": self.fingerprint()})
 
 
-def load_basis(path: Path, components: int | None = None) -> Basis:
+def load_basis(path: Path, components: int | None = None, size: int | None = None) -> Basis:
     """Read our `.safetensors` or the official `lfw_eig.pth` (`eig_vec` D x C, `avg_face` D).
 
-    Raises UserError when the file is absent, foreign, or holds fewer than `components` vectors.
+    Raises UserError when the file is absent, foreign, holds fewer than `components` vectors, or is not of
+    images of `size` x `size` pixels.
     """
     state = load_torch(path)
     if not isinstance(state, dict):
@@ -107,7 +108,12 @@ def load_basis(path: Path, components: int | None = None) -> Basis:
     missing = {"eig_vec", "avg_face"} - state.keys()
     if missing:
         raise UserError(f"{path}: no eigenfaces, {sorted(missing)} missing among {sorted(state)[:8]}")
-    return Basis(state["avg_face"].flatten(), state["eig_vec"], state.get("eig_val"), components)
+    basis = Basis(state["avg_face"].flatten(), state["eig_vec"], state.get("eig_val"), components)
+    if size is not None and basis.size[0] != size**2:
+        raise UserError(
+            f"{path}: eigenfaces of {basis.size[0]} pixels, and the networks take {size} x {size} = {size**2}"
+        )
+    return basis
 
 
 class _Moments:

@@ -35,6 +35,9 @@ from shared.io import (
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
+OFFICIAL_SIZE = 112
+"""Side of the images that the official networks are for."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -87,13 +90,13 @@ def load_defense(options: Options, device: torch.device) -> tuple[PIN, torch.nn.
             raise UserError("--ais goes with --eigenfaces, and without --dae, --encoder and --pca-layer")
         dae = None
         esn = ESN(load_official("ais_encoder", options.ais), load_official("ais_pca_layer", options.ais))
-        basis = load_basis(options.eigenfaces, 1500)
+        basis = load_basis(options.eigenfaces, 1500, OFFICIAL_SIZE)
     elif any(part is not None for part in official):
         if not all(part is not None for part in official):
             raise UserError(
                 "official weights come as four files: --eigenfaces, --dae, --encoder and --pca-layer"
             )
-        basis = load_basis(options.eigenfaces, 2500)
+        basis = load_basis(options.eigenfaces, 2500, OFFICIAL_SIZE)
         dae = load_official("dae", options.dae)
         esn = ESN(load_official("encoder", options.encoder), load_official("pca_layer", options.pca_layer))
     else:
@@ -118,6 +121,8 @@ def load_defense(options: Options, device: torch.device) -> tuple[PIN, torch.nn.
         recognizer = adapt(
             options.recognizer_name, load_official(options.recognizer_name, options.recognizer)
         )
+    if options.k is not None and options.k > basis.size[1]:
+        raise UserError(f"--k {options.k}: the basis holds {basis.size[1]} eigenfaces")
     generator = torch.Generator().manual_seed(options.seed)
     pin = PIN(basis, dae, esn, options.mode, options.k, generator=generator).eval().to(device)
     return pin, recognizer.eval().to(device) if recognizer is not None else None

@@ -244,7 +244,7 @@ def make_basis(job: Job, faces: Dataset) -> Basis:
     config, path = job.config, job.run.folder / "basis.safetensors"
     if not job.done("basis") and job.accelerator.is_main_process:
         if config.basis is not None:
-            basis = load_basis(config.basis, config.components)
+            basis = load_basis(config.basis, config.components, config.size)
         else:
             if config.basis_root is not None:
                 faces = identity_folder(config.basis_root, config.size, config.landmarks)

@@ -174,12 +174,22 @@ def test_the_follow_ups_file_purifies(tmp_path):
     assert 0 < score["kept"] < 1500 and (tmp_path / "out/a.png").is_file()
     with pytest.raises(UserError, match="--ais goes with --eigenfaces"):
         predict(Purify(images=(tmp_path / "a.png",), ais=tmp_path / "ais.pth"))
+    torch.save({"eig_vec": torch.eye(64 * 64, 1500), "avg_face": torch.zeros(64 * 64)}, tmp_path / "eig.pth")
+    with pytest.raises(
+        UserError, match="eig.pth: eigenfaces of 4096 pixels, and the networks take 112 x 112"
+    ):
+        predict(Purify(images=(tmp_path / "a.png",), **paths))
 
 
 @pytest.mark.parametrize("options", [{"mode": "topk"}, {"k": 5}, {"mode": "topk", "k": 0}])
 def test_top_k_and_its_k_belong_together(run, options):
     with pytest.raises(UserError, match="--mode topk and --k"):
         predict(Purify(images=(), run=run, device="cpu", **options))
+
+
+def test_no_more_eigenfaces_are_kept_than_there_are(run):
+    with pytest.raises(UserError, match="--k 21: the basis holds 20 eigenfaces"):
+        predict(Purify(images=(), run=run, device="cpu", mode="topk", k=21))
 
 
 def test_images_of_one_name_are_all_written(run, tmp_path):
@@ -299,6 +309,9 @@ def test_ready_eigenfaces_and_an_image_folder(tmp_path, run):
         )
     )
     assert (folder / "basis.safetensors").read_bytes() == (run / "basis.safetensors").read_bytes()
+    other = parsed(tmp_path / "other", "--size", 32, "--basis", run / "basis.safetensors")
+    with pytest.raises(UserError, match="eigenfaces of 256 pixels, and the networks take 32 x 32 = 1024"):
+        train(other)
 
 
 def test_onnx_file_does_what_the_defence_does(run, tmp_path):
