@@ -50,8 +50,10 @@ def robust_ellipse(
 
     Hidden parts cut chords into the limbus, so the true one runs through many points and leaves the others
     inside; they bulge the pupil, so the true one leaves the others outside. RANSAC over six points each
-    (seeded: the same points give the same ellipse) counts points within 3 % of the boundary and subtracts
-    those on the wrong side; then a fit to the winner's points. With `limbus` the pupil inside it is sought.
+    (seeded: the same points give the same ellipse) counts points within 3 % of the boundary, or 1.5 pixels
+    where that is more, subtracts those on the wrong side, and prefers what is round: half an outline also
+    lies on many a long ellipse. Then a fit to the points within 3 % or a pixel of the winner. With `limbus`
+    the pupil inside it is sought.
     """
     rng = np.random.default_rng(0)
     wrong_side = 1.0 if limbus is None else -1.0
@@ -65,6 +67,9 @@ def robust_ellipse(
             return large < 0.9 * extent
         return 0.12 * limbus.a < small and large < 0.8 * limbus.a and limbus.level(e.x, e.y) < 0.3
 
+    def tolerance(e: Ellipse, pixels: float) -> float:
+        return max(0.03, pixels / np.sqrt(e.a * e.b))
+
     best, best_score = None, 0.0
     for _ in range(trials if len(x) >= 12 else 0):
         pick = rng.choice(len(x), 6, replace=False)
@@ -72,14 +77,16 @@ def robust_ellipse(
         if ellipse is None or not plausible(ellipse):
             continue
         off = ellipse.level(x, y) - 1
-        score = (np.abs(off) < 0.03).sum() - 2.0 * (wrong_side * off > 0.04).sum()
+        near = tolerance(ellipse, 1.5)
+        score = (np.abs(off) < near).sum() - 2.0 * (wrong_side * off > near + 0.01).sum()
+        score *= min(ellipse.a, ellipse.b) / max(ellipse.a, ellipse.b)
         if score > best_score:
             best, best_score = ellipse, score
     if best is None:
         whole = least_squares(x, y)
         return whole if whole is not None and plausible(whole) else None
     for _ in range(3):
-        near = np.abs(best.level(x, y) - 1) < 0.03
+        near = np.abs(best.level(x, y) - 1) < tolerance(best, 1.0)
         refined = least_squares(x[near], y[near])
         if refined is None or not plausible(refined):
             break

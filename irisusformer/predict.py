@@ -33,6 +33,7 @@ from irisusformer.pictures import BLUE, GREEN, RED, heat, outlined, tint, with_e
 from irisusformer.train import PAPER, Config, build, variants
 from shared.io import (
     VIDEO_ENDINGS,
+    find_images,
     find_run,
     images_of,
     keep_inputs,
@@ -246,6 +247,12 @@ def predict_images(model: IrisUsformer, config: PredictConfig, short_side: int) 
     where a result would replace one of them."""
     source = config.input
     paths = images_of(source)
+    films = find_images(source, endings=VIDEO_ENDINGS) if source.is_dir() else []
+    if films:
+        print(
+            f"warning: {source}: not segmented, give each as --input: {', '.join(map(str, films))}",
+            file=sys.stderr,
+        )
     base = source.parent if source.is_file() else source
     named: dict[str, Path] = {}
     for path in paths:

@@ -76,6 +76,15 @@ def test_boundaries_of_procedural_eyes():
     assert np.median(errors) < 0.06
 
 
+def test_small_and_half_covered_pupils_are_found():
+    errors = []
+    for seed in (200, 206, 208, 214):  # half an outline: it lies on many a long ellipse as well
+        eye = draw_eye(identity(seed), 0, 120, 160, "visible", 1)
+        found = fit_boundaries(eye.mask)[0]
+        errors.append(deviation(found, Ellipse(*eye.pupil_ellipse)))
+    assert max(errors) < 0.3
+
+
 def test_no_iris_gives_no_ellipse():
     assert fit_boundaries(np.zeros((60, 60), bool)) == (None, None)
     assert robust_ellipse(np.empty(0), np.empty(0)) is None

@@ -131,6 +131,16 @@ def test_predict_writes_the_pictures_of_frames_when_asked(tmp_path):
         assert found == [f"000000_{kind}.png", f"000002_{kind}.png"]
 
 
+def test_predict_names_the_videos_of_a_folder_that_it_leaves_out(eyes, tmp_path, capsys):
+    (eyes / "more").mkdir()
+    (eyes / "more" / "film.mp4").touch()
+    out = tmp_path / "out"
+    out.mkdir()
+    rows = predict_images(IrisUsformer("tiny").eval(), PredictConfig(eyes, out), 64)
+    assert [row[0] for row in rows] == ["eye0", "eye1"]
+    assert f"not segmented, give each as --input: {eyes / 'more' / 'film.mp4'}" in capsys.readouterr().err
+
+
 def test_predict_replaces_no_picture_that_it_reads(eyes):
     annotated = eyes / "eye0_mask.png"
     annotated.write_bytes((eyes / "eye0.png").read_bytes())
