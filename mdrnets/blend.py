@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+RIM = 4
+"""Kept pixels around a hole's extent that the membrane looks at."""
+
 
 def shrink_known(image: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Image (C, H, W) and mask (1, H, W) at a smaller size; nothing of the hole bleeds into what is kept.
@@ -51,6 +54,12 @@ def _coarse_guess(difference: Tensor, hole: Tensor) -> Tensor:
     return F.interpolate(surface[None], (height, width), mode="bilinear", align_corners=False)[0]
 
 
+def extent(mask: Tensor) -> tuple[int, int, int, int]:
+    """First row, row after the last, first column and column after the last of a mask's hole (1, H, W)."""
+    rows, columns = (mask[0] > 0.5).any(1).nonzero(), (mask[0] > 0.5).any(0).nonzero()
+    return int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1
+
+
 def paste(image: Tensor, mask: Tensor, filled: Tensor, seamless: bool = True) -> Tensor:
     """Fill the hole of `image` (3, H, W) in [0, 1] with `filled` (3, H, W), a completion of the whole
     picture.
@@ -58,6 +67,11 @@ def paste(image: Tensor, mask: Tensor, filled: Tensor, seamless: bool = True) ->
     seamless: shift its colours inside the hole smoothly so that it meets the kept pixels at the rim. Kept
     pixels are returned bit for bit.
     """
-    if seamless:
-        filled = filled + membrane((image - filled) * (1 - mask), mask)
+    if seamless and bool((mask > 0.5).any()):
+        # Of what is kept the rim alone matters: a hole in a large photo costs what the hole does.
+        top, bottom, left, right = extent(mask)
+        view = (slice(None), slice(max(top - RIM, 0), bottom + RIM), slice(max(left - RIM, 0), right + RIM))
+        shift = membrane(((image - filled) * (1 - mask))[view], mask[view])
+        filled = filled.clone()
+        filled[view] += shift
     return torch.where(mask > 0.5, filled.clamp(0, 1), image)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mdrnets.blend import paste, shrink_known
+from mdrnets.blend import extent, paste, shrink_known
 from mdrnets.data import DataName
 from mdrnets.masks import Polarity, looks_inverted, ratio, read_mask, to_mask
 from mdrnets.model import MDRNet
@@ -142,8 +142,7 @@ def crop_box(mask: Tensor, crop: Crop) -> tuple[int, int, int, int]:
     height, width = mask.shape[-2:]
     if crop == "picture":
         return 0, 0, width, height
-    rows, columns = (mask[0] > 0.5).any(1).nonzero(), (mask[0] > 0.5).any(0).nonzero()
-    (top, bottom), (left, right) = ((int(i.min()), int(i.max()) + 1) for i in (rows, columns))
+    top, bottom, left, right = extent(mask)
     side = min(2 * max(bottom - top, right - left), height, width)
 
     def start(low: int, high: int, limit: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mdrnets import blend
 from mdrnets.baselines import CLASSICAL, UNet
 from mdrnets.blend import membrane, paste, shrink_known
 from mdrnets.data import DrawnFaces, TestSet, TrainSet, masks_by_bin, open_pictures, training_masks
@@ -296,6 +297,26 @@ def test_seamless_paste_removes_a_constant_offset_and_keeps_the_rest():
     assert (rough - image).abs().max() > 0.1
     assert torch.equal(done[:, mask[0] == 0], image[:, mask[0] == 0])
     assert torch.equal(paste(image, torch.ones(1, 40, 40), image * 0.5), image * 0.5)
+
+
+def test_a_small_hole_in_a_large_photo_costs_what_the_hole_does(monkeypatch):
+    y, x = torch.meshgrid(torch.linspace(0, 3, 200), torch.linspace(0, 4, 300), indexing="ij")
+    image = (0.5 + 0.2 * torch.sin(x + y)).expand(3, -1, -1).clone()
+    filled, mask = image + 0.1 * torch.cos(x - 2 * y), torch.zeros(1, 200, 300)
+    mask[:, 50:70, 270:300] = 1
+    whole = torch.where(mask > 0.5, filled + membrane((image - filled) * (1 - mask), mask), image)
+    shapes = []
+
+    def watched(difference, hole, *options):
+        shapes.append(tuple(difference.shape))
+        return membrane(difference, hole, *options)
+
+    monkeypatch.setattr(blend, "membrane", watched)
+    done = paste(image, mask, filled)
+    assert max(shapes) == (3, 28, 34)
+    assert (done - whole).abs().max() < 2e-3 < (filled - image)[:, mask[0] > 0].abs().max()
+    assert torch.equal(done[:, mask[0] == 0], image[:, mask[0] == 0])
+    assert torch.equal(paste(image, 0 * mask, filled), image)
 
 
 def test_shrinking_lets_nothing_of_the_hole_through():
