@@ -85,9 +85,9 @@ class Window:
             self._span(*pair, count) for pair, count in zip(ends, (height, width), strict=True)
         )
         self.height, self.width = self.rows.shape[1], self.columns.shape[1]
-        self.index = (self.rows[:, :, None] * width + self.columns[:, None]).flatten(1)[
-            :, None
-        ]  # (B, 1, pixels)
+        self._first = (self.rows * width + self.columns[:, :1])[:, None]  # (B, 1, height), of each row
+        self._picture = height * width
+        self._starts: dict[int, Tensor] = {}  # channels -> (B channels height,), of each row in memory
 
     @staticmethod
     def _span(first: Tensor, last: Tensor, count: int) -> Tensor:
@@ -105,20 +105,28 @@ class Window:
             ends.append((first, torch.where(flags.any(1, keepdim=True), last, first)))
         return Window(*field.shape[2:], tuple(ends))
 
+    def _rows(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Every run of `width` numbers in a tensor (B, C, H, W), a view (runs, width), and which of them are
+        the window's rows: whole rows are copied in a fifth to a half of the time of gather and scatter."""
+        count, channels = tensor.shape[:2]
+        if channels not in self._starts:
+            pictures = torch.arange(count * channels, device=tensor.device).mul_(self._picture)
+            self._starts[channels] = (pictures.reshape(count, channels, 1) + self._first).flatten()
+        runs = tensor.as_strided((tensor.numel() - self.width + 1, self.width), (1, 1))
+        return runs, self._starts[channels]
+
     def take(self, tensor: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, height, width); numbers of whole faces, (B, C, 1, 1), stay as they are."""
         if tensor.shape[2:] == (1, 1):
             return tensor
-        count, channels = tensor.shape[:2]
-        cut = tensor.flatten(2).gather(2, self.index.expand(-1, channels, -1))
-        return cut.reshape(count, channels, self.height, self.width)
+        runs, rows = self._rows(tensor.contiguous())
+        return runs.index_select(0, rows).reshape(*tensor.shape[:2], self.height, self.width)
 
     def put(self, tensor: Tensor, part: Tensor) -> None:
-        """Writes part (B, C, height, width) into tensor (B, C, H, W)."""
-        flat, part = tensor.flatten(2), part.flatten(2)
-        for channel in range(flat.shape[1]):  # one at a time: half the time of all at once
-            one = slice(channel, channel + 1)
-            flat[:, one].scatter_(2, self.index, part[:, one])
+        """Writes part (B, C, height, width) into tensor (B, C, H, W), which lies in memory in that order."""
+        assert tensor.is_contiguous()
+        runs, rows = self._rows(tensor)
+        runs.index_copy_(0, rows, part.reshape(-1, self.width))
 
     def view(self, source: Any) -> View:
         return View(source, self.take)
