@@ -165,7 +165,15 @@ def test_augment_reports_before_and_after_and_writes_the_copies(runs, tmp_path, 
 
 def test_bench_measures_all_forms(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PAPERS_RUNS", str(tmp_path))
+    made, orders = bench.make_step, []
+
+    def watched(config, device, memory=torch.contiguous_format):
+        orders.append(memory)
+        return made(config, device, memory)
+
+    monkeypatch.setattr(bench, "make_step", watched)
     bench.main(bench.BenchConfig(size="unit", image_size=64, seconds=0.0, rounds=1))
+    assert orders.count(torch.channels_last) == 2  # both fast forms, as in train.py
     rows = json.loads((tmp_path / "biphasic_age" / "bench.json").read_text())["rows"]
     steps = {row["form"]: row for row in rows if row["what"] == "training step"}
     assert set(steps) == {"plain fp32", "fast fp32", "fast bf16"}
