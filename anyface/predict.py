@@ -185,10 +185,10 @@ def manipulate(config: PredictConfig, model: Model, captions: list[str]) -> dict
     codes = config.out / "codes.safetensors"
     results = [codes, *(config.out / f"{name}.png" for name in ("inverted", "source", "edited", "strip"))]
     keep_inputs([path for path in (config.code, config.edit) if path is not None], results)
+    degree = max(1, model.generator.n_latent // 3) if config.degree is None else config.degree
+    use.check_edit(model, degree, config.alpha)  # before minutes of inversion
     source, record, warnings = find_source(config, model)
     wanted = use.combined_code(model, captions)
-    layers = model.generator.n_latent
-    degree = max(1, layers // 3) if config.degree is None else config.degree
     code = use.edited(model, source, wanted, degree, config.alpha)
     title = " + ".join(captions)
     made = use.paint(model, torch.cat((source, code)))

@@ -348,15 +348,23 @@ def sheet(learner: Learner, faces: Faces, cache: Cache, constants: Constants, co
     return image_grid(torch.cat(rows) / 2 + 0.5, len(w_t), row_labels=labels, scale=scale)
 
 
+def load_inputs(config: Config, folder: Path, device: torch.device) -> tuple[Constants, Faces]:
+    """The frozen networks, of a tiny run those that lie in its folder, and the training faces."""
+    constants = load_constants(config, folder, device)
+    return constants, open_faces(config, "train", constants.generator)
+
+
 def train(config: Config) -> Path:
     """Run all stages of `config`; returns the run folder. Continues a run that was interrupted."""
     stages = plan(config)
     accelerator = start(config)
+    device = accelerator.device
+    constants = faces = cache = None
+    if config.size == "official":  # before the run's folder: a missing file leaves no run that is the newest
+        constants, faces = load_inputs(config, Path(), device)
     run = Run("anyface", config, accelerator.is_main_process)
     position = Position()
     run.load({}, {"position": position})
-    device = accelerator.device
-    constants = faces = cache = None
     images: dict[str, Tensor] = {}  # of the reconstructions, by the normalisation that a variant gives CLIP
     before = 0
     for number, stage in enumerate(stages):
@@ -366,8 +374,8 @@ def train(config: Config) -> Path:
                 learner = part_learner(stage, config, run.folder, device)
             else:
                 if constants is None:
-                    constants = load_constants(config, run.folder, device)
-                    faces = open_faces(config, "train", constants.generator)
+                    constants, faces = load_inputs(config, run.folder, device)
+                if cache is None:
                     cache = build_cache(
                         faces, constants.clip, constants.tokenizer, constants.generator,
                         config.behaviour.clip_input, device, words=reads_words(config), images=False,
@@ -388,12 +396,9 @@ def train(config: Config) -> Path:
             run.save({}, {"position": position}, {"stage": stage.label, "step": stage.steps})
         before += stage.steps
     if accelerator.is_main_process:
-        constants = constants or load_constants(config, run.folder, device)
-        if cache is None:
-            faces = open_faces(config, "train", constants.generator)
-            mean = faces.codes.mean(0, keepdim=True)
-        else:
-            mean = cache.mean
+        if constants is None:
+            constants, faces = load_inputs(config, run.folder, device)
+        mean = faces.codes.mean(0, keepdim=True) if cache is None else cache.mean
         save_model(run.folder / "model", whole_model(config, run.folder, constants, mean))
     run.close()
     return run.folder

@@ -261,14 +261,20 @@ def typical(model: Model, count: int = 1024) -> tuple[Tensor, Tensor]:
 # --- editing --------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def edited(model: Model, source: Tensor, wanted: Tensor, degree: int, alpha: float = 1.0) -> Tensor:
-    """The code of a source face (1, L, D) towards a caption's (1, L, D); see `anyface.model.edit`."""
+def check_edit(model: Model, degree: int, alpha: float) -> None:
+    """UserError for a degree or an alpha that this generator has not."""
     layers = model.generator.n_latent
     if not 0 <= degree <= layers:
         raise UserError(f"--degree is 0 to {layers} for this generator, not {degree}")
     if not 0 <= alpha <= 1:
         raise UserError(f"--alpha is 0 to 1, not {alpha:g}")
+
+
+@torch.no_grad()
+def edited(model: Model, source: Tensor, wanted: Tensor, degree: int, alpha: float = 1.0) -> Tensor:
+    """The code of a source face (1, L, D) towards a caption's (1, L, D); see `anyface.model.edit`. UserError
+    as `check_edit`."""
+    check_edit(model, degree, alpha)
     return edit(source, wanted, degree, alpha)
 
 

@@ -339,6 +339,7 @@ def test_the_paper_preset_runs_on_a_public_layout_with_files_of_weights(tmp_path
 def test_user_mistakes_are_messages(tmp_path):
     with pytest.raises(UserError, match="--clip-weights .*ViT-B-32.pt"):
         train(replace(PRESETS["paper"], data_root=tmp_path, out=tmp_path / "paper", device="cpu"))
+    assert not (tmp_path / "paper").exists()  # it would be the newest run, for eval.py and predict.py
     with pytest.raises(UserError, match="not a run folder"):
         evaluation.main(evaluation.EvalConfig(run=tmp_path / "none"))
     with pytest.raises(UserError, match="--compared 1"):

@@ -357,6 +357,10 @@ def test_predict_says_what_is_wrong(folder, tmp_path):
     for message, arguments in cases.items():
         with pytest.raises(UserError, match=message):
             predict(*arguments)
+    for option, value in (("--degree", 9), ("--alpha", 1.5)):  # known before the face is looked for
+        with pytest.raises(UserError, match=f"{option} is 0 to"):
+            predict("x", *base, "--edit", tmp_path / "face.png", option, value)
+    assert not (tmp_path / "out" / "inverted.png").exists()
     done = call("predict.py", *base, expect=2)
     assert done.stderr.startswith("error: give at least one caption")
 
