@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from anyface.clip import vit_b32
 from anyface.data import Cache
@@ -27,7 +28,7 @@ from anyface.stages import Constants, make_streams
 from anyface.stylegan2 import Generator
 from anyface.train import PRESETS, Config, stream_terms
 from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report, throughput
-from shared.runtime import parse, pick_device, run_main
+from shared.runtime import UserError, parse, pick_device, run_main
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class BenchConfig:
     calls are made."""
     compile: bool = False
     """Measure StyleGAN2 of `size` once more in both forms under torch.compile, and nothing else."""
+    profile: bool = False
+    """Print where the time of StyleGAN2 of `size` goes in both forms, and nothing else; on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
 
@@ -148,6 +151,21 @@ def compiled(
         )
 
 
+def where_time_goes(function: Callable[[], object]) -> tuple[float, dict[str, float]]:
+    """Seconds of one call on a CPU and the shares of its operations: convolutions, the [1, 3, 3, 1] filters,
+    and the rest."""
+    function()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        function()
+    parts = {"convolutions": 0.0, "filters": 0.0, "the rest": 0.0}
+    for event in found.key_averages(group_by_input_shape=True):
+        kernel = event.input_shapes[1] if "conv" in event.key and len(event.input_shapes) > 1 else []
+        what = "filters" if kernel[1:] == [1, 4, 4] else "convolutions" if kernel else "the rest"
+        parts[what] += event.self_cpu_time_total / 1e6
+    total = sum(parts.values())
+    return total, {what: spent / total for what, spent in parts.items()}
+
+
 def main(config: BenchConfig) -> None:
     """Measure and print; bench.json keeps the numbers."""
     device = pick_device(config.device)
@@ -192,6 +210,17 @@ def main(config: BenchConfig) -> None:
         macs = count_macs(run, *(x[:1] for x in inputs))
         torch.backends.mha.set_fastpath_enabled(True)
         row(what, "fast", len(inputs[0]), lambda: run(*inputs), module, macs, fp32=fp32)
+
+    if config.profile:
+        if gpu:
+            raise UserError("--profile reads the times of a CPU: add --device cpu")
+        forms = both_forms(size=config.size)
+        codes = some_codes(forms["fast"], batch, device).detach()
+        for form, generator in forms.items():
+            total, shares = where_time_goes(partial(picture, generator.synthesis, codes, autocast))
+            told = ", ".join(f"{what} {100 * share:.0f} %" for what, share in shares.items())
+            print(f"StyleGAN2 {config.size}, {batch} pictures, {form}: {total:.3g} s; {told}")
+        return
 
     if config.compile:
         compiled(config.size, batch, device, autocast, seconds, row)

@@ -7,7 +7,9 @@ video is handled frame by frame. Whole steps are compared with their optimisers 
 
 import copy
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +33,7 @@ from faceswapper.model import Discriminator, Generator, Size, initialise
 from faceswapper.pipeline import Blending, Photo, Source, Swapper
 from faceswapper.recognizer import IRSE50, Recogniser
 from faceswapper.video import VideoReader, VideoWriter
-from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report, throughput
+from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report
 from shared.faces import draw
 from shared.loop import follow
 from shared.runtime import parse, pick_device, run_main
@@ -147,7 +149,7 @@ def step_macs(size: Size) -> dict[str, int]:
 
 def networks(size: Size, device: torch.device, seconds: float, pairs: int) -> list[dict]:
     """Parameters, cost and speed of the networks and of one swap, batch 1; on a GPU, which one picture does
-    not fill, also of the swaps of a training batch at once."""
+    not fill, also of the swaps of a training batch at once. Both forms of a network are called in turn."""
     players, plain = Players(size, 1, device).channels_last(), Players(size, 1, device)
     g, d, plain_g, plain_d = (net.eval() for net in (players.g, players.d, plain.g, plain.d))
     (a, b), (lm_a, lm_b), (mask_a, mask_b) = (x.chunk(2) for x in players.batch)
@@ -173,17 +175,29 @@ def networks(size: Size, device: torch.device, seconds: float, pairs: int) -> li
     if players.gpu:
         many = Players(size, pairs, device).batch
         calls["swaps at once", "fast"] = (g, lambda: g.swap(many.picture.flip(0), *many))
-    rows = []
-    for (what, form), (module, call) in calls.items():
-        reduced = torch.autocast(device.type, torch.bfloat16, enabled=players.gpu and form == "fast")
-        with torch.inference_mode(), reduced:
-            batch = 2 * pairs if what == "swaps at once" else 1
-            row = {"what": what, "form": form, "batch": batch, "parameters": count_parameters(module)}
-            row["gmacs"] = count_macs(call) / 1e9 / batch
-            row["per_second"] = throughput(call, batch, device, seconds)
-            row["peak_mib"] = peak_memory(call, device) / 2**20
-        rows.append(row)
+    rows, forms = [], {}
+    for what, form in calls:
+        forms.setdefault(what, []).append(form)
+    for what, named in forms.items():
+        batch = 2 * pairs if what == "swaps at once" else 1
+        runs = {
+            form: partial(_inferred, calls[what, form][1], device, players.gpu and form == "fast")
+            for form in named
+        }
+        times = in_turn(runs, device, seconds)
+        for form, run in runs.items():
+            row = {"what": what, "form": form, "batch": batch}
+            row["parameters"] = count_parameters(calls[what, form][0])
+            row["gmacs"] = count_macs(run) / 1e9 / batch
+            row["per_second"] = batch / times[form]
+            row["peak_mib"] = peak_memory(run, device) / 2**20
+            rows.append(row)
     return rows
+
+
+def _inferred(call: Callable[[], object], device: torch.device, reduced: bool) -> object:
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=reduced):
+        return call()
 
 
 def training(size: Size, pairs: int, device: torch.device, repeats: int) -> list[dict]:

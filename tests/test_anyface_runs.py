@@ -358,6 +358,17 @@ def test_the_demo_shows_the_claims(tmp_path):
     assert not failed
 
 
+def test_bench_says_where_the_time_goes():
+    sizes = {"size": 16, "style_dim": 64, "n_mlp": 1, "channels": {4: 64, 8: 64, 16: 64}}
+    for form, generator in bench.both_forms(**sizes).items():
+        codes = bench.some_codes(generator, 8, torch.device("cpu"))
+        total, shares = bench.where_time_goes(
+            lambda g=generator, c=codes: bench.picture(g.synthesis, c, nullcontext)
+        )
+        assert total > 0 and sum(shares.values()) == pytest.approx(1)
+        assert min(shares.values()) > 0, f"{form}: none of the three goes unseen"
+
+
 def test_bench_steps_train_both_streams_through_either_form():
     tiny_generator = {"size": 32, "style_dim": 64, "n_mlp": 3, "lr_mlp": 1.0, "channels": bench.CHANNELS}
     clip = small_clip()[0].requires_grad_(False)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from faceswapper import literal
+from faceswapper import bench, literal
 from faceswapper.blocks import Guide, MaskedModulation, ResBlk, conv_down, fold, instance_norm, up_conv
 from faceswapper.drawing import draw_landmarks, to_file
 from faceswapper.landmarks import FAN, CoordConv, HourGlass, points_of
@@ -483,3 +483,18 @@ def test_files_that_do_not_fit_say_why(tmp_path, capsys):
         load_official("fan", tmp_path / "b.ckpt")
     with pytest.raises(UserError, match="generator, discriminator, face_model, fan"):
         official("unet")
+
+
+def test_bench_calls_both_forms_of_a_network_in_turn(monkeypatch):
+    """A busy minute would otherwise slow one form alone."""
+    together = []
+
+    def noted(runs, *_):
+        together.append(sorted(runs))
+        return dict.fromkeys(runs, 1.0)
+
+    monkeypatch.setattr(bench, "in_turn", noted)
+    rows = bench.networks(Size(32, 256, 8, 8), torch.device("cpu"), 0.0, 1)
+    assert together.count(["fast", "official"]) == 3  # identity encoder, discriminator, one swap
+    cost = {(row["what"], row["form"]): row["gmacs"] for row in rows}
+    assert cost["one swap", "fast"] < 0.5 * cost["one swap", "official"]
