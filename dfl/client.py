@@ -267,9 +267,10 @@ def dfl(config: "Config", data: "Federated") -> Method:
             Stage("S", config.local_epochs, forward_s, steps(("specific", "head"), False), freeze_for_s),
             Stage("C", config.local_epochs, forward_c, steps(("invariant", "head"), True), freeze_for_c),
         )
-    else:  # as many passes over the data, all parameters at once
+    else:  # all parameters at once
         everything = steps(("specific", "invariant", "head"), True)
-        stages = (Stage("J", 2 * config.local_epochs, forward_joint, everything, freeze_for_joint),)
+        epochs = config.local_epochs * (2 if config.schedule == "joint" else 1)
+        stages = (Stage("J", epochs, forward_joint, everything, freeze_for_joint),)
 
     return Method(
         "dfl",

@@ -39,7 +39,8 @@ from dfl.client import Client, Download, Upload, local_round  # noqa: E402
 from dfl.data import load_data  # noqa: E402
 from dfl.engine import State  # noqa: E402
 from dfl.federation import Federation, accuracy, fault, predict, round_scalars, take_part  # noqa: E402
-from dfl.train import PRESETS, TRIALS, Config  # noqa: E402
+from dfl.train import PRESETS, Config  # noqa: E402
+from dfl.trials import TRIALS  # noqa: E402
 from shared.records import plain, revive, write_tensors  # noqa: E402
 from shared.runtime import UserError  # noqa: E402
 

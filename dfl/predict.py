@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from dfl.engine import State, call, part
 from dfl.federation import transfer
-from dfl.train import Config, Trial, load_trial, plan
+from dfl.train import Config
+from dfl.trials import Trial, load_trial, plan
 from shared.io import find_run, image_grid, images_of, load_config, progress, read_image, write_image
 from shared.records import write_json
 from shared.runtime import UserError, parse, run_main

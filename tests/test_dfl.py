@@ -27,7 +27,8 @@ from dfl.model import (
     TwoBranch,
     build_backbone,
 )
-from dfl.train import TRIALS, Config, plan
+from dfl.train import Config
+from dfl.trials import TRIALS, plan
 from shared.bench import count_parameters
 from shared.runtime import REPOSITORY, UserError
 
@@ -134,6 +135,21 @@ def test_each_stage_moves_its_own_parameters(change, moves):
         after = clients[0].state
         seen[stage.name] = {name.split(".")[0] for name in after if not torch.equal(after[name], start[name])}
     assert seen == moves
+
+
+def test_passes_of_the_schedules():
+    """Alternating stages see the data twice and move each extractor in one of the passes; `joint` moves both
+    in both, `joint_once` both in one."""
+    passes = {}
+    for trial in ("dfl", "dfl-one-stage", "dfl-one-pass", "dfl-two-epochs"):
+        stages = build_method(replace(TOY, **TRIALS[trial]), small(8)).stages
+        passes[trial] = [(stage.name, stage.epochs) for stage in stages]
+    assert passes == {
+        "dfl": [("S", 1), ("C", 1)],
+        "dfl-one-stage": [("J", 2)],
+        "dfl-one-pass": [("J", 1)],
+        "dfl-two-epochs": [("S", 2), ("C", 2)],
+    }
 
 
 def test_switches_change_what_they_name_only():
@@ -360,9 +376,14 @@ def test_claims_hold_at_their_margin_and_need_their_trials():
 def test_limits_state_numbers_and_no_verdict():
     row = {"in_domain": 90.0, "counterfactual": 60.0, "counterfactual_transfer": 70.0, "unseen": 65.0}
     table = {"dfl": row, "fedavg": row, "dfl-no-max-mi": row | {"in_domain": 40.0}, "dfl-one-stage": row}
+    table["dfl-one-pass"] = row | {"in_domain": 89.0, "counterfactual": 50.0}
     lines = limits(table, {})
     assert "Without the max-MI term in-domain accuracy is 40.0 %, with it 90.0 %." in lines[1]
-    assert "90.0 % in-domain and 60.0 % counterfactual" in lines[2]
+    assert lines[2] == (
+        "One joint stage with as many passes over the data gives 90.0 % in-domain and 60.0 % counterfactual, "
+        "alternating stages 90.0 and 60.0 %."
+    )
+    assert lines[3].startswith("One joint pass") and "gives 89.0 % in-domain and 50.0 % counter" in lines[3]
     assert not any(word in line for line in lines for word in ("nothing", "worth"))
     half = {"in_domain": {"dfl": {0.0: 80.0, 0.9: 92.0}, "fedavg": {0.9: 85.0}}}  # a run that has not ended
     assert limits({}, half) == [

@@ -11,7 +11,8 @@ import torch
 from dfl.baselines import build_method
 from dfl.data import load_data
 from dfl.federation import Federation
-from dfl.train import PRESETS, TRIALS, Config
+from dfl.train import PRESETS, Config
+from dfl.trials import TRIALS
 from shared.runtime import REPOSITORY, UserError
 
 pytestmark = pytest.mark.flower

@@ -1,0 +1,162 @@
+"""The trainings of a run: which ones, what each changes, and how a finished one is kept and read back."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from dfl.baselines import build_method
+from dfl.client import Method, local_part
+from dfl.data import ClientData, Federated, Samples
+from dfl.engine import State, part
+from dfl.federation import Federation
+from shared.records import write_tensors
+from shared.runtime import UserError
+from shared.weights import load_state, load_torch
+
+if TYPE_CHECKING:
+    from dfl.train import Config
+
+TRIALS: dict[str, dict] = {
+    "dfl": {},
+    "local": {"method": "local"},
+    "fedavg": {"method": "fedavg"},
+    "fedprox": {"method": "fedprox", "mu": 0.1},
+    "fedbn": {"method": "fedbn"},
+    "fedper": {"method": "fedper"},
+    "fedrep": {"method": "fedrep"},
+    "scaffold": {"method": "scaffold"},
+    "moon": {"method": "moon", "mu": 1.0},
+    "ditto": {"method": "ditto", "mu": 0.1},
+    "fedproto": {"method": "fedproto", "mu": 1.0},
+    "fedavg-wide": {"method": "fedavg", "wide": True},
+    "fedper-wide": {"method": "fedper", "wide": True},
+    "dfl-shuffle": {"pairing": "shuffle"},
+    "dfl-prototypes": {"source": "prototypes"},
+    "dfl-club": {"mi": "club", "lambda_min": 0.05},
+    "dfl-no-min-mi": {"lambda_min": 0.0},
+    "dfl-no-max-mi": {"lambda_max": 0.0},
+    "dfl-no-mi": {"mi": "none"},
+    "dfl-no-diversity": {"source": "none"},
+    "dfl-neither": {"mi": "none", "source": "none"},
+    "dfl-local-head": {"share_head": False},
+    "dfl-all-averaged": {"aggregate": "all"},
+    "dfl-one-stage": {"schedule": "joint"},
+    "dfl-one-pass": {"schedule": "joint_once"},
+    "dfl-two-epochs": {"local_epochs": 2},
+    "dfl-half": {"fraction": 0.5},
+    "fedavg-half": {"method": "fedavg", "fraction": 0.5},
+    "fedavg-wide-half": {"method": "fedavg", "wide": True, "fraction": 0.5},
+    "fedper-half": {"method": "fedper", "fraction": 0.5},
+}
+"""Row of the result table -> what it changes in the configuration. `-half`: half of the clients in each
+round."""
+
+CLAIMS = (
+    "dfl", "fedavg", "fedavg-wide", "fedper", "dfl-no-mi", "dfl-no-diversity", "dfl-neither",
+    "dfl-all-averaged", "dfl-half", "fedavg-half",
+)  # fmt: skip
+"""The trials that the claims C1 to C8 compare."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: a row of the table with one seed, or a point of a sweep over the setting `swept`. `label`
+    names its files and its lines in the log."""
+
+    name: str
+    label: str
+    config: "Config"
+    swept: Literal["rho", "fraction"] | None = None
+
+
+POSITIVE = (
+    "clients", "per_client", "test_images", "digit_parts", "seeds", "rounds", "local_epochs", "lend_every",
+    "min_clients", "checkpoint_every",
+)  # fmt: skip
+"""Numbers of `Config` that must be at least 1."""
+
+
+def plan(config: "Config") -> list[Trial]:
+    """All trials of a run in their order. Raises UserError for an unknown one and for numbers too small."""
+    unknown = sorted({*config.trials, *config.sweep_trials} - TRIALS.keys())
+    if unknown:
+        raise UserError(f"unknown trial '{unknown[0]}'; there are {', '.join(TRIALS)}")
+    for name in POSITIVE:
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least 1 is needed")
+    if config.batch_size < 2:
+        raise UserError(f"--batch-size {config.batch_size}: negative pairs need at least 2 images")
+    trials = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        for name in config.trials:
+            trials.append(
+                Trial(name, f"{name}/{seed}", dataclasses.replace(config, seed=seed, **TRIALS[name]))
+            )
+    points = [("rho", f"{value:g}", value) for value in config.sweep]
+    points += [("fraction", f"fraction{value:g}", value) for value in config.fractions]
+    for setting, point, value in points:
+        for name in config.sweep_trials:
+            changed = dataclasses.replace(config, **{**TRIALS[name], setting: value})
+            trials.append(Trial(name, f"{name}@{point}/{config.seed}", changed, setting))
+    return trials
+
+
+def trial_path(folder: Path, trial: Trial) -> Path:
+    """The weights of a finished trial in a run folder."""
+    return folder / "trials" / f"{trial.label.replace('/', '-')}.safetensors"
+
+
+def load_trial(folder: Path, trial: Trial) -> tuple[Method, nn.Module, list[State], Federated]:
+    """A finished trial: its method, an empty network, every client's personal model, and its federation
+    without samples. Raises UserError when the trial was not trained or its file is damaged."""
+    path = trial_path(folder, trial)
+    tensors = load_torch(path)
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a trial of this project ({error})") from None
+    empty = torch.zeros(0, dtype=torch.int64)
+    none = Samples(torch.zeros(0, *facts["image_shape"]), empty, empty)
+    classes = tuple(facts["classes"])
+    data = Federated(
+        trial.config.data,
+        len(classes),
+        0,
+        [ClientData(k, name, none, none) for k, name in enumerate(facts["clients"])],
+        mean=tuple(facts["mean"]),
+        std=tuple(facts["std"]),
+        class_names=classes,
+    )
+    method = build_method(trial.config, data)
+    net = method.build().eval()
+    states = [{**part(tensors, f"client{k}"), **part(tensors, "shared")} for k in range(len(data.clients))]
+    for state in states:
+        load_state(net, state, path, prefixes=())
+    return method, net, states, data
+
+
+def save_trial(folder: Path, trial: Trial, federation: Federation) -> None:
+    """Write the global part (`shared.*`) and each client's own part (`client<k>.*`)."""
+    tensors = {f"shared.{name}": value for name, value in federation.shared.items()}
+    for k, client in enumerate(federation.clients):
+        own = local_part(client.state, federation.method.shared)
+        tensors |= {f"client{k}.{name}": value for name, value in own.items()}
+    data = federation.data
+    facts = {
+        "image_shape": data.image_shape,
+        "classes": data.class_names or tuple(str(label) for label in range(data.classes)),
+        "clients": tuple(client.name for client in data.clients),
+        "mean": data.mean,
+        "std": data.std,
+    }
+    # What predict.py needs beside the weights, so that it can do without the data set.
+    metadata = {"facts": json.dumps(facts)}
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    write_tensors(trial_path(folder, trial), tensors, metadata)
