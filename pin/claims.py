@@ -128,7 +128,7 @@ def check_claims(
 
 
 def compare_with_fixed(table: Table) -> dict[str, dict[str, float]]:
-    """What choosing for each image is worth: ESN variant -> attack -> accuracy of its threshold masks minus
+    """What choosing for each image is worth: ESN variant -> attack -> accuracy of its sampled masks minus
     that of as many leading eigenfaces, the same for every face."""
     gains = {}
     for name in table:

@@ -35,7 +35,7 @@ from pin.model import load_official, make_esn
 from pin.pairs import Pairs, insightface_bin, lfw_pairs, random_pairs
 from pin.protocol import FARS, detection_scores, in_batches, perturbation_size, purified_quality
 from pin.recognizers import Recognizer, adapt
-from pin.train import Config, build_networks
+from pin.train import Config, build_networks, variant_config
 from shared.io import find_run, load_config, load_weights, progress
 from shared.metrics import auc
 from shared.published import (
@@ -155,6 +155,7 @@ def open_lab(options: Options, folder: Path, config: Config) -> tuple[Lab, str]:
             if name.startswith("esn-")
         },
         prices={variant: standing["facts"][f"lambda-{variant}"] for variant in config.variants},
+        sees_dae={variant: variant_config(config, variant).dae for variant in config.variants},
         first=first.to(device),
         second=second.to(device),
         pairs=pairs,

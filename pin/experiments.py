@@ -20,8 +20,6 @@ from shared.io import progress
 
 LEVEL = 2 / 255
 """One grey level on the scale [-1, 1]."""
-WITHOUT_DAE = ("no-dae", "ais")
-"""ESNs that look at the input itself."""
 
 
 class Remembered(nn.Module):
@@ -44,10 +42,10 @@ class Remembered(nn.Module):
 class Lab:
     """What is evaluated: recognisers (frozen), basis, DAE, ESNs by variant, faces and pairs on one device.
 
-    prices: lambda of each ESN. first, second: (P, 1, H, W), the images of the pairs. train: images that
-    baselines may look at (quilting). authors: attacks as the authors' later code has them, 0.04 in [-1, 1]
-    (5.1 grey levels) and 40 steps of 1/255, for public sets; otherwise the demo's, 8 and 16 grey levels in
-    ten steps.
+    prices: lambda of each ESN. sees_dae: whether it looks at the DAE's output or at the image itself.
+    first, second: (P, 1, H, W), the images of the pairs. train: images that baselines may look at (quilting).
+    authors: attacks as the authors' later code has them, 0.04 in [-1, 1] (5.1 grey levels) and 40 steps of
+    1/255, for public sets; otherwise the demo's, 8 and 16 grey levels in ten steps.
     """
 
     recognizers: dict[str, nn.Module]
@@ -55,6 +53,7 @@ class Lab:
     dae: nn.Module
     esns: dict[str, nn.Module]
     prices: dict[str, float]
+    sees_dae: dict[str, bool]
     first: Tensor
     second: Tensor
     pairs: Pairs
@@ -90,10 +89,8 @@ class Lab:
 
     def pin(self, variant: str = "pin", mode: str = "sample", number: int = 0, **options) -> PIN:
         """The defence with one of the ESNs."""
-        dae = None if variant in WITHOUT_DAE else self.dae
-        return PIN(
-            self.basis, dae, self.esns[variant], mode, generator=self.generator(number), **options
-        ).eval()
+        dae, esn = self.dae if self.sees_dae[variant] else None, self.esns[variant]
+        return PIN(self.basis, dae, esn, mode, generator=self.generator(number), **options).eval()
 
     def verifier(self, defense, recognizer: str = "recognizer") -> Verifier:
         """The pairs behind a defence."""
@@ -315,7 +312,7 @@ def selection_quality(lab: Lab, variant: str, untrained: nn.Module) -> dict[str,
     pin = lab.pin(variant)
     p = in_batches(pin.probabilities, noisy)
     kept = in_batches(lambda part: lab.pin(variant).mask(pin.probabilities(part)), x).sum(1)
-    fresh = in_batches(lambda part: untrained(lab.dae(part)[1]), noisy)
+    fresh = in_batches(PIN(lab.basis, pin.dae, untrained).probabilities, noisy)
     half = p.shape[1] // 2
     return {
         "lambda": lab.prices[variant],

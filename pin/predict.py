@@ -16,12 +16,11 @@ import torch
 
 from pin.basis import load_basis
 from pin.data import preprocess, read_landmarks
-from pin.experiments import WITHOUT_DAE
 from pin.figures import ROW, UNKNOWN_ROW, picture_row, to_unit
 from pin.model import ESN, PIN, load_official
 from pin.protocol import attack_scores
 from pin.recognizers import Recognizer, adapt
-from pin.train import Config, build_networks
+from pin.train import Config, build_networks, variant_config
 from shared.io import (
     find_run,
     image_grid,
@@ -112,10 +111,8 @@ def load_defense(options: Options, device: torch.device) -> tuple[PIN, torch.nn.
         load_weights(folder, {name: networks[name] for name in wanted})
         basis = load_basis(folder / "basis.safetensors", config.components)
         basis.check(facts["basis"], f"the checkpoint in {folder}")
-        dae, esn = (
-            None if options.variant in WITHOUT_DAE else networks["dae"],
-            networks[f"esn-{options.variant}"],
-        )
+        dae = networks["dae"] if variant_config(config, options.variant).dae else None
+        esn = networks[f"esn-{options.variant}"]
         recognizer = networks[config.recognizers[0]] if config.recognizers else None
     if options.recognizer is not None:
         recognizer = adapt(

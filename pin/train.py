@@ -164,7 +164,7 @@ VARIANTS: dict[str, dict] = {
     "samples-5": {"samples": 5},
     "noise-0.16": {"noise": 0.16},
     "entropy": {"entropy": 0.01},
-    "ais": {},
+    "ais": {"dae": False},
 }
 SWEEP = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 1e-2)
 VARIANTS |= {
@@ -207,6 +207,11 @@ PRESETS = {
     ),
     "real": Config(data="folder", components=200, recognizer_epochs=60),
 }
+
+
+def variant_config(config: Config, variant: str) -> Config:
+    """The settings of a run for one of its ESNs."""
+    return dataclasses.replace(config, **VARIANTS[variant])
 
 
 def check_settings(config: Config) -> None:
@@ -295,7 +300,7 @@ def train_esn(job: Job, variant: str, faces: Dataset, basis: Basis) -> None:
     stage = f"esn-{variant}"
     if job.done(stage):
         return
-    config = dataclasses.replace(job.config, **VARIANTS[variant])
+    config = variant_config(job.config, variant)
     lamb = choose_lambda(job, config, variant, faces, basis)
     networks = job.networks[stage], job.networks["dae"].eval()
     esn, dae = (placed(network, job.accelerator.device) for network in networks)
@@ -339,7 +344,7 @@ def train_esn(job: Job, variant: str, faces: Dataset, basis: Basis) -> None:
             job.log(step, total, **{f"{stage}/{name}": number for name, number in values.items()})
             if step == total - 1 and kept < 0.02 * config.components:
                 few = f"{kept:.1f} of {config.components} eigenfaces"
-                warn(f"{stage} keeps only {few}: lambda {lamb:.3g} is too high")
+                print(f"warning: {stage} keeps only {few}: lambda {lamb:.3g} is too high", file=sys.stderr)
     job.finish(stage, total)
     sheet = purification_sheet(PIN(basis, dae if config.dae else None, esn.eval(), "threshold"), faces)
     job.run.picture(stage, sheet, "faces purified by PIN")
@@ -362,11 +367,6 @@ def choose_lambda(job: Job, config: Config, variant: str, faces: Dataset, basis:
         lamb = calibrate_lambda(torch.cat(clean), torch.cat(noise), config.size**2, config.keep)
     job.facts[f"lambda-{variant}"] = lamb
     return lamb
-
-
-def warn(message: str) -> None:
-    """One line on stderr."""
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def train(config: Config) -> Path:

@@ -1,5 +1,7 @@
 """PIN: the eigenface solvers and the objective, against literal definitions written here."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,12 +10,16 @@ from pin.losses import (
     add_noise,
     arcface_logits,
     calibrate_lambda,
+    cosine_logits,
     distill,
     exact,
     mask_cost,
     mask_entropy,
     reinforce,
 )
+from pin.recognition import attack_training_batch
+from pin.recognizers import SmallRecognizer
+from pin.train import PRESETS
 from shared.runtime import UserError
 
 D, K = 36, 12
@@ -239,3 +245,26 @@ def test_hash_depends_on_the_order_of_the_eigenfaces():
 def test_randomized_memory_is_thin():
     solver = RandomizedSolver(12544, 100, device="meta")
     assert max(tensor.numel() for tensor in solver.tensors.values()) == 12544 * 164
+
+
+# --- adversarial training --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adversarial", ["pgd", "trades"])
+def test_a_process_attacks_its_rows_as_one_process_does(adversarial, monkeypatch):
+    """In double precision, where no sign of a gradient is left to rounding."""
+    torch.manual_seed(0)
+    network = SmallRecognizer(16, 5).double().eval()
+    x, label = torch.rand(8, 1, 16, 16).double() * 2 - 1, torch.arange(8) % 5
+    config = replace(PRESETS["demo"], adversarial=adversarial)
+
+    def attack(rank, world):
+        monkeypatch.setattr("shared.processes.rank", lambda: rank)
+        monkeypatch.setattr("shared.processes.world", lambda: world)
+        rows, generator = slice(rank * 8 // world, (rank + 1) * 8 // world), torch.Generator().manual_seed(1)
+        return attack_training_batch(network, x[rows], label[rows], config, cosine_logits, generator)
+
+    whole = attack(0, 1)
+    assert (whole - x).abs().max() <= config.adversarial_eps + 1e-12
+    assert (whole - x).abs().mean() > config.adversarial_eps / 2
+    torch.testing.assert_close(torch.cat([attack(0, 2), attack(1, 2)]), whole, rtol=0, atol=1e-12)

@@ -17,18 +17,16 @@ from pin import predict as predict_script
 from pin.ais import AISEncoder, AISSelection
 from pin.basis import load_basis
 from pin.eval import Options as Evaluation
-from pin.eval import evaluate
+from pin.eval import evaluate, open_lab
 from pin.export import Options as Export
 from pin.export import export
 from pin.immune import identity_cost
-from pin.losses import cosine_logits
 from pin.model import official
 from pin.predict import Options as Purify
 from pin.predict import load_defense, predict
-from pin.recognition import attack_training_batch
-from pin.recognizers import OnnxRecognizer, SmallRecognizer
-from pin.train import PRESETS, train
-from shared.io import write_image
+from pin.recognizers import OnnxRecognizer
+from pin.train import PRESETS, Config, train
+from shared.io import load_config, write_image
 from shared.runtime import UserError, parse_presets
 
 TINY = helpers.TINY["pin"]
@@ -293,6 +291,15 @@ def test_switches_change_what_is_trained(tmp_path):
             assert not torch.equal(weights[one], weights[two]), (one, two)
 
 
+def test_an_esn_sees_what_it_was_trained_on(run, tmp_path):
+    """--no-dae holds for evaluation and prediction too."""
+    bare = train(parsed(tmp_path, "--no-dae", "--variants", "pin", "--recognizers", "recognizer"))
+    for folder, seen in ((run, True), (bare, False)):
+        defense, _ = load_defense(Purify(images=(), run=folder), torch.device("cpu"))
+        lab, _ = open_lab(Evaluation(run=folder, pairs=10), folder, load_config(folder, Config))
+        assert [part.dae is not None for part in (defense, lab.pin())] == [seen, seen]
+
+
 def test_ready_eigenfaces_and_an_image_folder(tmp_path, run):
     for person in range(4):
         for number in range(12):
@@ -373,23 +380,3 @@ def test_two_processes_give_the_curves_of_one(tmp_path):
     b = run_two("pin", tmp_path, *arguments)
     assert_same_curves(a, b, lines=25)
     assert furthest_weights(a / "checkpoint", b / "checkpoint") < 1e-3
-
-
-@pytest.mark.parametrize("adversarial", ["pgd", "trades"])
-def test_a_process_attacks_its_rows_as_one_process_does(adversarial, monkeypatch):
-    """In double precision, where no sign of a gradient is left to rounding."""
-    torch.manual_seed(0)
-    network = SmallRecognizer(16, 5).double().eval()
-    x, label = torch.rand(8, 1, 16, 16).double() * 2 - 1, torch.arange(8) % 5
-    config = replace(PRESETS["demo"], adversarial=adversarial)
-
-    def attack(rank, world):
-        monkeypatch.setattr("shared.processes.rank", lambda: rank)
-        monkeypatch.setattr("shared.processes.world", lambda: world)
-        rows, generator = slice(rank * 8 // world, (rank + 1) * 8 // world), torch.Generator().manual_seed(1)
-        return attack_training_batch(network, x[rows], label[rows], config, cosine_logits, generator)
-
-    whole = attack(0, 1)
-    assert (whole - x).abs().max() <= config.adversarial_eps + 1e-12
-    assert (whole - x).abs().mean() > config.adversarial_eps / 2
-    torch.testing.assert_close(torch.cat([attack(0, 2), attack(1, 2)]), whole, rtol=0, atol=1e-12)
