@@ -103,7 +103,7 @@ def score_detection(contest: Contest, draws: int = 1000) -> tuple[list[Metric], 
                     name,
                 )
             )
-    print("\nat threshold 0.5 on all clips (winner's metrics; a score of 0.5 counts as fake)")
+    print("\nat threshold 0.5 on all clips (winner's metrics: 0.5 counts as fake, equal scores have EER 0)")
     aux = {
         name: winner_metrics(*arrays(contest.clips, scores)) for name, scores in contest.submissions.items()
     }

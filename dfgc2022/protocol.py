@@ -156,7 +156,8 @@ def winner_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """AUC, EER, recall, precision, F1 and accuracy as the winner's code defines them, at threshold 0.5.
 
     A score of exactly 0.5 counts as fake there. EER: false positive rate at the ROC point where it is nearest
-    to the false negative rate. A ratio without cases is 0. Raises ValueError when a class is missing.
+    to the false negative rate, the first of equals, so that it is 0 where all scores are equal. A ratio
+    without cases is 0. Raises ValueError when a class is missing.
     """
     area = auc(scores, labels)
     fpr, tpr, _ = roc_curve(labels, scores)

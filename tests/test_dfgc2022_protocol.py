@@ -161,6 +161,8 @@ def test_winner_metrics_by_hand():
     assert found["AUC"] == pytest.approx((3 + 2.5 + 1) / 9) and found["EER"] == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="AUC needs"):
         winner_metrics(scores, np.ones(6, int))
+    equal = winner_metrics(np.full(6, 0.5), labels)
+    assert equal["AUC"] == 0.5 and equal["EER"] == 0  # as the winner's code has it
 
 
 def test_pooling_can_cost_auc_although_each_part_keeps_its_own():
