@@ -151,11 +151,13 @@ def files_in(folder: Path, endings: tuple[str, ...] = IMAGE_ENDINGS) -> list[Pat
 def match(dataset: str, images: Path, partners: dict[str, Path], prefix: str = "") -> list[Pair]:
     """Pair by stem; where stems repeat in sub-folders, by <folder>_<stem> or <folder>-<stem>.
 
-    Raises UserError that lists what has no partner, or names two masks of one image.
+    Raises UserError that lists what has no partner, or names two masks of one image, or two images of one
+    name.
     """
     found = files_in(images)
     if not found:
         raise UserError(f"{dataset}: no image in {images} ({', '.join(IMAGE_ENDINGS)})")
+    no_twins(dataset, found)
     by_role = {}
     for role, folder in partners.items():
         files = by_role[role] = {}
@@ -191,6 +193,15 @@ def match(dataset: str, images: Path, partners: dict[str, Path], prefix: str = "
             text + "; ".join((lonely + orphans)[:10]) + ". Add the files or remove the single ones"
         )
     return sorted(pairs, key=lambda pair: pair.name)
+
+
+def no_twins(dataset: str, paths: list[Path]) -> None:
+    """UserError when two files of a folder differ in their endings alone: which one is meant?"""
+    names: dict[Path, Path] = {}
+    for path in paths:
+        other = names.setdefault(path.with_suffix(""), path)
+        if other != path:
+            raise UserError(f"{dataset}: {other} and {path} share a name; remove or rename one")
 
 
 def split_list(pairs: list[Pair], root: Path, split: str) -> list[Pair]:
@@ -261,10 +272,15 @@ def csv_pairs(path: Path, split: str) -> list[Pair]:
 
 
 def openeds_pairs(root: Path, split: str) -> list[Pair]:
-    """OpenEDS: ROOT/split/{images,labels}, paired by stem. UserError that names what has no partner."""
+    """OpenEDS: ROOT/split/{images,labels}, paired by place and name. UserError that names what has no
+    partner, or shares its name.
+    """
     base = root / split
-    images = {path.stem: path for path in files_in(base / "images")}
-    labels = {path.stem: path for path in files_in(base / "labels", (".npy",))}
+    files = files_in(base / "images")
+    no_twins("openeds", files)
+    images = {path.relative_to(base / "images").with_suffix("").as_posix(): path for path in files}
+    maps = files_in(base / "labels", (".npy",))
+    labels = {path.relative_to(base / "labels").with_suffix("").as_posix(): path for path in maps}
     single = sorted(set(images) ^ set(labels))
     if single or not images:
         raise UserError(

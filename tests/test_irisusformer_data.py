@@ -269,6 +269,25 @@ def test_missing_partners_are_named(tmp_path):
         find_pairs("ubiris", tmp_path, "train")
 
 
+def test_two_images_of_one_name_are_named(tmp_path):
+    write_folders(tmp_path, ["a", "b"], "images", "masks", False)
+    (tmp_path / "images" / "a.bmp").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.bmp and .*a\.jpg share a name"):
+        find_pairs("folder", tmp_path, "train")
+
+
+def test_openeds_images_of_one_name_are_named_or_told_apart_by_folder(tmp_path):
+    for folder in ("x", "y"):
+        save(tmp_path / f"train/images/{folder}/1.png", picture()[..., 0])
+        (tmp_path / f"train/labels/{folder}").mkdir(parents=True)
+        np.save(tmp_path / f"train/labels/{folder}/1.npy", np.zeros((24, 32), np.uint8))
+    pairs = find_pairs("openeds", tmp_path, "train")
+    assert [(pair.name, pair.labels.parent.name) for pair in pairs] == [("x/1", "x"), ("y/1", "y")]
+    save(tmp_path / "train/images/x/1.bmp", picture()[..., 0])
+    with pytest.raises(UserError, match="share a name"):
+        find_pairs("openeds", tmp_path, "train")
+
+
 def test_missing_boundary_masks_are_named(tmp_path):
     write_folders(tmp_path / "train", ["a", "b"])
     (tmp_path / "train/iris_edge_mask/b.png").unlink()
