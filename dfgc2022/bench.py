@@ -26,7 +26,6 @@ from dfgc2022.pipeline import NO_FACE, Scorer, Settings, score_videos
 from dfgc2022.video import batched, read_frames, write_clips
 from shared.bench import count_macs, count_parameters, peak_memory, report, throughput
 from shared.faces import draw, sample
-from shared.published import format_table
 from shared.runtime import parse, pick_device, run_main, seed_everything
 
 GPU_BATCH = 24
@@ -205,10 +204,8 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     clips = config.clips if config.clips is not None else 2 * (device.type == "cpu")
     rows = bench_pipeline(config, clips, device) if clips else []
-    if rows:
-        print(format_table(list(rows[0]), [list(row.values()) for row in rows]))
-    detectors = [row for name in config.detectors for row in bench_detector(name, config, device)]
-    print(report("dfgc2022", [*detectors, *rows], device=device))
+    rows += [row for name in config.detectors for row in bench_detector(name, config, device)]
+    print(report("dfgc2022", rows, device=device))
 
 
 if __name__ == "__main__":

@@ -167,7 +167,8 @@ def peak_rate(device: torch.device | str = "cpu") -> float:
 def report(
     paper: str, rows: list[dict[str, Any]], folder: Path | None = None, device: torch.device | str = "cpu"
 ) -> Path:
-    """Print rows as a table and write bench.json into `folder`, default runs/<paper>.
+    """Print rows, a table for each kind of them, which the name of their first cell tells, and write
+    bench.json into `folder`, default runs/<paper>.
 
     device: where the rows were measured. Rows with `gmacs` (1e9 multiply-accumulates per item) and
     `per_second` (items) get a `share_of_peak` of this machine; see `peak_rate`.
@@ -179,8 +180,10 @@ def report(
         else row
         for row in rows
     ]
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    print(format_table(keys, [[row.get(key) for key in keys] for row in rows]))
+    for first in dict.fromkeys(next(iter(row)) for row in rows):
+        kind = [row for row in rows if next(iter(row)) == first]
+        keys = list(dict.fromkeys(key for row in kind for key in row))
+        print(format_table(keys, [[row.get(key) for key in keys] for row in kind]))
     cuda = torch.device(device).type == "cuda"
     machine = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads"
     if peak:

@@ -425,6 +425,14 @@ def test_curves_of_a_log_that_is_absent_or_cut(tmp_path):
     assert report.curves(log) == [("loss", {"a": ([1, 2], [3, 2])})]
 
 
+def test_benchmark_rows_of_two_kinds_are_two_tables(tmp_path, capsys):
+    rows = [{"pipeline": "p", "times": 4.0}, {"detector": "d", "speed": 2.0}, {"detector": "e", "memory": 3}]
+    written = json.loads(bench.report("paper", rows, tmp_path).read_text())
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["pipeline", "times"] in said and ["detector", "speed", "memory"] in said
+    assert written["rows"] == rows
+
+
 def test_a_report_names_results_that_are_damaged(tmp_path):
     (tmp_path / "results.json").write_text('{"claims": []')
     with pytest.raises(UserError, match="results.json: not readable as results"):
