@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from jinja2 import Environment, FileSystemLoader
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from shared.io import read_record, runs_root
@@ -89,8 +90,8 @@ def describe_run(folder: Path) -> dict[str, Any]:
 def curves(log: Path) -> list[tuple[str, dict[str, tuple[list, list]]]]:
     """log.jsonl -> [(metric, {series: (steps, values)})]. A scalar named "a/b" is series a of metric b.
 
-    Lines that have a round are drawn over it, the others over the step. A run that was killed may have left
-    half a line, which does not count; without a log there are no curves.
+    Lines that have a round are drawn over it, the others over the step. What never changes is no curve. A run
+    that was killed may have left half a line, which does not count; without a log there are no curves.
     """
     charts: dict[str, dict[str, tuple[list, list]]] = {}
     lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
@@ -109,7 +110,11 @@ def curves(log: Path) -> list[tuple[str, dict[str, tuple[list, list]]]]:
         metric: {name: points for name, points in series.items() if len(points[0]) > 1}
         for metric, series in charts.items()
     }
-    return [(metric, series) for metric, series in drawn.items() if series]
+    return [
+        (metric, series)
+        for metric, series in drawn.items()
+        if any(len(set(values)) > 1 for _, values in series.values())
+    ]
 
 
 def figure_url(metric: str, series: dict[str, tuple[list, list]]) -> str:
@@ -122,6 +127,7 @@ def figure_url(metric: str, series: dict[str, tuple[list, list]]) -> str:
     axes.set_title(metric + more, fontsize=10)
     axes.set_xlabel("step or round", fontsize=8)
     axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.grid(alpha=0.3)
     if any(series):
         axes.legend(fontsize=6, ncols=2)

@@ -423,6 +423,8 @@ def test_curves_of_a_log_that_is_absent_or_cut(tmp_path):
     assert report.curves(log) == []
     log.write_text('{"step": 1, "a/loss": 3}\n{"step": 2, "a/loss": 2}\n{"step": 3, "a/lo')
     assert report.curves(log) == [("loss", {"a": ([1, 2], [3, 2])})]
+    log.write_text('{"step": 1, "a/clients": 8}\n{"step": 2, "a/clients": 8}\n')
+    assert report.curves(log) == []  # what never changes
 
 
 def test_benchmark_rows_of_two_kinds_are_two_tables(tmp_path, capsys):
@@ -454,6 +456,8 @@ def test_report_is_one_page_that_needs_no_network(tmp_path, monkeypatch):
     page = report.write_report(tmp_path / "index.html").read_text()
     assert "a &lt;claim&gt;" in page and "does not hold" in page and "a picture" in page and "0 / 1" in page
     assert "not comparable" in page
+    assert page.index("<h3>Measured") < page.index("<h3>Pictures")  # numbers do not stand below the sheets
+    assert f'<a href="#{paper}">' in page[page.index("<nav>") : page.index("</nav>")]
     addresses = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert all(address.startswith(("data:", "#")) for address in addresses)
     assert sum(address.startswith("data:image/svg") for address in addresses) == 1
