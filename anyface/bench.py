@@ -295,11 +295,15 @@ def main(config: BenchConfig) -> None:
     )
     triplets = {"fast": lambda: diverse_triplet(w, w_t, w_other, mean, negatives="official")}
     triplets["grouped"] = lambda: triplet_by_loops(w, w_t, w_other, mean)
-    for form, function in triplets.items():
-        call = lambda t=function: torch.autograd.grad(t(), (w_t, w_other))  # noqa: E731
-        row("diverse triplet loss", form, small, call, fp32=True)
-    row("AnyFace++ memory", "fast", small, lambda: memory(f), fp32=True)
-    row("AnyFace++ memory", "grouped", small, lambda: read_by_loops(memory, f), fp32=True)
+    learning = {
+        form: partial(lambda t: torch.autograd.grad(t(), (w_t, w_other)), function)
+        for form, function in triplets.items()
+    }
+    reading = {"fast": lambda: memory(f), "grouped": lambda: read_by_loops(memory, f)}
+    for what, functions in {"diverse triplet loss": learning, "AnyFace++ memory": reading}.items():
+        times = in_turn(functions, device, seconds)
+        for form, function in functions.items():
+            row(what, form, small, function, speed=small / times[form], fp32=True)
 
     report("anyface", rows, device=device)
     compare(rows)
