@@ -245,6 +245,15 @@ def test_claims_are_judged_by_their_margins():
     assert [claim.id for claim in found] == ["C1", "C2", "C3", "C4", "C5"]
 
 
+def test_a_run_that_has_not_ended_is_judged_by_what_is_there():
+    scores = {f"{name}-8-0": {"SSIM": value, "L1": 0.2} for name, value in (("none", 0.5), ("most", 0.6))}
+    for extra in ({}, {"none-32-0": {"SSIM": 0.7, "L1": 0.1}}):
+        found = [claim.text for claim in claims.judge((8, 32), scores | extra, {}, {})]
+        assert len(found) == 2 and not any("limited data" in text for text in found)
+    whole = {f"{name}-32-0": {"SSIM": 0.7, "L1": 0.1} for name in ("none", "most")}
+    assert "limited data" in claims.judge((8, 32), scores | whole, {}, {})[2].text
+
+
 def test_a_curve_has_its_end_at_all_pairs():
     names = ("most-all-0", "most-27-0", "most-27-1", "grey photo", "neighbour patches (241)")
     scores = {name: {"SSIM": 0.5} for name in names}
