@@ -71,8 +71,12 @@ def instance_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         scale, shift = (p.reshape(-1, channels, 1, 1) for p in (scale, shift))
         return F.instance_norm(x, eps=EPS) * scale + shift
     scale, shift = (p.expand(batch, channels).reshape(-1) for p in (scale, shift))
-    flat = x.reshape(1, batch * channels, *x.shape[2:])
+    # One picture is what it is already; a view of it, with strides that fit either order in memory, gets a
+    # wrong gradient on a CPU (PyTorch 2.15) when the gradient comes in the other order.
+    flat = x if batch == 1 else x.reshape(1, batch * channels, *x.shape[2:])
     out = F.batch_norm(flat, None, None, scale.float(), shift.float(), training=True, eps=EPS)
+    if batch == 1:
+        return out
     # The order in memory of x, which what comes next meets again; `reshape` made it NCHW.
     form = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else None
     return out.reshape(x.shape).contiguous(memory_format=form or torch.contiguous_format)

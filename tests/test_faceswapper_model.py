@@ -121,6 +121,22 @@ def test_instance_norm_is_biased_over_all_positions():
     torch.testing.assert_close(instance_norm(x, scale, shift), wanted)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_gradient_of_the_instance_norm_in_either_order_in_memory(count, order):
+    """On a CPU that of a view of one picture is wrong if the gradient comes in another order."""
+    torch.manual_seed(0)
+    x, gradient = torch.randn(2, count, 4, 6, 6)
+    scale, shift = torch.rand(4) + 0.5, torch.randn(4)
+    variance, mean = torch.var_mean(x.requires_grad_(), (2, 3), correction=0, keepdim=True)
+    wanted = (x - mean) / (variance + 1e-5).sqrt() * scale.view(4, 1, 1) + shift.view(4, 1, 1)
+    (of_x,) = torch.autograd.grad(wanted, x, gradient)
+    for arrives in (torch.contiguous_format, torch.channels_last):
+        mine = x.detach().clone(memory_format=order).requires_grad_()
+        instance_norm(mine, scale, shift).backward(gradient.contiguous(memory_format=arrives))
+        torch.testing.assert_close(mine.grad, of_x, atol=1e-4, rtol=1e-4)
+
+
 def test_folding_changes_neither_result_nor_names():
     net, (a, b, _, lm, _, mask) = make(), scene()
     names, before = list(net.state_dict()), net.swap(a, b, lm, mask).detach()
