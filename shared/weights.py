@@ -82,11 +82,21 @@ def load_torch(path: Path | str, mmap: bool = False) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0] if str(error) else "not a PyTorch file"
+        reason = _reason(error)
         raise UserError(f"{path}: refused, it holds more than tensors or is damaged ({reason})") from None
     except _DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: truncated or not a checkpoint ({reason})") from None
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """What PyTorch met in a file, without its advice to load the file with weights_only=False."""
+    text = str(error)
+    head, found, rest = text.partition("WeightsUnpickler error:")
+    if not found and text.startswith("Weights only load failed"):
+        rest = text.partition("\n\n")[2]
+    sentence = (rest or head).strip().split("\n")[0].split(". Please")[0]
+    return sentence.rstrip(".") or "not a PyTorch file"
 
 
 class _Restricted(pickle.Unpickler):
