@@ -116,10 +116,11 @@ def evaluate_scene(
     settings: EvalConfig, config: Config, folder: Path, device: torch.device
 ) -> tuple[list[Claim], Table]:
     """Table, claims and a picture of the two-head scene."""
+    # First, so that a damaged file is known before the judge learns for half a minute.
+    nets = trained_nets(config, folder, "scene", device)
     test = open_scene_test(
         min(config.test_images, 100), config.scene_size, settings.scene_judge_steps, device
     )
-    nets = trained_nets(config, folder, "scene", device)
     table: Table = {"copy": {config.seed: measure_scene(copy, test, device)}}
     for name, seeds in progress(nets.items(), "scene"):
         table[name] = {seed: measure_scene(as_method(net), test, device) for seed, net in seeds.items()}
