@@ -112,7 +112,7 @@ def part_learner(stage: Stage, config: "Config", folder: Path, device: torch.dev
         return parts.judge_learner(Judge(), stage.steps, stage.seed, device)
     if stage.name == "half":
         half = parts.small_generator(16).to(device)
-        parts.teach_mapping(half, 2000, stage.seed)
+        parts.teach_mapping(half, config.mapping_steps, stage.seed)
         return parts.generator_learner("half", half, stage.steps, stage.seed, device)
     generator = parts.small_generator()
     if stage.name == "generator":

@@ -87,6 +87,8 @@ class Config(RunConfig):
     """model_ir_se50.pth, for lambda_id."""
     clip_steps: int = 0
     """tiny: steps of CLIP."""
+    mapping_steps: int = 2000
+    """tiny: steps in which its mapping network learns the faces' traits, before the generator draws."""
     half_steps: int = 0
     """tiny: steps of the generator at half its side, where a step costs half; it grows from there."""
     generator_steps: int = 0

@@ -24,9 +24,9 @@ TINY = {
         "dfl": "--seeds 1 --sweep --clients 4 --per-client 40 --test-images 200 --checkpoint-every 2",
         "mdrnets": "--size unit --image-size 16 --train-images 24 --test-images 10 --coarse-steps 6 "
         "--refine-steps 4 --copy-steps 2 --log-every 2 --checkpoint-every 2 --sample-every 4",
-        "anyface": "--train-faces 40 --test-faces 24 --generator-steps 3 --clip-steps 3 --half-steps 2 "
-        "--judge-steps 2 --wide-steps 1 --steps 4 --batch-size 8 --log-every 2 --checkpoint-every 2 "
-        "--sample-every 4 --decode-batch 2",
+        "anyface": "--train-faces 40 --test-faces 24 --mapping-steps 20 --generator-steps 3 --clip-steps 3 "
+        "--half-steps 2 --judge-steps 2 --wide-steps 1 --steps 4 --batch-size 8 --log-every 2 "
+        "--checkpoint-every 2 --sample-every 4 --decode-batch 2",
         "biphasic_age": "--size unit --image-size 16 --train-images 24 --pictures 3 --test-images 12 "
         "--scene-images 24 --scene-size 16 --age-width 4 --age-stages 2 --identity-width 4 --guide-steps 3 "
         "--guide-batch 4 --batch-size 4 --steps 4 --scene.steps 4 --log-every 2 --checkpoint-every 2 "

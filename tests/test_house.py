@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import helpers
 import pytest
 import torch
 from helpers import TINY, assert_same_runs, weights
@@ -79,9 +78,11 @@ def train(paper: str, folder: Path, *more: str) -> tuple[int, str, str]:
     return script(paper, "train.py", *smallest(paper), "--out", str(folder), *more)
 
 
-def struck(strike: Callable[[], None], paper: str, folder: Path, *more: str) -> tuple[int, str]:
-    """Training in a process of its own, after `strike` there: exit code, stderr."""
-    said = folder.with_name("stderr")
+def struck(
+    strike: Callable[[], None], paper: str, folder: Path, *more: str, said: Path | None = None
+) -> tuple[int, str]:
+    """Training in a process of its own, after `strike` there: exit code, stderr; it passes through `said`."""
+    said = said or folder.with_name("stderr")
 
     def child() -> None:
         strike()
@@ -228,13 +229,13 @@ def test_a_run_struck_twice_ends_as_a_whole_one(paper, trained, tmp_path):
 
 
 @pytest.mark.parametrize("paper", HERE)
-def test_a_full_disk(paper, small_disk):
+def test_a_full_disk(paper, small_disk, tmp_path):
     """200 kB hold no paper's checkpoint and pictures, however small; a process of its own, as a user's."""
     disk = small_disk("200k")
     (disk / "filler").write_bytes(bytes(120_000))
-    done = helpers.script(paper, "train.py", *smallest(paper), "--out", disk / "run")
-    assert done.returncode == 2, done.stderr
-    assert "error: no space left writing" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    code, err = struck(lambda: None, paper, disk / "run", said=tmp_path / "stderr")
+    assert code == 2, err
+    assert "error: no space left writing" in err and "Traceback" not in err, err
 
 
 @pytest.mark.parametrize("paper", HERE)
