@@ -48,7 +48,7 @@ from shared.io import Run, load_weights, progress, save_safetensors
 from shared.loop import Position, average_gradients, follow
 from shared.processes import as_one, drawn, mean
 from shared.runtime import (
-    RunConfig,
+    LoaderConfig,
     StepBatches,
     UserError,
     maybe_compile,
@@ -59,7 +59,7 @@ from shared.runtime import (
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(LoaderConfig):
     """Settings of the data, the networks and their training."""
 
     data: tuple[DataName, ...] = ("cacd",)

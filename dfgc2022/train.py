@@ -37,7 +37,7 @@ from shared.io import Run, image_grid, load_safetensors, progress, save_safetens
 from shared.loop import Standing
 from shared.processes import as_one, means
 from shared.runtime import (
-    RunConfig,
+    LoaderConfig,
     UserError,
     maybe_compile,
     run_training,
@@ -67,7 +67,7 @@ TEAMS = {
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(LoaderConfig):
     """Settings of a contest's detectors and their training."""
 
     lists: tuple[Path, ...] = ()

@@ -19,11 +19,11 @@ from dfl.federation import Federation, evaluate
 from dfl.trials import CLAIMS, TRIALS, plan, save_trial
 from shared.io import Run, progress
 from shared.loop import Standing
-from shared.runtime import RunConfig, UserError, run_training, start
+from shared.runtime import LoaderConfig, UserError, run_training, start
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(LoaderConfig):
     """Settings of a federation, of DFL and of the trials to run."""
 
     data: Literal["digits", "mnist", "digits5", "office", "domainnet", "pacs", "folder"] = "digits"

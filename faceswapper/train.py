@@ -36,11 +36,11 @@ from faceswapper.trials import Learner, Variant, build, helpers, names_of, offic
 from shared.io import Run, load_weights, progress
 from shared.loop import average_gradients, follow
 from shared.processes import means
-from shared.runtime import RunConfig, StepBatches, maybe_compile, run_training, start
+from shared.runtime import LoaderConfig, StepBatches, maybe_compile, run_training, start
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(LoaderConfig):
     """Data, networks, objective and schedule; the defaults are the published hyperparameters."""
 
     data: Literal["faces"] | PublicSet = "celeba"

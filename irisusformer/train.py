@@ -31,7 +31,7 @@ from shared.io import Run, find_run, load_config, load_safetensors, load_weights
 from shared.loop import follow
 from shared.processes import as_one, means
 from shared.runtime import (
-    RunConfig,
+    LoaderConfig,
     StepBatches,
     UserError,
     maybe_compile,
@@ -45,7 +45,7 @@ PAPER = "irisusformer"
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(LoaderConfig):
     """Settings of a run; the defaults are the paper-scale ones."""
 
     dataset: str = "ubiris"

@@ -40,7 +40,7 @@ from shared.io import Run, load_weights, progress, runs_root, save_safetensors
 from shared.loop import Position, average_gradients
 from shared.records import write_json
 from shared.runtime import (
-    RunConfig,
+    LoaderConfig,
     StepBatches,
     maybe_compile,
     run_training,
@@ -50,7 +50,7 @@ from shared.runtime import (
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(LoaderConfig):
     """Settings of the data, the networks and their training."""
 
     data: tuple[DataName, ...] = ("celeba-hq",)

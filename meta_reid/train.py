@@ -35,11 +35,11 @@ from meta_reid.samplers import DomainBatches
 from meta_reid.shares import Statistics
 from shared.io import Run, progress
 from shared.processes import means
-from shared.runtime import RunConfig, UserError, maybe_compile, run_training, start
+from shared.runtime import LoaderConfig, UserError, maybe_compile, run_training, start
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(LoaderConfig):
     """Settings of META and of the rows of the result table to train."""
 
     protocol: Literal["walkers", "1", "2", "3", "manifest"] = "walkers"

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared.io import Run, progress
 from shared.processes import means
-from shared.runtime import RunConfig, StepBatches, step_generator
+from shared.runtime import LoaderConfig, StepBatches, step_generator
 
 
 def placed(network: nn.Module, device: torch.device) -> nn.Module:
@@ -30,7 +30,9 @@ class Job:
     """One run's stages: which are done, where the current one stands, and what of it goes into the
     checkpoint."""
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, run: Run, networks: dict[str, nn.Module]):
+    def __init__(
+        self, config: LoaderConfig, accelerator: Accelerator, run: Run, networks: dict[str, nn.Module]
+    ):
         self.config, self.accelerator, self.run, self.networks = config, accelerator, run, networks
         self.objects: dict = {}
         self.waiting: dict = {}

@@ -31,7 +31,7 @@ from pin.recognizers import SmallRecognizer
 from shared.io import Run
 from shared.processes import as_one, gathered
 from shared.runtime import (
-    RunConfig,
+    LoaderConfig,
     UserError,
     maybe_compile,
     run_training,
@@ -43,7 +43,7 @@ DAE_NOISE, ESN_NOISE, LAMBDA_IMAGES, LAMBDA_NOISE = 1, 2, 3, 4  # streams of ran
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(LoaderConfig):
     """Settings of the data, the defence and the demo's recognisers."""
 
     # --- data ---

@@ -52,8 +52,14 @@ class RunConfig:
     """Arithmetic of the networks. auto: bf16 autocast on CUDA, fp32 on the CPU."""
     compile: bool = False
     """Compile the networks with torch.compile."""
+
+
+@dataclass(frozen=True)
+class LoaderConfig(RunConfig):
+    """The same where workers may read the data."""
+
     workers: int = 0
-    """Data-loading processes per training process."""
+    """Data-loading processes (threads, where a set is read once) per training process."""
 
 
 def parse_presets(presets: dict[str, T], doc: str, argv: list[str] | None = None) -> T:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ def test_every_list_of_papers_names_all():
         assert page.count(f"[{paper}]({paper}/README.md)") == 1
 
 
+@cache
 def options_of(paper: str) -> set[str]:
     """Fields of all dataclasses of a paper, as the command line writes them."""
     trees = [ast.parse(path.read_text()) for path in (REPOSITORY / paper).glob("*.py")]

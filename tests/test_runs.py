@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared import io
 from shared.io import Run, find_run, load_config, load_weights
-from shared.runtime import REPOSITORY, RunConfig, UserError, parse_presets, run_main, seed_everything
+from shared.runtime import REPOSITORY, LoaderConfig, UserError, parse_presets, run_main, seed_everything
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Inner:
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(LoaderConfig):
     """A toy."""
 
     steps: int = 6
