@@ -137,7 +137,9 @@ class FaceSpace(nn.Module):
     small grey versions with mean 0 and deviation 1 (distance from face space, Turk and Pentland, 1991).
 
     `limits`: the distances between which 99 % of the training pictures lie; infinite until `learn`. Below the
-    lower one are pictures without the structure of a face, such as a flat colour.
+    lower one are pictures without the structure of a face. `contrast`: half the least deviation of a training
+    picture's grey values; a flat colour has less, whose hole, filled with a bit of face and normalised, would
+    pass for one.
     """
 
     def __init__(self, side: int = 12, axes: int = 20):
@@ -148,11 +150,16 @@ class FaceSpace(nn.Module):
         self.register_buffer("variance", torch.ones(axes))
         self.register_buffer("rest", torch.tensor(1.0))
         self.register_buffer("limits", torch.tensor((float("-inf"), float("inf"))))
+        self.register_buffer("contrast", torch.tensor(0.0))
+
+    def grey(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, side^2), with mean 0."""
+        grey = F.adaptive_avg_pool2d(image.float().mean(1, keepdim=True), self.side).flatten(1)
+        return grey - grey.mean(1, keepdim=True)
 
     def small(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, side^2), normalised; a flat picture gives zeros."""
-        grey = F.adaptive_avg_pool2d(image.float().mean(1, keepdim=True), self.side).flatten(1)
-        grey = grey - grey.mean(1, keepdim=True)
+        grey = self.grey(image)
         return grey / grey.std(1, keepdim=True).clamp_min(1e-2)
 
     def distance(self, image: Tensor) -> Tensor:
@@ -163,7 +170,7 @@ class FaceSpace(nn.Module):
         return (inside.square() / self.variance).sum(1) + outside / self.rest
 
     def learn(self, images: Tensor) -> None:
-        """Set the subspace and the limit from training pictures (n, 3, H, W)."""
+        """Set the subspace and the limits from training pictures (n, 3, H, W)."""
         data = self.small(images)
         self.mean.copy_(data.mean(0))
         _, values, axes = torch.linalg.svd(data - self.mean, full_matrices=False)
@@ -172,11 +179,12 @@ class FaceSpace(nn.Module):
         self.variance[:kept] = spectrum[:kept].clamp_min(1e-6)
         self.rest.copy_((spectrum[kept:].sum() / max(data.shape[1] - kept, 1)).clamp_min(1e-6))
         self.limits.copy_(self.distance(images).quantile(torch.tensor((0.005, 0.995)).to(images)))
+        self.contrast.copy_(self.grey(images).std(1).min() / 2)
 
     def contains(self, image: Tensor) -> Tensor:
         """Whether each picture (B, 3, H, W) looks like a training picture, (B,) bool."""
-        distance = self.distance(image)
-        return (distance >= self.limits[0]) & (distance <= self.limits[1])
+        distance, deviation = self.distance(image), self.grey(image).std(1)
+        return (deviation >= self.contrast) & (distance >= self.limits[0]) & (distance <= self.limits[1])
 
 
 class TinyParser(nn.Module):

@@ -353,6 +353,7 @@ def test_face_space_tells_faces_from_other_pictures():
     others = {
         "noise": torch.rand(3, 32, 32, generator=rng),
         "flat": torch.full((3, 32, 32), 0.5),
+        "a face that nobody sees": 0.5 + 0.1 * faces[space.contains(faces)][0],
         "stripes": (torch.arange(32) // 4 % 2).float().expand(3, 32, 32),
         "checks": ((torch.arange(32)[:, None] // 8 + torch.arange(32) // 8) % 2).float().expand(3, 32, 32),
     }
