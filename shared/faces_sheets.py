@@ -6,6 +6,7 @@ import torch
 
 from shared.faces import ARTISTS, CLASSES, Params, draw, make_params, sample, sample_attributes, sketches
 from shared.io import image_grid, to_pil
+from shared.runtime import run_main
 
 HERE = Path(__file__).parent
 PALETTE = torch.rand(len(CLASSES), 3, generator=torch.Generator().manual_seed(8))
@@ -73,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
