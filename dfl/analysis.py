@@ -121,18 +121,18 @@ def sweep_figure(sweep: dict[str, dict[float, float]], title: str, setting: str)
     return to_image(figure)
 
 
-def bars_figure(rows: dict[str, dict[str, float]], title: str, ylabel: str = "accuracy [%]") -> Tensor:
-    """Grouped bars: {group: {bar: value}}."""
+def bars_figure(rows: dict[str, dict[str, float]], title: str) -> Tensor:
+    """Grouped bars, one below the other: thirty names can be read so. {group: {bar: value}}."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.1 * len(rows)), 4), dpi=110, layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.36 * len(rows)), dpi=110, layout="constrained")
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         places = [j + (i - (len(names) - 1) / 2) * width for j in range(len(rows))]
-        axes.bar(places, [row.get(name, math.nan) for row in rows.values()], width, label=name)
-    axes.set_xticks(range(len(rows)), list(rows), rotation=20, ha="right", fontsize=8)
-    axes.set(ylabel=ylabel, title=title, ylim=(0, 100))
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
+        axes.barh(places, [row.get(name, math.nan) for row in rows.values()], width, label=name)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.set(xlabel="accuracy [%]", title=title, xlim=(0, 100), ylim=(len(rows) - 0.5, -0.5))
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
     return to_image(figure)
 
 
