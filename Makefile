@@ -4,13 +4,15 @@ LANDED  := $(strip $(foreach paper,$(PAPERS),$(if $(wildcard $(paper)/train.py),
 VENV    ?= .venv
 PYTHON  ?= python3
 WORKERS ?= 2
-BIN     := $(abspath $(VENV))/bin
+# Not abspath, which takes a path with a space for two.
+WHERE   := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))
+BIN     := $(WHERE)/bin
 PINNED  := requirements.txt requirements-dev.txt requirements-alone.txt pyproject.toml
 # The clone's own code comes first, so that several clones can share one VENV.
 export PYTHONPATH := $(CURDIR)
 
 # Flower pins other versions of a few packages, so it has an environment of its own that borrows the rest.
-FLOWER  := $(abspath $(VENV))-flower
+FLOWER  := $(WHERE)-flower
 
 .PHONY: help setup setup-flower demo test test-flower test-all bench report lint clean
 .DEFAULT_GOAL := help
@@ -31,48 +33,48 @@ setup:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'error: Python 3.11 or later is needed; name it with PYTHON=...' >&2; exit 2; }
 	@pins=$$(cat $(PINNED) | sha256sum | cut -d' ' -f1); \
-	if [ "$$(cat $(VENV)/.pins 2>/dev/null)" != "$$pins" ]; then \
+	if [ "$$(cat "$(WHERE)/.pins" 2>/dev/null)" != "$$pins" ]; then \
 	  echo 'setting up $(VENV) (some GB, a few minutes; later calls reuse it)' && \
-	  $(PYTHON) -m venv $(VENV) && \
-	  PYTHONPATH= $(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt && \
-	  PYTHONPATH= $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements-alone.txt -e . && \
-	  echo "$$pins" > $(VENV)/.pins; \
+	  $(PYTHON) -m venv "$(WHERE)" && \
+	  PYTHONPATH= "$(BIN)/python" -m pip install -q --disable-pip-version-check -r requirements-dev.txt && \
+	  PYTHONPATH= "$(BIN)/python" -m pip install -qq --disable-pip-version-check --no-deps -r requirements-alone.txt -e . && \
+	  echo "$$pins" > "$(WHERE)/.pins"; \
 	fi
 
 setup-flower: setup
 	@pins=$$(cat $(PINNED) dfl/requirements-flower.txt | sha256sum | cut -d' ' -f1); \
-	if [ "$$(cat $(FLOWER)/.pins 2>/dev/null)" != "$$pins" ]; then \
+	if [ "$$(cat "$(FLOWER)/.pins" 2>/dev/null)" != "$$pins" ]; then \
 	  echo 'setting up $(FLOWER)' && \
-	  $(PYTHON) -m venv $(FLOWER) && \
-	  PYTHONPATH= $(FLOWER)/bin/python -m pip install -q --disable-pip-version-check -r dfl/requirements-flower.txt && \
-	  borrowed=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
-	  own=$$($(FLOWER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  $(PYTHON) -m venv "$(FLOWER)" && \
+	  PYTHONPATH= "$(FLOWER)/bin/python" -m pip install -q --disable-pip-version-check -r dfl/requirements-flower.txt && \
+	  borrowed=$$("$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  own=$$("$(FLOWER)/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  echo "import site; site.addsitedir('$$borrowed')" > "$$own/borrowed.pth" && \
-	  echo "$$pins" > $(FLOWER)/.pins; \
+	  echo "$$pins" > "$(FLOWER)/.pins"; \
 	fi
 
 demo: setup
-	@$(BIN)/python -m shared.demo $(or $(PAPER),$(LANDED))
+	@"$(BIN)/python" -m shared.demo $(or $(PAPER),$(LANDED))
 
 # One thread per test process: small networks gain nothing from more, and two processes then fit two cores.
 test: setup test-flower
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow and not flower'
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n $(WORKERS) -m 'not slow and not flower'
 
 test-all: setup test-flower
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not flower'
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n $(WORKERS) -m 'not flower'
 
 test-flower: setup-flower
-	OMP_NUM_THREADS=1 $(FLOWER)/bin/python -m pytest -q -m flower tests/test_dfl_flower.py
+	OMP_NUM_THREADS=1 "$(FLOWER)/bin/python" -m pytest -q -m flower tests/test_dfl_flower.py
 
 bench: setup
-	@$(BIN)/python -m shared.benchmarks $(or $(PAPER),$(LANDED))
+	@"$(BIN)/python" -m shared.benchmarks $(or $(PAPER),$(LANDED))
 
 report: setup
-	@$(BIN)/python -m shared.report
+	@"$(BIN)/python" -m shared.report
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
 
 clean:
 	rm -rf runs report .pytest_cache .ruff_cache *.egg-info

@@ -7,7 +7,8 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from shared.records import (
     write_json,
     write_tensors,
 )
-from shared.runtime import REPOSITORY, RunConfig, UserError
+from shared.runtime import FULL_DISK, REPOSITORY, RunConfig, UserError, machine
 from shared.weights import load_state, load_torch
 
 SYNTHETIC_SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -232,12 +233,14 @@ class Run:
             torch.distributed.barrier()
 
     def _open(self, paper: str, config: RunConfig) -> None:
-        described = {"paper": paper, "config": plain(config)}
+        described = {"paper": paper, "config": plain(config), "training": machine(config.device != "cpu")}
         record = self.folder / "config.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
-        except (NotADirectoryError, FileExistsError, FileNotFoundError, PermissionError) as error:
+        except OSError as error:
+            if error.errno in FULL_DISK:
+                raise
             raise UserError(f"{self.folder}: no run folder ({error.strerror}); give another --out") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -255,7 +258,10 @@ class Run:
                 if entry.name != ".lock":
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         if record.exists():
-            _check_same(self.folder, read_record(self.folder), described)
+            before = read_record(self.folder)
+            _check_same(self.folder, before, described)
+            if not _is_blank(self.folder):  # who asks a finished run again has not trained it
+                described["training"] = before["training"]
         write_json(record, described)
         self.samples.mkdir(exist_ok=True)
         _recover(self.folder)
@@ -272,13 +278,16 @@ class Run:
             state = _read_state(folder)
             for name, model in models.items():
                 load_safetensors(folder / f"{name}.safetensors", model, exact=True)
-            for name, holder in (objects or {}).items():
-                holder.load_state_dict(state["objects"][name])
-            set_random_state(state["random"])
-            self._step = state["log_step"]
+            with foreign_state(folder / "state.pt"):
+                for name, holder in (objects or {}).items():
+                    holder.load_state_dict(state["objects"][name])
+                set_random_state(state["random"])
+                self._step = int(state["log_step"])
         if self.is_main:
             log = self.folder / "log.jsonl"
             log.touch()
+            if state and log.stat().st_size < state["log_bytes"]:
+                raise UserError(f"{log}: lines before the checkpoint are gone; --restart begins again")
             # What was logged after the checkpoint is computed and logged again.
             os.truncate(log, state["log_bytes"] if state else 0)
             self._log = open(log, "a")  # noqa: SIM115 - open as long as the run
@@ -371,8 +380,12 @@ def find_run(paper: str, run: Path | None = None) -> Path:
 
 
 def read_record(folder: Path) -> dict:
-    """config.json of a run folder: {"paper": str, "config": settings}. UserError when it is damaged."""
-    form = "a run's settings", lambda found: {key: found[key] for key in ("paper", "config")}
+    """config.json of a run folder: {"paper": str, "config": settings, "training": by which command, where;
+    None in one of an older version}. UserError when it is damaged."""
+    form = (
+        "a run's settings",
+        lambda found: {key: found[key] for key in ("paper", "config")} | {"training": found.get("training")},
+    )
     return read_json(folder / "config.json", *form, "train again with --restart or another --out")
 
 
@@ -439,9 +452,28 @@ def _recover(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+_STATE = {"objects", "progress", "random", "log_bytes", "log_step"}
+
+
+@contextmanager
+def foreign_state(path: Path) -> Iterator[None]:
+    """Within it what a saved state is put into refuses it by whatever error: UserError, a state of another
+    run."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = repr(error) if isinstance(error, LookupError) else str(error)
+        raise UserError(
+            f"{path}: the checkpoint of another run ({reason}); --restart begins again, --out elsewhere"
+        ) from None
+
+
 def _read_state(checkpoint: Path) -> dict:
     state = load_torch(checkpoint / "state.pt")
-    if not isinstance(state, dict) or not {"objects", "progress", "random"} <= state.keys():
+    if (
+        not isinstance(state, dict)
+        or not {"objects", "progress", "random", "log_bytes", "log_step"} <= state.keys()
+    ):
         raise UserError(f"{checkpoint / 'state.pt'}: not a checkpoint of this project")
     return state
 

@@ -1,18 +1,12 @@
 """Published numbers, measured numbers, claims: loaded, printed side by side, written to results.json."""
 
-import os
-import platform
-import shlex
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torchvision
-
+from shared.io import read_record
 from shared.records import read_json, write_json
-from shared.runtime import REPOSITORY, RunConfig
+from shared.runtime import REPOSITORY, RunConfig, machine
 
 
 @dataclass(frozen=True)
@@ -122,20 +116,8 @@ def environment(config: RunConfig, seconds: float, device: str | None = None) ->
     config: of the run. device: where the result was computed, when not where the run was.
     """
     # A run of a GPU may be evaluated where there is none.
-    on_gpu = (device or config.device) != "cpu" and torch.cuda.is_available()
-    gpu = torch.cuda.get_device_name() if on_gpu else None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "gpu": gpu,
-        "preset": config.preset,
-        "seed": config.seed,
-        "seconds": round(seconds, 1),
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
+    on_gpu = (device or config.device) != "cpu"
+    return machine(on_gpu) | {"preset": config.preset, "seed": config.seed, "seconds": round(seconds, 1)}
 
 
 def write_results(
@@ -145,7 +127,11 @@ def write_results(
     environment: dict[str, Any],
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Write results.json into a run folder and return its path. Non-finite numbers become null."""
+    """Write results.json into a run folder and return its path. Non-finite numbers become null. Where the
+    folder says on what machine and by which command it was trained, the environment has that as `training`.
+    """
     path = folder / "results.json"
+    training = read_record(folder)["training"] if (folder / "config.json").exists() else None
+    environment = environment | ({"training": training} if training else {})
     write_json(path, {"claims": claims, "metrics": metrics, "environment": environment, **(extra or {})})
     return path

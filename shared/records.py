@@ -80,7 +80,8 @@ def plain(value: Any) -> Any:
 
 
 def revive(value: Any, kind: Any) -> Any:
-    """The inverse of `plain` for the types that a Config's fields have."""
+    """The inverse of `plain` for the types that a Config's fields have. Raises TypeError on another type's
+    value."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         return revive(value, arguments[0])
@@ -97,6 +98,10 @@ def revive(value: Any, kind: Any) -> Any:
         return tuple(revive(entry, expected) for entry, expected in pairs)
     if origin is list:
         return [revive(entry, arguments[0]) for entry in value]
+    if kind in (int, float, str, bool):
+        number = kind is float and isinstance(value, int) and not isinstance(value, bool)
+        if type(value) is not kind and not number:
+            raise TypeError(f"{value!r} is no {kind.__name__}")
     return Path(value) if kind is Path else value
 
 

@@ -3,9 +3,11 @@
 import dataclasses
 import errno
 import os
+import platform
 import random
 import re
 import select
+import shlex
 import signal
 import sys
 import threading
@@ -14,16 +16,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import UnsupportedOperation
 from pathlib import Path
-from typing import Literal, TextIO, TypeVar
+from typing import Any, Literal, TextIO, TypeVar
 
 import numpy as np
 import torch
+import torchvision
 import tyro
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
 
 from shared.processes import rank
+from shared.ranges import Natural, Seed, out_of_range
 
 T = TypeVar("T")
 
@@ -40,7 +44,7 @@ class RunConfig:
 
     preset: tyro.conf.Suppress[tyro.conf.Fixed[str]] = "custom"
     """Name of the preset this configuration started from."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random."""
     out: Path | None = None
     """Run folder. Default: runs/<paper>/<preset>-<seed>."""
@@ -58,7 +62,7 @@ class RunConfig:
 class LoaderConfig(RunConfig):
     """The same where workers may read the data."""
 
-    workers: int = 0
+    workers: Natural = 0
     """Data-loading processes (threads, where a set is read once) per training process."""
 
 
@@ -67,7 +71,7 @@ def parse_presets(presets: dict[str, T], doc: str, argv: list[str] | None = None
 
     presets: name -> frozen dataclass (a `RunConfig`); the first is the default when none is named.
     doc: the script's docstring. argv: without the program's name; default `sys.argv[1:]`.
-    Exits with code 2 on an unknown preset, field or value.
+    Exits with code 2 on an unknown preset, field or value. Raises UserError on a number out of its range.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     named = {name: dataclasses.replace(config, preset=name) for name, config in presets.items()}
@@ -76,15 +80,28 @@ def parse_presets(presets: dict[str, T], doc: str, argv: list[str] | None = None
         argv.insert(0, default)
     # What a preset is for stands in the script's docstring: the presets share one class and its docstring.
     described = {name: ("The default." * (name == default), config) for name, config in named.items()}
-    return tyro.extras.overridable_config_cli(described, description=doc, args=argv)
+    return _checked(tyro.extras.overridable_config_cli(described, description=doc, args=argv))
 
 
 def parse(config_class: type[T], doc: str, argv: list[str] | None = None) -> T:
-    """Command line of any other script: one dataclass, every field an option."""
-    return tyro.cli(config_class, description=doc, args=argv)
+    """Command line of any other script: one dataclass, every field an option. UserError on a number out of
+    its range."""
+    return _checked(tyro.cli(config_class, description=doc, args=argv))
+
+
+def _checked(config: T) -> T:
+    if complaint := out_of_range(config):
+        raise UserError(complaint)
+    return config
 
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+UNUSABLE_PATH = (
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG,
+    errno.ELOOP,
+)  # fmt: skip
+"""Of errors that a user's path makes: a file where a folder should be, or the other way round, or no right to
+read or write there."""
 
 
 def _report_thread(arguments: threading.ExceptHookArgs) -> None:
@@ -176,6 +193,9 @@ def _run(main: Callable[[], None]) -> None:
             raise
         _report_dead_worker()
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in UNUSABLE_PATH and error.filename is not None:
+            print(f"error: {error.filename}: {error.strerror}; give another path", file=sys.stderr)
+            sys.exit(2)
         # safetensors passes the system's error on as text alone
         full = error.errno in FULL_DISK if isinstance(error, OSError) else "No space left" in str(error)
         if not full:
@@ -216,6 +236,19 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "cuda" and not available:
         raise UserError("--device cuda: PyTorch finds no CUDA device here; try --device cpu")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def machine(on_gpu: bool = True) -> dict[str, Any]:
+    """Where this process computes, with which versions, and its command. on_gpu: if there is one."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if on_gpu and torch.cuda.is_available() else None,
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
 
 
 def start(config: RunConfig, **accelerate_options) -> Accelerator:

@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared import io
 from shared.io import Run, find_run, load_config, load_weights
+from shared.published import write_results
+from shared.records import plain
 from shared.runtime import REPOSITORY, LoaderConfig, UserError, parse_presets, run_main, seed_everything
 
 
@@ -211,6 +213,16 @@ def test_finding_runs_and_their_settings(tmp_path, monkeypatch):
     (newest / "config.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="does not fit this version"):
         load_config(newest, Config)
+    for wrong in (
+        {"steps": "many"},
+        {"steps": 2.5},
+        {"restart": 1},
+        {"inner": {"sizes": ["a"]}},
+        {"preset": 3},
+    ):
+        (newest / "config.json").write_text(json.dumps(record | {"config": plain(config) | wrong}))
+        with pytest.raises(UserError, match="does not fit this version"):
+            load_config(newest, Config)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
@@ -228,6 +240,56 @@ def test_damaged_checkpoints_are_named(tmp_path, name):
     path.unlink()
     with pytest.raises(UserError, match=f"{name}: no such file"):
         load_weights(config.out, {"model": nn.Linear(4, 1)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"objects": {}},
+        {"objects": []},
+        {"objects": {"optimizer": {"of": "another"}}},
+        {"random": {"torch": 3}},
+        {"random": []},
+        {"log_step": None},
+    ],
+    ids=repr,
+)
+def test_state_of_another_run(tmp_path, change):
+    config = Config(out=tmp_path / "run")
+    path = train(config) / "checkpoint" / "state.pt"
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    with pytest.raises(UserError, match=r"state.pt: the checkpoint of another run .*--restart"):
+        train(config)
+
+
+def test_a_log_that_lost_lines_is_not_filled_up(tmp_path):
+    config = Config(out=tmp_path / "run")
+    log = train(config) / "log.jsonl"
+    for content in ("", log.read_text()[:10]):
+        log.write_text(content)
+        with pytest.raises(UserError, match="log.jsonl: lines before the checkpoint are gone"):
+            train(config)
+        assert log.read_text() == content
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "file/below"])
+def test_folders_that_cannot_be_made(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="no run folder"):
+        train(Config(out=tmp_path / name))
+
+
+def test_a_run_names_the_command_that_trained_it(tmp_path, monkeypatch):
+    config = Config(out=tmp_path / "run")
+
+    def named(command: str, config: Config) -> str:
+        monkeypatch.setattr(sys, "argv", [f"/somewhere/{command}", "--steps", "6"])
+        results = write_results(train(config), [], [], {"command": "python eval.py"}).read_text()
+        return json.loads(results)["environment"]["training"]["command"]
+
+    assert named("train.py", config) == "python train.py --steps 6"
+    assert named("again.py", config) == "python train.py --steps 6"  # finished already, it trains nothing
+    assert named("anew.py", replace(config, restart=True)) == "python anew.py --steps 6"
 
 
 def test_checkpoint_of_another_model(tmp_path):

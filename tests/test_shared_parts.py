@@ -1,5 +1,9 @@
 """shared/: networks and pieces of training loops that several papers have."""
 
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,8 +15,9 @@ from shared.irse import IRSE, Trunk
 from shared.loop import Position, average_gradients, follow
 from shared.norms import InstanceNorm, PlainInstanceNorm, with_plain_norms
 from shared.onnxfile import open_onnx, require_close, run_onnx, write_onnx
+from shared.ranges import Count, Natural, Positive, Share, Weight
 from shared.records import replacing
-from shared.runtime import UserError
+from shared.runtime import RunConfig, UserError, parse, parse_presets, run_main
 
 SMALL = ((8, 1), (8, 2), (16, 1), (16, 1))
 
@@ -218,3 +223,62 @@ def test_plain_norms_take_the_place_of_ours_and_give_the_same():
     assert [type(m) for m in net.modules()].count(PlainInstanceNorm) == 2
     assert not any(isinstance(m, InstanceNorm) for m in net.modules())
     torch.testing.assert_close(net(x), ours)
+
+
+@dataclass(frozen=True)
+class Term:
+    weight: Weight = 1.0
+    """Of the term."""
+
+
+@dataclass(frozen=True)
+class Settings(RunConfig):
+    """Of every kind of range."""
+
+    lr: Positive = 1.0
+    """A rate."""
+    sizes: tuple[Count, ...] = (1, 2)
+    """Several."""
+    pair: tuple[Share, Natural] = (0.5, 0)
+    """Of two kinds."""
+    limit: Count | None = None
+    """Optional."""
+    shift: float = 0.0
+    """Any."""
+    term: Term = Term()
+    """Nested."""
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--lr", "0"], "--lr 0.0: give a number above 0"),
+        (["--lr", "nan"], "--lr nan: give a number above 0"),
+        (["--sizes", "1", "0"], "--sizes 0: give 1 or more"),
+        (["--pair", "1.5", "0"], "--pair 1.5: give a number from 0 to 1"),
+        (["--pair", "1", "-1"], "--pair -1: give 0 or more"),
+        (["--limit", "0"], "--limit 0: give 1 or more"),
+        (["--shift", "nan"], "--shift nan: give a number"),
+        (["--term.weight", "-1"], "--term.weight -1.0: give 0 or more"),
+        (["--seed", "-1"], "--seed -1: give a number from 0 to 4294967295"),
+        (["--lr", "1e-9", "--sizes", "--pair", "1", "0", "--limit", "1", "--shift", "-inf"], None),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused_by_the_option(given, message):
+    for read in (parse, lambda kind, doc, argv: parse_presets({"demo": kind()}, doc, argv)):
+        if message is None:
+            read(Settings, "A script.", given)
+            continue
+        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+            read(Settings, "A script.", given)
+
+
+@pytest.mark.parametrize("act", [Path.mkdir, Path.read_text], ids=["a file is there", "a folder is there"])
+def test_a_path_that_cannot_be_used_is_one_message(tmp_path, capsys, act):
+    place = tmp_path / "place"
+    place.touch() if act is Path.mkdir else place.mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        run_main(lambda: act(place))
+    assert re.fullmatch(
+        rf"error: {re.escape(str(place))}: [^\n]+; give another path\n", capsys.readouterr().err
+    )
