@@ -16,7 +16,7 @@ def face_square(landmarks: Tensor) -> Tensor:
     points are no face.
     """
     if landmarks.shape != (5, 2) or not landmarks.isfinite().all():
-        raise UserError(f"landmarks: five points x y are needed ({POINTS}), not {tuple(landmarks.shape)}")
+        raise UserError(f"landmarks: five points x y are needed ({POINTS}), not {landmarks.tolist()}")
     left, right, _, mouth_left, mouth_right = landmarks
     eyes, mouth = (left + right) / 2, (mouth_left + mouth_right) / 2
     across, down = right - left, mouth - eyes
@@ -34,11 +34,15 @@ def align_face(image: Tensor, landmarks: Tensor, size: int) -> Tensor:
     Beyond the photo's edge its border is mirrored.
     """
     centre, right, down = face_square(landmarks.float())
+    height, width = image.shape[-2:]
+    if max(right.norm().item(), *(centre - torch.tensor((width / 2, height / 2))).abs()) > 2 * max(
+        height, width
+    ):
+        raise UserError(f"landmarks: these points lie far outside the photo of {width} x {height} pixels")
     # A larger picture first, then area averages: sampling a big photo at few points would alias.
     fine = size * max(1, round(2 * right.norm().item() / size))
     steps = (torch.arange(fine) + 0.5) / fine * 2 - 1
     points = centre + steps[None, :, None] * right + steps[:, None, None] * down  # (fine, fine, 2)
-    height, width = image.shape[-2:]
     grid = points / torch.tensor((width, height)) * 2 - 1
     sampled = F.grid_sample(image[None], grid[None], padding_mode="reflection", align_corners=False)
     return F.adaptive_avg_pool2d(sampled, size)[0]

@@ -28,6 +28,7 @@ from anyface.stages import Constants, make_streams
 from anyface.stylegan2 import Generator
 from anyface.train import PRESETS, Config, stream_terms
 from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report, throughput
+from shared.ranges import Count, Positive
 from shared.runtime import UserError, parse, pick_device, run_main
 
 
@@ -35,13 +36,13 @@ from shared.runtime import UserError, parse, pick_device, run_main
 class BenchConfig:
     """What is measured, and how long."""
 
-    size: int = 256
+    size: Literal[8, 16, 32, 64, 128, 256, 512, 1024] = 256
     """Side of the pictures of the full-width generator that is measured in both forms."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Faces per call of the full-size networks; default 1 on the CPU and 8 on a GPU."""
-    small_batch: int = 32
+    small_batch: Count = 32
     """Faces per call of the demo's generator and of the losses."""
-    seconds: float | None = None
+    seconds: Positive | None = None
     """Shortest time that each speed is measured for, default 1 on the CPU and 0.5 on a GPU; at least three
     calls are made."""
     compile: bool = False

@@ -61,11 +61,6 @@ def vit_b32() -> CLIP:
     return build_clip(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)
 
 
-def vit_l14_336() -> CLIP:
-    """The CLIP of the AnyFace++ release: features of 768."""
-    return build_clip(768, 336, 24, 1024, 14, 77, 49408, 768, 12, 12)
-
-
 def clip_from_state(state: dict[str, Tensor]) -> CLIP:
     """An empty CLIP of the sizes that a state dict in OpenAI's names tells. Raises KeyError on another."""
     vision_width, _, patch, _ = state["visual.conv1.weight"].shape

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from anyface.clip import image_features
 from anyface.data import Cache, Faces, encode_captions, read_text
-from anyface.judges import read
+from anyface.judges import accuracy, read
 from anyface.losses import code_distance
 from anyface.model import Stream, assemble, average_captions, edit
 from anyface.protocol import clip_score, mean_rank
@@ -84,7 +84,8 @@ def caption_effects(
 ) -> dict[str, float]:
     """What the judge reads in G(w_t), as accuracy on the named traits: against the true codes, the mean face
     and the captions of other faces; with noise in the coarse layers; and for captions in wordings that the
-    streams never trained on. Also the mean pixel difference of two draws. World only."""
+    streams never trained on. The same on all seven traits, of which a caption leaves some open. Also the mean
+    pixel difference of two draws. World only."""
     generator, judge = constants.generator, constants.judge
     captions, unseen = [own[0] for own in faces.captions], [own[0] for own in faces.unseen]
     w_t = text(cache.text[:, 0])[0]
@@ -95,12 +96,16 @@ def caption_effects(
     first, second = (generator.synthesis(assemble(z, w_t, layers)) for z in w_z)
     still = [generator.synthesis(assemble(z, w_t, 0)) for z in w_z]
     mean_face = generator.synthesis(mean).expand(len(w_t), -1, -1, -1)
-    seen, seen_noisy = read(judge, made), read(judge, first)
+    seen, seen_noisy, seen_mean = read(judge, made), read(judge, first), read(judge, mean_face)
+    values = faces.values.to(seen)
     return {
         "accuracy": named_accuracy(seen, captions),
         "shuffled captions": named_accuracy(seen.roll(1, 0), captions),
-        "mean face": named_accuracy(read(judge, mean_face), captions),
+        "mean face": named_accuracy(seen_mean, captions),
         "true codes": named_accuracy(read(judge, generator.synthesis(cache.codes)), captions),
+        "all traits": accuracy(seen, values),
+        "all traits, shuffled captions": accuracy(seen.roll(1, 0), values),
+        "all traits, mean face": accuracy(seen_mean, values),
         "fine": named_accuracy(seen, captions, coarse=False),
         "fine with noise": named_accuracy(seen_noisy, captions, coarse=False),
         "difference of draws": (first - second).abs().mean().item(),

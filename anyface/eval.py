@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ from shared.published import (
     print_metrics,
     write_results,
 )
-from shared.runtime import UserError, parse, pick_device, run_main
+from shared.ranges import Natural, Weight, Within
+from shared.runtime import parse, pick_device, run_main
 
 UNITS = {"R-precision@1": "%", "R-precision@10": "%", SECOND: "%", "named traits": "%"}
 
@@ -71,11 +72,11 @@ class EvalConfig:
 
     run: Path | None = None
     """Run folder; default: the newest."""
-    compared: int = 100
+    compared: Annotated[int, Within(2)] = 100
     """Test captions that all methods of the comparison make a face for."""
-    optimise_steps: int = 60
+    optimise_steps: Natural = 60
     """Steps of latent optimisation for each caption; 0 leaves it out. StyleCLIP takes 200 to 300."""
-    psi: float = 1.0
+    psi: Weight = 1.0
     """Truncation of the noise layers, in the row with noise and in the diversity of draws."""
     fid_weights: Path | None = None
     """torch-fidelity's weights-inception-2015-12-05-6726825d.pth; FID is left out without it."""
@@ -91,7 +92,7 @@ class EvalConfig:
     rows: Path | None = None
     """CSV with published rows that you hold (method, dataset, metric, value, protocol), shown below the
     measured ones."""
-    study: int = 0
+    study: Natural = 0
     """Captions of a user study: writes a page for blind ranking of the methods; 0 writes none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
@@ -227,13 +228,15 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> str:
 def main(settings: EvalConfig) -> Path:
     """Evaluate a run: effects, claims, comparison, pictures; returns the run folder."""
     began = time.perf_counter()
-    if settings.compared < 2:
-        raise UserError(f"--compared {settings.compared}: sets of pictures are compared, give 2 or more")
     held = [] if settings.rows is None else read_rows(settings.rows)
     folder = find_run("anyface", settings.run)
     config = load_config(folder, Config)
     device = pick_device(settings.device)
     constants = load_constants(config, folder, device)
+    # All files that are given are opened before the first long computation.
+    networks, identity = make_networks(settings, config, constants, device), None
+    if settings.identity_weights is not None:
+        identity = load_official("ir_se50_112", settings.identity_weights).to(device)
     stages = [stage for stage in plan(config) if not stage.part]
     streams: dict[str, dict[int, tuple[Stream, Stream]]] = {}
     for stage in stages:
@@ -254,7 +257,6 @@ def main(settings: EvalConfig) -> Path:
     methods = make_methods(
         config, streams, constants, (train_faces, train), test, n, settings.psi, settings.optimise_steps
     )
-    networks = make_networks(settings, config, constants, device)
     said = caption_features(test_faces, test, networks, n)
     rows = compare(methods, test_faces, said, networks, constants.judge)
     print("\n" + table(f"{n} captions", rows))
@@ -265,8 +267,7 @@ def main(settings: EvalConfig) -> Path:
     told = ", ".join(f"{name} {value:.4f}" for name, value in drawn.items())
     print(f"\ndiversity of three draws of a caption, mean over pairs: {told}")
     kept = {}
-    if settings.identity_weights is not None:
-        identity = load_official("ir_se50_112", settings.identity_weights).to(device)
+    if identity is not None:
         kept = kept_identity(test.codes[:n], w_t[:n], constants.generator, identity)
         told = ", ".join(f"{degree}: {value:.3f}" for degree, value in kept.items())
         print(f"identity kept by edits (IR-SE50 cosine to the source) at degree {told}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anyface.clip import ClipInput
+from shared.ranges import Weight
 
 Negatives = Literal["paired", "all", "official"]
 Pairs = Literal["diagonal", "official"]
@@ -35,7 +36,7 @@ class Behaviour:
     """Train the transformers too; the released optimiser holds the linear layers alone."""
     batch_as_sequence: bool = False
     """Attention across the samples of a batch."""
-    norm_weight: float = 0.1
+    norm_weight: Weight = 0.1
     """Weight of `norm_loss`; the released objective fixes directions and no lengths."""
     all_captions: bool = True
     """Sample among a face's captions; the released loader always takes line number id mod 10."""

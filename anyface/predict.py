@@ -23,6 +23,7 @@ from anyface.bundle import Model, load_model, load_plus_plus
 from anyface.gallery import grid, labelled_row, write_page
 from anyface.weights import load_e4e, load_generator
 from shared.io import SYNTHETIC_SOURCE, keep_inputs, read_image, read_utf8, write_image
+from shared.ranges import Count, Natural, Seed, Share, Weight
 from shared.records import write_json, write_tensors
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -33,7 +34,7 @@ class PredictConfig:
 
     captions: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Sentences, any number, in free words; "" is legal."""
-    count: int = 4
+    count: Count = 4
     """Faces for each caption."""
     together: bool = False
     """All captions describe one face; also writes how it builds up caption by caption."""
@@ -43,25 +44,25 @@ class PredictConfig:
     """Picture of a face to edit towards the caption; it is first found in the generator."""
     code: Path | None = None
     """Instead of --edit: a stored inversion, .pt or the codes.safetensors of an earlier call."""
-    row: int = 0
+    row: Natural = 0
     """Which row of --code."""
     degree: int | None = None
     """Editing: layers of the source that stay, 0 (caption alone) to all (source). Default: a third."""
-    alpha: float = 1.0
+    alpha: Share = 1.0
     """Editing: how far the other layers go towards the caption, 0 to 1."""
     landmarks: tuple[float, ...] = ()
     """x y of left eye, right eye, nose, left and right mouth corner in the photo: aligns it as FFHQ does."""
-    steps: int = 300
+    steps: Natural = 300
     """Steps of the inversion by optimisation; 0 with --e4e trusts the encoder alone."""
     e4e: Path | None = None
     """Weights of the e4e encoder for the inversion (e4e_ffhq_encode.pt)."""
-    m: int | None = None
+    m: Natural | None = None
     """Layers that come from noise; 0 makes one certain face. Default: as trained."""
-    psi: float | None = None
+    psi: Weight | None = None
     """Truncation of the noise, 1 is none. Default: as trained."""
-    cutoff: int = 8
+    cutoff: Natural = 8
     """Layers, from the first on, whose noise is truncated."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise."""
     run: Path | None = None
     """Run folder; default: the newest."""
@@ -79,6 +80,20 @@ class PredictConfig:
     """Folder for the results."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
+
+
+EDITING = ("degree", "alpha", "landmarks", "steps", "e4e", "row")
+PLUS_PLUS = ("memory", "clip", "bf16")
+
+
+def require_used(config: PredictConfig) -> None:
+    """UserError when an option is given that would change nothing."""
+    editing = config.edit is not None or config.code is not None
+    idle = [] if editing else [(name, "--edit or --code") for name in EDITING]
+    idle += [] if config.checkpoint is not None else [(name, "--checkpoint") for name in PLUS_PLUS]
+    for name, without in idle:
+        if getattr(config, name) != getattr(PredictConfig, name):
+            raise UserError(f"--{name} means nothing without {without}")
 
 
 def open_model(config: PredictConfig) -> Model:
@@ -110,6 +125,11 @@ def read_captions(config: PredictConfig) -> list[str]:
     captions = list(config.captions)
     if config.file is not None:
         captions += read_utf8(config.file, "captions").splitlines()
+    for caption in captions:
+        if any(
+            "\ud800" <= letter <= "\udfff" for letter in caption
+        ):  # bytes of the command line that are no text
+            raise UserError(f"the caption {caption!r} is no UTF-8 text")
     if not captions:
         raise UserError("give at least one caption, for instance: a young woman with brown hair")
     return captions
@@ -212,10 +232,9 @@ def main(config: PredictConfig) -> Path:
     """Generate or edit; returns the folder with the results."""
     if config.edit is not None and config.code is not None:
         raise UserError("give either --edit PICTURE or --code FILE")
+    require_used(config)
     captions = read_captions(config)
     model = open_model(config)
-    if config.out.exists() and not config.out.is_dir():
-        raise UserError(f"{config.out}: not a folder; give another --out")
     config.out.mkdir(parents=True, exist_ok=True)
     editing = config.edit is not None or config.code is not None
     remarks = use.notices_of(model, captions, config.together or editing)

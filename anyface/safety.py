@@ -23,6 +23,7 @@ from anyface.gallery import grid
 from anyface.world import TRAITS
 from shared.io import write_image
 from shared.published import format_table
+from shared.ranges import Count, Seed
 from shared.records import read_json, write_json
 from shared.runtime import parse, pick_device, run_main
 
@@ -65,9 +66,9 @@ class SafetyConfig:
     """Captions that name no attribute."""
     groups: Path | None = None
     """JSON {attribute: {value: [phrases]}}; default: common attributes, or the traits of the simple world."""
-    count: int = 128
+    count: Count = 128
     """Faces for each caption."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise."""
     out: Path = Path("safety")
     """Folder for the results."""
@@ -131,8 +132,8 @@ def report(model: Model, config: SafetyConfig) -> tuple[list[dict], Tensor]:
 def main(config: SafetyConfig) -> Path:
     """Measure, print and write; returns the folder."""
     model = load_model(config.run, pick_device(config.device))
-    rows, pictures = report(model, config)
     config.out.mkdir(parents=True, exist_ok=True)
+    rows, pictures = report(model, config)
     write_json(config.out / "safety.json", {"count": config.count, "seed": config.seed, "rows": rows})
     write_image(config.out / "faces.png", grid(pictures, list(config.captions)), model.name)
     shown = [

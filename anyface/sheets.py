@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional as F
 
-from anyface.data import Faces, encode_captions
+from anyface.data import Cache, Faces, encode_captions, read_text
 from anyface.model import Stream, assemble, average_captions, edit
-from anyface.parts import widen
+from anyface.parts import Learner, widen
 from anyface.stages import Constants
 from anyface.world import describe
 from shared.io import image_grid
@@ -17,6 +18,8 @@ from shared.runtime import step_generator
 
 TEXT_WIDTH = 210
 """Pixels that a caption takes beside its row."""
+TRAINING_SIDE = 256
+"""Largest side of a picture on the sheets of training."""
 COLUMN = 96
 """Pixels that pictures are enlarged to, by a whole number."""
 
@@ -98,3 +101,23 @@ def build_up_sheet(text: Stream, faces: Faces, constants: Constants, seed: int, 
         joined = torch.cat([average_captions(own[:n]) for own in features])
         columns[f"{n} caption{'s' * (n > 1)}"] = constants.generator.synthesis(text(joined)[0])
     return sheet(["\n".join(own) for own in captions], columns)
+
+
+@torch.no_grad()
+def training_sheet(learner: Learner, cache: Cache, constants: Constants, layers: int, seed: int) -> Tensor:
+    """Eight training faces: reconstruction, the text stream's face of a caption, two draws of its coarse
+    layers, the image stream's. layers: that come from noise."""
+    text, image = learner.models["text"].eval(), learner.models["image"].eval()
+    generator = constants.generator
+    tokens = cache.tokens[:8, 0] if learner.words else None
+    w_t = read_text(text, constants.clip, cache.text[:8, 0], tokens)[0]
+    w_i = image(cache.image[:8])[0]
+    z = torch.randn(2, len(w_t), generator.style_dim, generator=step_generator(seed, 0, 14))
+    draws = [assemble(generator.mapping(part.to(w_t)), w_t, layers) for part in z]
+    codes = (cache.codes[:8], w_t, *draws, w_i)
+    side = min(generator.size, TRAINING_SIDE)
+    rows = [F.adaptive_avg_pool2d(generator.synthesis(code), side) for code in codes]
+    text.train(), image.train()
+    labels = ["G(w)", "caption", "noise 1", "noise 2", "image"]
+    scale = max(1, 96 // side)
+    return image_grid(torch.cat(rows) / 2 + 0.5, len(w_t), row_labels=labels, scale=scale)

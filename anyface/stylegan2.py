@@ -48,6 +48,8 @@ class Generator(nn.Module):
         super().__init__()
         channels = channels or channel_table(channel_multiplier)
         log_size = int(math.log2(size))
+        if 2**log_size != size:
+            raise ValueError(f"a generator of {size} px: give a power of two")
         self.size, self.style_dim, self.n_latent = size, style_dim, 2 * log_size - 2
         self.sizes = {
             "size": size,

@@ -17,7 +17,6 @@ import torch
 import tyro
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from anyface import losses
 from anyface.bundle import save_model
@@ -37,6 +36,7 @@ from anyface.losses import BEHAVIOUR, Behaviour
 from anyface.model import assemble
 from anyface.parts import Learner, constant, warm_cosine
 from anyface.ranger import Ranger
+from anyface.sheets import training_sheet
 from anyface.stages import (
     Constants,
     Stage,
@@ -49,8 +49,9 @@ from anyface.stages import (
     variant_config,
     whole_model,
 )
-from shared.io import Run, image_grid, load_weights, progress
+from shared.io import Run, load_weights, progress
 from shared.loop import Position, average_gradients
+from shared.ranges import Count, Natural, Positive, Weight
 from shared.runtime import (
     RunConfig,
     StepBatches,
@@ -72,9 +73,9 @@ class Config(RunConfig):
     """Where a public set lies."""
     codes: Path | None = None
     """Inversions of all faces: codes.safetensors or latents.pt; default: looked for under data_root."""
-    train_faces: int = 3000
+    train_faces: Count = 3000
     """Drawn faces for training."""
-    test_faces: int = 6000
+    test_faces: Count = 6000
     """Drawn faces for testing; of a public set the first so many test faces."""
 
     size: Literal["official", "tiny"] = "official"
@@ -85,22 +86,22 @@ class Config(RunConfig):
     """StyleGAN2 for faces: stylegan2-ffhq-config-f.pt, or NVIDIA's ffhq.pkl."""
     identity_weights: Path | None = None
     """model_ir_se50.pth, for lambda_id."""
-    clip_steps: int = 0
+    clip_steps: Natural = 0
     """tiny: steps of CLIP."""
-    mapping_steps: int = 2000
+    mapping_steps: Natural = 2000
     """tiny: steps in which its mapping network learns the faces' traits, before the generator draws."""
-    half_steps: int = 0
+    half_steps: Natural = 0
     """tiny: steps of the generator at half its side, where a step costs half; it grows from there."""
-    generator_steps: int = 0
+    generator_steps: Natural = 0
     """tiny: steps of the generator."""
-    wide_steps: int = 0
+    wide_steps: Natural = 0
     """tiny: steps of a generator of twice the side, which begins as the first one; 0 leaves it out."""
-    judge_steps: int = 0
+    judge_steps: Natural = 0
     """tiny: steps of the judge."""
 
     variants: tuple[str, ...] = ("full",)
     """Streams to train, by their names in VARIANTS."""
-    seeds: int = 1
+    seeds: Count = 1
     """The streams are trained with so many seeds, beginning with `seed`."""
     dt: bool = True
     """Diverse triplet loss on the text stream; without it, MSE to the face's code."""
@@ -114,48 +115,45 @@ class Config(RunConfig):
     """The text stream reads CLIP's features of all tokens instead of the end token's; an extension."""
     behaviour: tyro.conf.OmitArgPrefixes[Behaviour] = field(default_factory=Behaviour)
     """Where the released trainer departs from the method."""
-    margin: float = 0.2
+    margin: Weight = 0.2
     """Margin of the diverse triplet loss."""
-    noise_layers: int = 4
+    noise_layers: Natural = 4
     """M: layers of the decoded text code that come from noise."""
-    lambda_dt: float = 10.0
+    lambda_dt: Weight = 10.0
     """Weight of the diverse triplet loss (or of what replaces it)."""
-    lambda_mse: float = 1.0
+    lambda_mse: Weight = 1.0
     """Weight of the image stream's MSE."""
-    lambda_cmd: float = 0.5
+    lambda_cmd: Weight = 0.5
     """Weight of cross modal distillation."""
-    lambda_clip: float = 1.0
+    lambda_clip: Weight = 1.0
     """Weight of the CLIP loss."""
-    lambda_rec: float = 1.0
+    lambda_rec: Weight = 1.0
     """Weight of the pixel loss between the face's and the image stream's reconstruction."""
-    lambda_id: float = 0.0
+    lambda_id: Weight = 0.0
     """Weight of the identity loss on the decoded text code."""
-    decode_batch: int | None = None
+    decode_batch: Count | None = None
     """Samples of a step that are decoded for losses on pictures; None: all."""
 
     optimiser: Literal["ranger", "adam"] = "ranger"
     """Ranger as released, or Adam."""
-    lr: float = 0.5
+    lr: Positive = 0.5
     """Learning rate of the mapping layers."""
-    lr_transformer: float = 1e-4
+    lr_transformer: Positive = 1e-4
     """Learning rate of the transformers."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate over the steps."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Faces per step, over all processes."""
-    steps: int = 20_000
+    steps: Natural = 20_000
     """Steps of the streams."""
 
-    log_every: int = 100
+    log_every: Count = 100
     """Steps between lines of the log."""
-    checkpoint_every: int = 500
+    checkpoint_every: Count = 500
     """Steps between checkpoints."""
-    sample_every: int = 1000
+    sample_every: Count = 1000
     """Steps between pictures."""
 
-
-SHEET_SIDE = 256
-"""Largest side of a picture on the sheets of training."""
 
 PAPER = Config()
 SMALL = Config(
@@ -250,6 +248,10 @@ def stream_learner(
 ) -> Learner:
     """Both streams of a stage, to go on at `step`."""
     config = variant_config(config, stage.name)
+    if config.noise_layers > constants.generator.n_latent:
+        raise UserError(
+            f"--noise-layers {config.noise_layers}: the generator has {constants.generator.n_latent} layers"
+        )
     rank, processes = accelerator.process_index, accelerator.num_processes
     if config.batch_size % processes:
         raise UserError(f"--batch-size {config.batch_size} does not divide over {processes} processes")
@@ -330,26 +332,6 @@ def learn(
             run.save(learner.models, {"position": position}, {"stage": learner.label, "step": position.step})
 
 
-@torch.no_grad()
-def sheet(learner: Learner, faces: Faces, cache: Cache, constants: Constants, config: Config) -> Tensor:
-    """Eight training faces: reconstruction, the text stream's face of a caption, two draws of its coarse
-    layers, the image stream's."""
-    text, image = learner.models["text"].eval(), learner.models["image"].eval()
-    generator = constants.generator
-    tokens = cache.tokens[:8, 0] if learner.words else None
-    w_t = read_text(text, constants.clip, cache.text[:8, 0], tokens)[0]
-    w_i = image(cache.image[:8])[0]
-    z = torch.randn(2, len(w_t), generator.style_dim, generator=step_generator(config.seed, 0, 14))
-    draws = [assemble(generator.mapping(part.to(w_t)), w_t, config.noise_layers) for part in z]
-    codes = (cache.codes[:8], w_t, *draws, w_i)
-    side = min(generator.size, SHEET_SIDE)
-    rows = [F.adaptive_avg_pool2d(generator.synthesis(code), side) for code in codes]
-    text.train(), image.train()
-    labels = ["G(w)", "caption", "noise 1", "noise 2", "image"]
-    scale = max(1, 96 // side)
-    return image_grid(torch.cat(rows) / 2 + 0.5, len(w_t), row_labels=labels, scale=scale)
-
-
 def load_inputs(config: Config, folder: Path, device: torch.device) -> tuple[Constants, Faces]:
     """The frozen networks, of a tiny run those that lie in its folder, and the training faces."""
     constants = load_constants(config, folder, device)
@@ -389,7 +371,7 @@ def train(config: Config) -> Path:
                     )
                 cache = replace(cache, image=images[how])
                 learner = stream_learner(stage, config, accelerator, cache, constants, position.step)
-                show = lambda: sheet(learner, faces, cache, constants, config)  # noqa: B023, E731
+                show = lambda: training_sheet(learner, cache, constants, config.noise_layers, config.seed)  # noqa: B023, E731
             learn(learner, config, accelerator, run, position, before, show)
             if accelerator.is_main_process:
                 save_stage(run.folder, stage, learner.models)

@@ -84,12 +84,15 @@ def read_study(key: Path, answers: list[Path]) -> dict[str, dict[str, float]]:
     except (OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{key}: no key of a study, which `eval.py --study` writes ({error})") from None
     ranks: dict[str, dict[str, list[float]]] = {}
+    highest = len(set(methods.values()))
 
     def answered(fields: dict[str, str]) -> None:
         for field, value in fields.items():
             if value:
                 question, position, kind = field.removeprefix("q").split("_")
                 method = methods[question, position]
+                if not 1 <= float(value) <= highest:
+                    raise ValueError(f"{field}: a rank of {value}, of 1 to {highest}")
                 ranks.setdefault(method, {}).setdefault(kind, []).append(float(value))
 
     for path in answers:

@@ -84,7 +84,12 @@ class InceptionFeatures(nn.Module):
             f"get {INCEPTION_URL.rsplit('/', 1)[1]} from torch-fidelity's releases and give its path",
             download_url(INCEPTION_URL),
         )
-        self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
+        load_torch(path)  # names a damaged file, and runs nothing that it may hold
+        try:
+            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
+        except (RuntimeError, TypeError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: not torch-fidelity's weights of InceptionV3 ({reason})") from None
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 2048). The network takes bytes and resizes by itself."""

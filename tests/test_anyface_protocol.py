@@ -295,13 +295,15 @@ def test_claims_fail_for_broken_builds():
 
     seen = {"accuracy": 0.65, "shuffled captions": 0.44, "mean face": 0.43, "true codes": 0.76, "fine": 0.6}
     seen |= {"fine with noise": 0.58, "difference of draws": 0.15, "difference without noise": 0.0}
-    seen |= {"unseen": 0.6, "unseen, shuffled": 0.44}
+    seen |= {"unseen": 0.6, "unseen, shuffled": 0.44, "all traits": 0.57}
+    seen |= {"all traits, shuffled captions": 0.44, "all traits, mean face": 0.45}
     edit = {"L1": [0.3, 0.2, 0.0], "cosine": [0.5, 0.3, 0.2], "first end": [0.0], "last end": [0.0]}
     counts = [0.44, 0.5, 0.58, 0.63]
     assert all(claim.holds for claim in picture_claims(seen, 0.4, edit, counts))
     ignored = {**seen, "accuracy": 0.6, "shuffled captions": 0.6}  # the text does not matter
     broken = [
         picture_claims(ignored, 0.4, edit, counts)[0],
+        picture_claims({**seen, "all traits, mean face": 0.5}, 0.4, edit, counts)[0],
         picture_claims(seen, 0.1, edit, counts)[1],
         picture_claims({**seen, "fine with noise": 0.44}, 0.4, edit, counts)[2],
         picture_claims({**seen, "difference without noise": 1e-4}, 0.4, edit, counts)[2],
@@ -399,7 +401,14 @@ def test_user_study_is_blind_and_its_key_gives_the_methods_back(tmp_path, capsys
         ["AnyFace", "2.00", "-"],
         ["MSE", "1.00", "-"],
     ]
-    for content in ('{"q0_7_fit": "1"}', '{"name": "1"}', "no json", "[1]"):
+    for content in (
+        '{"q0_7_fit": "1"}',
+        '{"q0_1_fit": "3"}',
+        '{"q0_1_fit": "-7"}',
+        '{"name": "1"}',
+        "no json",
+        "[1]",
+    ):
         (tmp_path / "answers.json").write_text(content)
         with pytest.raises(UserError, match="answers.json: not readable as answers to this study"):
             print_study(study)

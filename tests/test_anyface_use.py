@@ -269,6 +269,8 @@ def test_alignment_undoes_turning_shifting_and_scaling():
     assert upright[0, int(eye[1]), int(eye[0])] > 0.5
     with pytest.raises(UserError, match="no face"):
         align_face(torch.rand(3, 64, 64), torch.zeros(5, 2), 32)
+    with pytest.raises(UserError, match="far outside the photo of 64 x 64"):
+        align_face(torch.rand(3, 64, 64), 1000 * face, 32)
     with pytest.raises(UserError, match="five points"):
         align_face(torch.rand(3, 64, 64), torch.zeros(4, 2), 32)
 
@@ -358,8 +360,19 @@ def test_predict_says_what_is_wrong(folder, tmp_path):
         with pytest.raises(UserError, match=message):
             predict(*arguments)
     for option, value in (("--degree", 9), ("--alpha", 1.5)):  # known before the face is looked for
-        with pytest.raises(UserError, match=f"{option} is 0 to"):
+        with pytest.raises(UserError, match=f"{option} (is 0 to|1.5: give a number from 0 to 1)"):
             predict("x", *base, "--edit", tmp_path / "face.png", option, value)
+    for option in ("--degree 2", "--alpha 0.5", "--landmarks 1 2 3", "--steps 2", "--e4e a.pt", "--row 1"):
+        with pytest.raises(UserError, match=f"{option.split()[0]} means nothing without --edit or --code"):
+            predict("x", *base, *option.split())
+    for option in ("--memory a.pt", "--clip a.pt", "--bf16"):
+        with pytest.raises(UserError, match=f"{option.split()[0]} means nothing without --checkpoint"):
+            predict("x", *base, *option.split())
+    for option in ("--seed -1", "--psi nan", "--count 0", "--m -1"):
+        with pytest.raises(UserError, match=f"^{option.split()[0]} .*: give "):
+            predict("x", *base, *option.split())
+    with pytest.raises(UserError, match="no UTF-8 text"):
+        predict("a \udcff face", *base)
     assert not (tmp_path / "out" / "inverted.png").exists()
     done = call("predict.py", *base, expect=2)
     assert done.stderr.startswith("error: give at least one caption")
