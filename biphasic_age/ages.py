@@ -76,6 +76,11 @@ class AgeScale:
     def group(self, ages: Tensor) -> Tensor:
         return age2group(ages, self.limits)
 
+    def shown(self, age: float) -> float:
+        """The age that a picture of this age shows: beyond the outermost groups' means these, since nothing
+        further out was learnt."""
+        return min(max(age, self.means[0]), self.means[-1])
+
     def weights(self, ages: Tensor) -> Tensor:
         """(B,) years -> (B, K) weights of the groups, rows summing to 1: linear between the groups' means,
         the outermost group alone beyond them. UserError for an age outside the trained range."""

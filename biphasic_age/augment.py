@@ -23,6 +23,7 @@ from biphasic_age.stages import Trained, load_generator
 from shared.io import progress, write_image
 from shared.metrics import auc, tar_at_far
 from shared.published import format_table
+from shared.ranges import Count, Positive, Seed
 from shared.records import write_json
 from shared.runtime import StepBatches, UserError, parse, pick_device, run_main, seed_everything
 
@@ -42,23 +43,23 @@ class AugmentConfig:
     """Which network of the run."""
     data: str | None = None
     """Its set; default: the run's last. Public sets need the places that the run was trained with."""
-    people: int = 120
+    people: Count = 120
     """Drawn people to learn from, and as many to be asked about."""
-    pictures: int = 6
+    pictures: Count = 6
     """Pictures of each drawn person."""
-    limit: int = 4000
+    limit: Count = 4000
     """Of a public set at most so many pictures of each part."""
-    steps: int = 400
+    steps: Count = 400
     """Training steps of each recogniser."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Pictures per step."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Learning rate of AdamW."""
-    width: int = 16
+    width: Count = 16
     """Channels of the recogniser's first stage."""
     write: Path | None = None
     """Folder for the aged copies and their list.csv."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the recognisers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
@@ -153,7 +154,6 @@ def cross_age(net: IdentityNet, asked: Faces, device: torch.device) -> dict[str,
 
 def write_copies(folder: Path, copies: Faces, trained: Trained) -> None:
     """The copies as pictures that say they are synthetic, and list.csv."""
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "list.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(("path", "age", "identity"))
@@ -168,6 +168,8 @@ def write_copies(folder: Path, copies: Faces, trained: Trained) -> None:
 def main(config: AugmentConfig) -> Path:
     """Train and ask both recognisers; returns the run folder, in which augment.json has the numbers."""
     device = pick_device(config.device)
+    if config.write is not None:
+        config.write.mkdir(parents=True, exist_ok=True)
     trained = load_generator(config.run, config.variant, config.data)
     settings = trained.config
     if trained.data == "scene":

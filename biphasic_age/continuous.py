@@ -10,7 +10,7 @@ run folder.
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from scipy.stats import spearmanr
@@ -23,6 +23,7 @@ from biphasic_age.faces_eval import as_kept, open_judge, open_test, teachers
 from biphasic_age.stages import load_generator
 from shared.io import image_grid, progress, write_image
 from shared.published import format_table
+from shared.ranges import Count, Within
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -40,9 +41,9 @@ class ContinuousConfig:
     """Which network of the run."""
     data: str | None = None
     """Its set; default: the run's last."""
-    ages: int = 9
+    ages: Annotated[int, Within(2)] = 9
     """Number of ages, from the youngest group's mean to the oldest group's."""
-    faces: int = 64
+    faces: Count = 64
     """Number of test faces."""
     age_judge: Path | None = None
     """ONNX file of an age estimator; default: the judge that eval.py trained, or trains now."""
@@ -74,8 +75,6 @@ def rising(seen: Tensor, ages: Tensor) -> dict[str, float]:
 
 def main(config: ContinuousConfig) -> Path:
     """Measure, print and draw; returns the run folder."""
-    if config.ages < 2:
-        raise UserError("--ages: at least 2")
     device = pick_device(config.device)
     trained = load_generator(config.run, config.variant, config.data)
     if trained.data == "scene":

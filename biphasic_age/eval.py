@@ -7,8 +7,9 @@ stands under a published number as if comparable.
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from biphasic_age.faces_eval import (
 from biphasic_age.figures import distributions
 from biphasic_age.frozen import SmallParser, freeze, load_parser
 from biphasic_age.gallery import strip_sheet
+from biphasic_age.judges import OnnxJudge
 from biphasic_age.layouts import CLASSES
 from biphasic_age.scene import GROUPS
 from biphasic_age.scene_eval import SceneTest, judge_accuracy, measure_scene, open_scene_test
@@ -45,7 +47,8 @@ from shared.published import (
     print_metrics,
     write_results,
 )
-from shared.runtime import parse, pick_device, run_main
+from shared.ranges import Count, Within
+from shared.runtime import UserError, parse, pick_device, run_main
 
 Table = dict[str, dict[int, dict[str, float]]]
 """method -> seed -> metric -> value."""
@@ -57,21 +60,23 @@ class EvalConfig:
 
     run: Path | None = None
     """Run folder; default: the newest."""
+    test_images: Count | None = None
+    """Test pictures, people or scenes; default: as many as the run's settings say."""
     age_judge: Path | None = None
     """ONNX file of an age estimator, (N, 3, H, W) in [-1, 1] to years; without it one is trained."""
     identity_judge: Path | None = None
     """ONNX file of a face embedding; without it one is trained."""
-    judge_width: int = 16
-    """Channels of the trained judges' first layer; 32 suits 256x256."""
-    judge_people: int = 1200
+    judge_width: Count = 16
+    """Channels of the trained judges' first layer, a multiple of 4; 32 suits 256x256."""
+    judge_people: Count = 1200
     """Drawn people whom the judges learn from; public sets use the training fold."""
-    judge_steps: int = 400
+    judge_steps: Count = 400
     """Steps of each judge."""
-    judge_batch: int = 64
+    judge_batch: Count = 64
     """Pictures in each of those steps."""
-    scene_judge_steps: int = 1200
+    scene_judge_steps: Count = 1200
     """Steps of the two-head scene's judge, 32 pictures each."""
-    far: float | None = None
+    far: Annotated[float, Within(0, 1, above=True)] | None = None
     """False accept rate at the identity judge's threshold; default 1e-2 on drawn faces, elsewhere 1e-5. Where
     the impostor pairs are too few for it, the smallest that they support."""
     parser_weights: Path | None = None
@@ -151,8 +156,34 @@ def scene_sheet(test: SceneTest, nets: dict[str, nn.Module], device: torch.devic
     return image_grid(tiles, len(labels), column_labels=labels, scale=3)
 
 
+class Optional(NamedTuple):
+    """Networks whose files may be given."""
+
+    parser: nn.Module | None
+    inception: nn.Module | None
+    perceptual: nn.Module | None
+
+
+def open_optional(settings: EvalConfig, device: torch.device) -> Optional:
+    """Those whose files are given. UserError when one is missing, damaged or another, of the judges' too."""
+    for path, embeds in ((settings.age_judge, False), (settings.identity_judge, True)):
+        if path is not None:
+            OnnxJudge(path, embeds=embeds)
+    opening = (
+        (settings.parser_weights, load_parser),
+        (settings.fid_weights, shared_metrics.InceptionFeatures),
+        (settings.lpips_weights, partial(shared_metrics.perceptual_network, "alex")),
+    )
+    return Optional(*(None if path is None else load(path).to(device) for path, load in opening))
+
+
 def evaluate_faces(
-    settings: EvalConfig, config: Config, folder: Path, data: str, device: torch.device
+    settings: EvalConfig,
+    config: Config,
+    folder: Path,
+    data: str,
+    optional: Optional,
+    device: torch.device,
 ) -> tuple[list[Claim], Table, dict]:
     """Tables, claims and pictures of one set of faces."""
     scale = load_about(about_file(folder, data))[0]
@@ -170,12 +201,8 @@ def evaluate_faces(
     for name, accuracy in judges.attribute_accuracy.items():
         print(f"attribute judge, {name}: {100 * accuracy:.1f} % right on real test faces")
 
-    parser = open_parser(settings, config, data, folder, device)
-    inception = perceptual = None
-    if settings.fid_weights:
-        inception = shared_metrics.InceptionFeatures(settings.fid_weights).to(device)
-    if settings.lpips_weights:
-        perceptual = shared_metrics.perceptual_network("alex", settings.lpips_weights).to(device)
+    inception, perceptual = optional.inception, optional.perceptual
+    parser = optional.parser or own_parser(config, data, folder, device)
     jobs = [(name, config.seed, method, None) for name, method in baselines(config, data, device).items()]
     jobs += [(name, seed, as_method(net), net) for name, seeds in nets.items() for seed, net in seeds.items()]
     table: Table = {}
@@ -223,12 +250,8 @@ def evaluate_faces(
     return claims, table, extra
 
 
-def open_parser(
-    settings: EvalConfig, config: Config, data: str, folder: Path, device: torch.device
-) -> nn.Module | None:
-    """A parser that was not in the losses, to parse the outputs: the public one, or the run's own."""
-    if settings.parser_weights is not None:
-        return load_parser(settings.parser_weights).to(device)
+def own_parser(config: Config, data: str, folder: Path, device: torch.device) -> nn.Module | None:
+    """The parser that a run trained, to parse the outputs: it was not in the losses."""
     if "parser" not in learned_guides(config, data):
         return None
     stage = next(stage for stage in plan(config) if stage.data == data)
@@ -291,13 +314,18 @@ def main(settings: EvalConfig) -> Path:
     began = time.perf_counter()
     folder = find_run("biphasic_age", settings.run)
     config, device = load_config(folder, Config), pick_device(settings.device)
+    if settings.judge_width % 4:
+        raise UserError(f"--judge-width {settings.judge_width}: give a multiple of 4")
+    if settings.test_images is not None:
+        config = replace(config, test_images=settings.test_images)
+    optional = open_optional(settings, device)  # before the judges learn
     claims, metrics, extra = [], [], {}
     for data in config.data:
         if data == "scene":
             found, table = evaluate_scene(settings, config, folder, device)
             extra[data] = {"by seed": table}
         else:
-            found, table, about = evaluate_faces(settings, config, folder, data, device)
+            found, table, about = evaluate_faces(settings, config, folder, data, optional, device)
             extra[data] = {"by seed": table, **about}
         claims += found
         seeds = f"{config.seeds} seed" + ("s" if config.seeds > 1 else "")

@@ -189,7 +189,7 @@ def open_judges(
     image = all_faces(test, CALIBRATION_FACES)[0].to(device)
     count = len(image)
     mae = (protocol.in_batches(age, image).cpu() - test.ages[:count]).abs().mean().item()
-    far = settings.far or (DRAWN_FAR if drawn else protocol.FAR)
+    far = settings.far if settings.far is not None else DRAWN_FAR if drawn else protocol.FAR
     verifier = protocol.calibrate(protocol.in_batches(identity, image), test.people[:count], far)
     accuracy = {}
     if trained is not None:

@@ -229,14 +229,14 @@ def load_identity(path: Path | None) -> ArcFace:
     return freeze(network)
 
 
-def load_age(path: Path | None, groups: int = 4) -> AgeNet:
-    """An age network of the full size, frozen: a file that `train.py` wrote, or any state dict of `AgeNet`.
+def load_age(path: Path | None, groups: int = 4, width: int = 64, stages: int = 6) -> AgeNet:
+    """An age network, frozen: a file that `train.py` wrote, or any state dict of `AgeNet` of these sizes.
     UserError when the file is missing or another one."""
     where = (
         "give a state dict of AgeNet (of a run: trained/DATA-age-SEED.safetensors) with --age-weights, or "
         "let the run train one"
     )
-    path, network = pretrained_path("age network", path, where), AgeNet(groups=groups)
+    path, network = pretrained_path("age network", path, where), AgeNet(width, stages, groups)
     load_state(network, _read(path), path)
     return freeze(network)
 

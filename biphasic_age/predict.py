@@ -20,6 +20,7 @@ import tyro
 from biphasic_age.layouts import paint_layout
 from biphasic_age.translate import Aged, Ager, load_ager, read_layout, translate
 from shared.io import image_grid, images_of, keep_inputs, progress, read_photo, write_image
+from shared.ranges import Seed
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -39,8 +40,8 @@ class PredictConfig:
     """Label map of an aligned picture, instead of the parser; for a folder, a folder of NAME.png."""
     strength: tuple[str, ...] = ()
     """How much of the change a part gets, PART=SHARE: skin, hair, brows, eyes, mouth or rest; 0 leaves it,
-    1 is the default."""
-    noise_seed: int | None = None
+    1 is the default, 2 doubles it."""
+    noise_seed: Seed | None = None
     """Seed of the layout's noise. None: the output without noise."""
     run: Path | None = None
     """Run folder; default: the newest."""
@@ -59,11 +60,12 @@ class PredictConfig:
 def read_ages(words: tuple[str, ...]) -> list[float]:
     """Ages in years from the command line. UserError when one is no number."""
     try:
-        return [float(part) for word in words for part in word.split(",") if part]
+        ages = [float(part) for word in words for part in word.split(",") if part]
     except ValueError:
-        raise UserError(
-            f"--ages {' '.join(words)}: not numbers of years; write for example 20,35,50"
-        ) from None
+        ages = []
+    if words and not ages:
+        raise UserError(f"--ages {' '.join(words)}: not numbers of years; write for example 20,35,50")
+    return ages
 
 
 def read_strengths(words: tuple[str, ...]) -> dict[str, float]:
@@ -75,8 +77,8 @@ def read_strengths(words: tuple[str, ...]) -> dict[str, float]:
             strengths[part] = float(share)
         except ValueError:
             strengths[part] = math.nan
-        if not math.isfinite(strengths[part]):
-            raise UserError(f"--strength {word}: write PART=SHARE, for example hair=0.5")
+        if not 0 <= strengths[part] <= 2:  # nan too
+            raise UserError(f"--strength {word}: write PART=SHARE, for example hair=0.5; a share from 0 to 2")
     return strengths
 
 
@@ -115,6 +117,9 @@ def main(config: PredictConfig) -> Path:
     ages = ages or [round(mean, 1) for mean in ager.trained.scale.means]
     ager.trained.scale.weights(torch.tensor(ages))  # an age out of range is said before any picture is read
     pictures, several = images_of(config.picture, subfolders=False), config.picture.is_dir()
+    if several and config.layout is not None and not config.layout.is_dir():
+        raise UserError(f"--layout {config.layout}: for a folder of pictures give a folder of layouts")
+    config.out.mkdir(parents=True, exist_ok=True)
     stems = Counter(path.stem for path in pictures)
     faults = []
     for path in progress(pictures, "pictures"):

@@ -19,6 +19,7 @@ from biphasic_age.objective import Guides
 from biphasic_age.projection import ProjectionNet
 from biphasic_age.scene import PARTS
 from shared.io import find_run, load_config, load_safetensors, load_weights
+from shared.ranges import Count, Positive, Share
 from shared.records import read_json, write_json
 from shared.runtime import UserError
 
@@ -59,19 +60,19 @@ class Recipe:
     """What the generator paints: the picture, a change of the input, or a gated mixture."""
     variants: tuple[str, ...] = ("full",)
     """Rows of the ablation table to train; see VARIANTS in stages.py."""
-    steps: int = 200_000
+    steps: Count = 200_000
     """Steps, each one of the generator and one of the discriminator."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Learning rate of Adam, falling linearly to 0 in the second half."""
-    critic_lr: float = 1.0
+    critic_lr: Positive = 1.0
     """Learning rate of the discriminator relative to that."""
     weights: Weights = Weights()
     """Weights of the losses."""
     mismatch: bool = False
     """The discriminator also learns that a real face under a wrong age is false."""
-    jitter: float = 0.05
+    jitter: Share = 0.05
     """Random change of brightness, contrast and colour."""
-    guide_jitter: float = 0.15
+    guide_jitter: Share = 0.15
     """The same for the small networks: an age network that goes by exact colours is easily fooled."""
 
 
@@ -109,6 +110,8 @@ def plan(config: "Config") -> list[Stage]:
     for option, side in (("--image-size", config.image_size), ("--scene-size", config.scene_size)):
         if side < 8 or side % 8:
             raise UserError(f"{option} {side}: use a multiple of 8")
+    if any(high <= low for low, high in zip(config.limits, config.limits[1:], strict=False)):
+        raise UserError(f"--limits {' '.join(f'{age:g}' for age in config.limits)}: give rising ages")
     if "scene" in config.data and len(config.limits) != 3:
         raise UserError("the two-head scene has four ages: give three --limits")
     for data in config.data:
@@ -141,11 +144,26 @@ def learned_guides(config: "Config", data: str) -> list[str]:
     return [name for name, yes in needed.items() if yes]
 
 
+def age_stages(config: "Config", data: str) -> int:
+    """Layers of the age network; a scene is too small for many."""
+    return min(config.age_stages, 3) if data == "scene" else config.age_stages
+
+
+def given_guides(config: "Config", data: str) -> dict[str, nn.Module]:
+    """The networks whose files are given, frozen. UserError when one is missing, damaged or another."""
+    groups, stages = len(config.limits) + 1, age_stages(config, data)
+    given = {
+        "age": (config.age_weights, lambda path: load_age(path, groups, config.age_width, stages)),
+        "identity": (config.identity_weights, load_identity),
+        "parser": (config.parser_weights, load_parser),
+    }
+    return {name: load(path) for name, (path, load) in given.items() if path is not None}
+
+
 def build_guides(config: "Config", data: str, people: int) -> dict[str, nn.Module]:
     """The untrained small networks of `learned_guides`."""
-    stages = min(config.age_stages, 3) if data == "scene" else config.age_stages
     make = {
-        "age": lambda: AgeNet(config.age_width, stages, len(config.limits) + 1),
+        "age": lambda: AgeNet(config.age_width, age_stages(config, data), len(config.limits) + 1),
         "identity": lambda: IdentityNet(people, config.identity_width),
         "parser": lambda: SmallParser(len(CLASSES)),
     }
@@ -161,14 +179,15 @@ def load_guides(
     for name, network in networks.items():
         load_safetensors(guide_file(folder, stage, name), network)
         networks[name] = freeze(network).to(device)
-    if weights.age and "age" not in networks:
-        networks["age"] = load_age(config.age_weights, len(config.limits) + 1).to(device)
-    if (weights.identity or weights.perceptual) and "identity" not in networks:
-        networks["identity"] = load_identity(config.identity_weights).to(device)
-    parse = None
-    if config.reparse and stage.data != "scene":
-        own = networks.get("parser")
-        parse = (load_parser(config.parser_weights).to(device) if own is None else own).labels
+    needed = {
+        "age": weights.age,
+        "identity": weights.identity or weights.perceptual,
+        "parser": config.reparse and stage.data != "scene",
+    }
+    for name, network in given_guides(config, stage.data).items():
+        if needed[name]:
+            networks[name] = network.to(device)
+    parse = networks["parser"].labels if needed["parser"] else None
     means = torch.tensor(AgeScale.of(source.ages, source.limits).means, device=device)
     return Guides(networks.get("age"), networks.get("identity"), means, parse)
 

@@ -35,6 +35,7 @@ from biphasic_age.stages import (
     build,
     build_critic,
     build_guides,
+    given_guides,
     guide_file,
     load_guides,
     people_in,
@@ -47,6 +48,7 @@ from biphasic_age.stages import (
 from shared.io import Run, load_weights, progress, save_safetensors
 from shared.loop import Position, average_gradients, follow
 from shared.processes import as_one, drawn, mean
+from shared.ranges import Count, Natural, Positive, Share, Within
 from shared.runtime import (
     LoaderConfig,
     StepBatches,
@@ -74,23 +76,24 @@ class Config(LoaderConfig):
     """Folder that has `parsing/<stem>.png`; default: the set's own folder."""
     layout_order: LayoutOrder = "bisenet"
     """Order of the labels in those files."""
-    fold: int = 1
+    fold: Annotated[int, Within(1, 5)] = 1
     """Which of the five folds is kept for testing."""
-    limits: tuple[float, ...] = EDGES
+    limits: tuple[Positive, ...] = EDGES
     """Highest age of every group but the last."""
-    image_size: int = 256
+    image_size: Count = 256
     """Side of the pictures in pixels, a multiple of 8."""
     flip: bool = True
     """Mirror every other picture with its layout."""
-    train_images: int = 2000
+    train_images: Annotated[int, Within(2)] = 2000
     """Drawn pictures for training."""
-    pictures: int = 4
+    pictures: Count = 4
     """Drawn pictures of each person."""
-    test_images: int = 160
-    """Drawn people or scenes for testing; of a public set the first so many test pictures are used."""
-    scene_images: int = 600
+    test_images: Count = 160
+    """Drawn people or scenes for testing; of a public set the first so many test pictures are used, 3 MB of
+    memory for each at 256x256 (`eval.py --test-images` takes another number)."""
+    scene_images: Count = 600
     """Scenes for training, each at one age."""
-    scene_size: int = 32
+    scene_size: Count = 32
     """Side of a scene in pixels."""
 
     d_layout: bool = True
@@ -101,7 +104,7 @@ class Config(LoaderConfig):
     """How generators learn from faces."""
     scene: Recipe = SCENE_RECIPE
     """The same for the two-head scene."""
-    seeds: int = 1
+    seeds: Count = 1
     """Everything is trained with so many seeds, beginning with `seed`."""
 
     age_weights: Path | None = None
@@ -111,37 +114,37 @@ class Config(LoaderConfig):
     parser_weights: Path | None = None
     """79999_iter.pth of the public face parser, for --reparse and later for photographs; without it the run
     trains a small one on its own training faces."""
-    age_width: int = 64
+    age_width: Count = 64
     """Channels of the age network's first layer."""
-    age_stages: int = 6
+    age_stages: Count = 6
     """Its layers."""
-    identity_width: int = 32
+    identity_width: Count = 32
     """Channels of the small identity network's first layers."""
-    guide_steps: int = 20_000
+    guide_steps: Count = 20_000
     """Steps of the small networks."""
-    guide_batch: int = 64
+    guide_batch: Count = 64
     """Pictures in each of those steps."""
-    guide_lr: float = 1e-4
+    guide_lr: Positive = 1e-4
     """Their learning rate."""
 
-    batch_size: int = 16
+    batch_size: Count = 16
     """Pictures per step, over all processes; as many again are the real ones of the discriminator."""
-    warmup: int = 2000
+    warmup: Natural = 2000
     """First steps in which only the self-driven strategy runs."""
-    betas: tuple[float, float] = (0.5, 0.99)
+    betas: tuple[Share, Share] = (0.5, 0.99)
     """Adam's moments."""
-    average: float = 0.999
+    average: Share = 0.999
     """Decay of the average of the generator's weights that is kept for use; 0: none."""
     reparse: bool = False
     """Parse the translated face anew before it is translated back."""
     recompute: bool = True
     """Compute ProjectionNet's widest layer again in the backward pass: less memory for a little time."""
 
-    log_every: int = 100
+    log_every: Count = 100
     """Steps between lines of the log."""
-    checkpoint_every: int = 5000
+    checkpoint_every: Count = 5000
     """Steps between checkpoints."""
-    sample_every: int = 5000
+    sample_every: Count = 5000
     """Steps between pictures."""
 
 
@@ -161,7 +164,7 @@ STUDY = replace(
     recipe=replace(SMALL.recipe, variants=TABLE),
     scene=replace(SMALL.scene, variants=TABLE),
 )
-PAPER = Config(workers=8)
+PAPER = Config(workers=8, test_images=4000)
 
 PRESETS = {
     "demo": SMALL,
@@ -283,9 +286,8 @@ def train_variant(
         chance = step_generator(stage.seed, position.step, stream=1)
         torch.manual_seed(int(torch.randint(2**62, (), generator=chance)))
         target = other_groups(group, len(config.limits) + 1, chance)
-        left = 2 * (1 - position.step / stage.steps)
         for optimiser, rate in zip(optimisers, rates, strict=True):
-            optimiser.param_groups[0]["lr"] = rate * min(1.0, left)
+            optimiser.param_groups[0]["lr"] = rate * schedule(position.step, stage.steps)
 
         # Generator: reconstruct at the own age; translate to the target age and back.
         critic.requires_grad_(False)
@@ -320,6 +322,11 @@ def train_variant(
     return net if average is None else average
 
 
+def schedule(step: int, steps: int) -> float:
+    """Of the learning rates: 1 in the first half of a training, then falling linearly to 0."""
+    return min(1.0, 2 * (1 - step / steps))
+
+
 def other_groups(groups: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Groups (B,) -> for each another one, uniform."""
     shift = drawn(partial(torch.randint, 1, count, generator=generator), groups.shape)
@@ -352,17 +359,23 @@ def train(config: Config) -> Path:
     """Run all stages of `config`; returns the run folder. Continues a run that was interrupted."""
     stages = plan(config)
     accelerator = start(config)
+    # Before there is a folder, which would be the newest run: are all files there, and the right ones?
+    opened = (stages[0].data, stages[0].seed)
+    source = open_faces(config, stages[0].data, "train", stages[0].seed)
+    for data in config.data:
+        given_guides(config, data)
     run = Run("biphasic_age", config, accelerator.is_main_process)
     position = Position()
     run.load({}, {"position": position})
-    source, opened = None, None
+    about = None
     while position.stage < len(stages):
         stage = stages[position.stage]
         if opened != (stage.data, stage.seed):
             opened = (stage.data, stage.seed)
             source = open_faces(config, stage.data, "train", stage.seed)
-            if accelerator.is_main_process:
-                save_about(source, about_file(run.folder, stage.data))
+        if about != opened and accelerator.is_main_process:
+            save_about(source, about_file(run.folder, stage.data))
+        about = opened
         arguments = (stage, config, accelerator, run, position, source)
         if stage.name == GUIDES:
             trained = {guide_file(run.folder, stage, k): net for k, net in train_guides(*arguments).items()}

@@ -162,6 +162,10 @@ def translate(
         move = shrinking(photo, size)
     else:
         move, warnings = locate(ager, photo, name)
+    for age in ages:
+        shown = ager.trained.scale.shown(age)
+        if abs(age - shown) > 0.5:
+            warnings.append(f"{name}: the network knows no age beyond {shown:.0f}; {age:g} shows that")
     crop = warp(photo, move, (size, size))
     looks_like_one = True
     if layout is None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from curves import assert_same_curves, run_one, run_two
 from PIL import Image
+from safetensors.torch import load_file
 
 from biphasic_age import eval as evaluation
+from biphasic_age import train as training
 from biphasic_age.data import drawn_faces
 from biphasic_age.discriminator import TwoScales
 from biphasic_age.losses import Weights
@@ -24,12 +26,13 @@ from biphasic_age.stages import (
     learned_guides,
     load_generator,
     plan,
+    stage_file,
     weights_of,
 )
 from biphasic_age.train import PRESETS, Config, other_groups, train
 from shared.io import to_pil
 from shared.records import plain, revive
-from shared.runtime import UserError, parse_presets
+from shared.runtime import UserError, parse, parse_presets
 
 TINY = (*helpers.TINY["biphasic_age"], "--device", "cpu")
 JUDGES = {
@@ -290,10 +293,93 @@ def test_user_mistakes_end_with_one_message(tmp_path):
         evaluation.main(evaluation.EvalConfig(run=tmp_path))
 
 
+@pytest.mark.parametrize("option", ["age_weights", "identity_weights", "parser_weights", "list"])
+def test_a_wrong_file_is_said_before_there_is_a_run(option, tmp_path):
+    """Not after the small networks have learnt, and without a folder that would be the newest run."""
+    (tmp_path / "text.txt").write_text("neither weights nor a list")
+    with pytest.raises(UserError, match="text.txt"):
+        train(
+            tiny(
+                out=tmp_path / "run",
+                data=("csv",) if option == "list" else ("faces",),
+                **{option: tmp_path / "text.txt"},
+            )
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_age_network_of_a_run_is_taken_by_another_of_its_sizes(run_folder, tmp_path):
+    config = tiny(out=tmp_path / "run", age_weights=run_folder / "trained" / "faces-age-0.safetensors")
+    assert "age" not in learned_guides(config, "faces")
+    train(config)
+    with pytest.raises(UserError, match="made for another model than AgeNet"):
+        train(replace(config, age_width=config.age_width + 4, out=tmp_path / "other"))
+
+
+def test_files_for_the_evaluation_are_opened_before_it_begins(run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate_scene", None)
+    monkeypatch.setattr(evaluation, "evaluate_faces", None)
+    (tmp_path / "text.txt").write_text("no weights")
+    for option in ("fid_weights", "lpips_weights", "parser_weights", "age_judge", "identity_judge"):
+        with pytest.raises(UserError, match="text.txt"):
+            evaluation.main(evaluation.EvalConfig(run=run_folder, **{option: tmp_path / "text.txt"}))
+
+
+def test_learning_rates_fall_to_nothing_in_the_second_half(tmp_path, monkeypatch):
+    assert [training.schedule(step, 8) for step in (0, 4, 5, 6, 8)] == [1, 1, 0.75, 0.5, 0]
+    asked = []
+    monkeypatch.setattr(training, "schedule", lambda step, steps: asked.append((step, steps)) or 0.0)
+    folder = train(tiny(out=tmp_path / "run", steps=2))
+    assert asked == [(0, 2), (0, 2), (1, 2), (1, 2)]  # of generator and discriminator, which then stand still
+    fresh = torch.manual_seed(0) and build(tiny(), "faces", "full")
+    made = load_file(stage_file(folder, next(s for s in plan(tiny()) if s.name == "full")))
+    for name, value in fresh.named_parameters():
+        assert torch.equal(made[name], value), name
+
+
+def test_more_test_pictures_than_the_run_was_told(run_folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        evaluation, "evaluate_scene", lambda s, config, *_: seen.append(config.test_images) or ([], {})
+    )
+    monkeypatch.setattr(
+        evaluation, "evaluate_faces", lambda s, config, *_: seen.append(config.test_images) or ([], {}, {})
+    )
+    monkeypatch.setattr(evaluation, "write_results", lambda *_: None)
+    evaluation.main(evaluation.EvalConfig(run=run_folder, test_images=7, device="cpu"))
+    assert set(seen) == {7}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--log-every 0", "--batch-size 0", "--train-images 1", "--pictures 0", "--guide-lr nan", "--workers -1",
+        "--seeds 0", "--average 2", "--fold 6", "--recipe.steps 0", "--recipe.lr 0", "--scene.steps 0", "--warmup -1",
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_named(given):
+    option, value = given.replace("--recipe.", "--").split()
+    with pytest.raises(UserError, match=r"^--[\w.-]+ .*: give "):
+        parse_presets(PRESETS, "", ["demo", option, value])
+
+
+@pytest.mark.parametrize(
+    "given", ["--judge-steps 0", "--judge-people 0", "--far 0", "--far -1", "--test-images 0"]
+)
+def test_judges_options_out_of_range_are_named(given):
+    with pytest.raises(UserError, match=f"^{given.split()[0]} "):
+        parse(evaluation.EvalConfig, "", given.split())
+
+
+def test_limits_must_rise():
+    with pytest.raises(UserError, match="--limits 50 40 30: give rising ages"):
+        plan(tiny(limits=(50.0, 40.0, 30.0)))
+
+
 @pytest.mark.slow
 def test_the_demo_holds_its_claims(tmp_path):
     """The demo itself: minutes. Those that the README says hold do; C3 (wrinkles are weaker than they should
-    be) and C11 (prototypes) do not, and C5 (wrinkles of the oldest) does on one thread and not on two."""
+    be) and C11 (prototypes) do not, and C5 (wrinkles made for the youngest) does on one thread and not on two."""
     folder = train(replace(PRESETS["demo"], out=tmp_path / "run", device="cpu"))
     evaluation.main(evaluation.EvalConfig(run=folder, device="cpu"))
     claims = json.loads((folder / "results.json").read_text())["claims"]

@@ -105,8 +105,11 @@ def test_pictures_of_one_name_in_a_folder_have_results_of_their_own(runs, tmp_pa
     [
         ({"ages": ("7",)}, "outside"),
         ({"ages": ("old",)}, "not numbers of years"),
+        ({"ages": (",",)}, "not numbers of years"),
         ({"strength": ("hair",)}, "write PART=SHARE"),
         ({"strength": ("skin=1", "hair=nan")}, "--strength hair=nan: write PART=SHARE"),
+        ({"strength": ("hair=-50",)}, "a share from 0 to 2"),
+        ({"picture": "photos", "layout": "photos/photo.png"}, "give a folder of layouts"),
         ({"picture": "absent.png"}, "no such picture or folder"),
         ({"picture": "."}, "no pictures in this folder"),
         ({"layout": "absent.png"}, "no layout"),
@@ -119,6 +122,7 @@ def test_mistakes_are_messages(settings, message, runs, tmp_path, monkeypatch):
     write_image(photos / "photo.png", portrait(40))
     (tmp_path / "empty").mkdir()
     places = {"absent.png": tmp_path / "absent.png", ".": tmp_path / "empty"}
+    places |= {"photos": photos, "photos/photo.png": photos / "photo.png"}
     settings = {
         key: places.get(value, value) if key in ("picture", "layout") else value
         for key, value in settings.items()

@@ -118,6 +118,18 @@ def test_paste_without_change_is_the_photo_and_touches_the_square_alone():
     assert difference[~inside].max() == 0 and difference[18:26, 22:30].mean() > 0.1
 
 
+def test_an_enlarged_change_follows_the_edges_of_the_photo():
+    """The change of a coarse crop on one side of an edge stays there, and does not where it is only enlarged."""
+    photo = torch.full((3, 64, 64), 0.2)
+    photo[..., 29:] = 0.8  # an edge between pixels of the crop, of which each is four of the photo's
+    move = Similarity(complex(0.25), complex(0.25 * 0.5 - 0.5, 0.25 * 0.5 - 0.5))
+    crop = warp(photo, move, (16, 16))
+    after = crop + 0.2 * (crop < 0.5)
+    across = (paste(photo, crop, after, move) - photo)[0, 20:44, 29:33].mean()
+    plain = warp((after - crop), move.inverse(), (64, 64), padding="zeros")[0, 20:44, 29:33].mean()
+    assert across.abs() < 0.6 * plain.abs()
+
+
 def test_soft_square_is_one_inside_and_nearly_nothing_at_the_rim():
     square = soft_square(50)[0]
     assert square[10:40, 10:40].min() == 1 and square[0].max() < 0.05
@@ -169,6 +181,17 @@ def test_ages_between_the_groups_change_gradually():
     crops = translate(make_ager(), TruthParser.paint(labels), ages, aligned=True).crops
     distances = [(crop - crops[0]).abs().mean().item() for crop in crops]
     assert distances[0] == 0 and distances == sorted(distances) and distances[1] < 0.4 * distances[-1]
+
+
+def test_ages_beyond_the_outermost_means_are_said():
+    _, labels = face()
+    ager = make_ager()
+    low, high = ager.trained.scale.means[0], ager.trained.scale.means[-1]
+    inside = translate(ager, TruthParser.paint(labels), [low, high], aligned=True)
+    beyond = translate(ager, TruthParser.paint(labels), [low, high, ager.trained.scale.high], aligned=True)
+    assert torch.equal(beyond.crops[2], inside.crops[1])
+    said = f"picture: the network knows no age beyond {high:.0f}; {ager.trained.scale.high:g} shows that"
+    assert beyond.warnings == [*inside.warnings, said]
 
 
 def test_parts_of_strength_zero_keep_their_maps():
