@@ -227,8 +227,12 @@ class Federation:
         }
 
     def load_state_dict(self, saved: dict) -> None:
-        saved = move(saved, self.device)
-        self.round, self.shared, self.extra = saved["round"], saved["shared"], saved["extra"]
+        """Raises an error of some kind for a state of another federation: ValueError if of its networks."""
+        saved, own = move(saved, self.device), self.state_dict()
+        for name in ("shared", "extra", "clients"):
+            if shapes(saved[name]) != shapes(own[name]):
+                raise ValueError(f"'{name}' is of other networks or clients")
+        self.round, self.shared, self.extra = int(saved["round"]), saved["shared"], saved["extra"]
         self.bank = {int(k): state for k, state in saved["bank"].items()}
         self.clients = [Client(client["state"], client["memory"]) for client in saved["clients"]]
 
@@ -281,6 +285,13 @@ def move(tree, device: torch.device | str):
     if isinstance(tree, Client | Upload):
         return type(tree)(**{name: move(value, device) for name, value in vars(tree).items()})
     return tree
+
+
+def shapes(tree):
+    """Nested dicts and lists with the shape of each tensor in its place."""
+    if isinstance(tree, dict):
+        return {key: shapes(value) for key, value in tree.items()}
+    return [shapes(value) for value in tree] if isinstance(tree, list) else tree.shape
 
 
 # --- predictions of a federation --------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from dfl.baselines import build_method
 from dfl.data import contact_sheet, load_data
 from dfl.federation import Federation, evaluate
 from dfl.trials import CLAIMS, TRIALS, plan, save_trial
-from shared.io import Run, progress
+from shared.io import Run, foreign_state, progress
 from shared.loop import Standing
 from shared.runtime import LoaderConfig, UserError, run_training, start
 
@@ -180,6 +180,10 @@ class Position(Standing):
         self.trial = 0
         self.federation: dict | None = None
 
+    def load_state_dict(self, saved: dict) -> None:
+        """Raises KeyError for the state of something else."""
+        self.trial, self.federation = int(saved["trial"]), saved["federation"]
+
 
 def train(config: Config) -> Path:
     """Run all trials of `config`; returns the run folder. Continues a run that was interrupted (on Flower:
@@ -208,7 +212,8 @@ def train(config: Config) -> Path:
             report=accelerator.print,
         )
         if position.federation is not None:
-            federation.load_state_dict(position.federation)
+            with foreign_state(run.folder / "checkpoint" / "state.pt"):
+                federation.load_state_dict(position.federation)
         elif position.trial == 0:
             run.picture("federation", contact_sheet(data))
         first = position.trial * config.rounds

@@ -114,27 +114,32 @@ def trial_path(folder: Path, trial: Trial) -> Path:
 
 def load_trial(folder: Path, trial: Trial) -> tuple[Method, nn.Module, list[State], Federated]:
     """A finished trial: its method, an empty network, every client's personal model, and its federation
-    without samples. Raises UserError when the trial was not trained or its file is damaged."""
+    without samples. Raises UserError when the trial was not trained, and when its file is damaged or foreign
+    or holds NaN."""
     path = trial_path(folder, trial)
     tensors = load_torch(path)
+    empty = torch.zeros(0, dtype=torch.int64)
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a trial of this project ({error})") from None
-    empty = torch.zeros(0, dtype=torch.int64)
-    none = Samples(torch.zeros(0, *facts["image_shape"]), empty, empty)
-    classes = tuple(facts["classes"])
-    data = Federated(
-        trial.config.data,
-        len(classes),
-        0,
-        [ClientData(k, name, none, none) for k, name in enumerate(facts["clients"])],
-        mean=tuple(facts["mean"]),
-        std=tuple(facts["std"]),
-        class_names=classes,
-    )
-    method = build_method(trial.config, data)
+        none = Samples(torch.zeros(0, *facts["image_shape"]), empty, empty)
+        classes = tuple(facts["classes"])
+        data = Federated(
+            trial.config.data,
+            len(classes),
+            0,
+            [ClientData(k, name, none, none) for k, name in enumerate(facts["clients"])],
+            mean=tuple(facts["mean"]),
+            std=tuple(facts["std"]),
+            class_names=classes,
+        )
+        data.prepare(none.images)
+        method = build_method(trial.config, data)
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not a trial of this project ({error!r})") from None
+    unusable = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if unusable:
+        raise UserError(f"{path}: NaN or infinity in {unusable[0]}; train again with --restart")
     net = method.build().eval()
     states = [{**part(tensors, f"client{k}"), **part(tensors, "shared")} for k in range(len(data.clients))]
     for state in states:

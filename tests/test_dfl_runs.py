@@ -11,6 +11,8 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from federations import federation
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dfl import eval as evaluation
@@ -20,9 +22,13 @@ from dfl.data import load_data
 from dfl.eval import EvalConfig, evaluate_run
 from dfl.federation import Federation, evaluate
 from dfl.train import PRESETS, Config
-from shared.io import read_image, write_image
+from dfl.trials import load_trial, plan, trial_path
+from shared.io import load_config, read_image, write_image
+from shared.records import write_tensors
+from shared.runtime import UserError
 
 SMALL = ["demo", "--trials", "dfl", "fedavg", *helpers.TINY["dfl"]]
+TWO_ROUNDS = {"clients": 4, "per_client": 40, "test_images": 60, "rounds": 2}
 script = partial(helpers.script, "dfl")
 
 
@@ -96,6 +102,63 @@ def test_prediction_mistakes(run, tmp_path, arguments, message):
     done = script("predict.py", *arguments, "--run", run)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert message in done.stderr
+
+
+NO_TRIAL = "not a trial of this project"
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({}, NO_TRIAL),
+        ([], NO_TRIAL),
+        ({"image_shape": [3, 8]}, NO_TRIAL),
+        ({"image_shape": "large"}, NO_TRIAL),
+        ({"mean": [0.5]}, NO_TRIAL),
+        ({"clients": []}, NO_TRIAL),
+        ({"image_shape": [3, 9, 9]}, "made for another model"),
+    ],
+)
+def test_a_trial_whose_facts_are_wrong_is_refused(run, tmp_path, facts, message):
+    config: Config = load_config(run, Config)
+    trial = plan(config)[0]
+    path = trial_path(run, trial)
+    with safe_open(path, "pt") as file:
+        whole = json.loads(file.metadata()["facts"])
+    load_trial(run, trial)
+    write_tensors(
+        trial_path(tmp_path, trial), load_file(path), {"facts": json.dumps(facts and whole | facts)}
+    )
+    with pytest.raises(UserError, match=f"dfl-0.safetensors: {message}"):
+        load_trial(tmp_path, trial)
+
+
+def test_weights_that_are_not_finite_are_refused(run, tmp_path):
+    trial = plan(load_config(run, Config))[0]
+    path, copy = trial_path(run, trial), trial_path(tmp_path, trial)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["client1.specific.fc1.weight"][0, 0] = torch.nan
+    write_tensors(copy, tensors, metadata)
+    with pytest.raises(UserError, match="NaN or infinity in client1.specific.fc1.weight"):
+        load_trial(tmp_path, trial)
+
+
+def test_a_checkpoint_in_the_middle_of_another_federation_is_refused(tmp_path):
+    config = Config(out=tmp_path / "run", checkpoint_every=1, **TWO_ROUNDS)
+    folder = training.train(config)
+    state = torch.load(folder / "checkpoint" / "state.pt")
+    other = federation(replace(config, widths=(8, 8)))
+    for position, message in (
+        ({"trial": 0, "federation": other.state_dict()}, "'shared' is of other networks or clients"),
+        ({"trial": 0, "federation": {"round": 1}}, "another run .KeyError"),
+        ({"stage": 0, "step": 7}, "another run .KeyError"),
+    ):
+        state["objects"]["position"] = position
+        torch.save(state, folder / "checkpoint" / "state.pt")
+        with pytest.raises(UserError, match=f"state.pt: the checkpoint of .*{message}"):
+            training.train(config)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -189,9 +252,6 @@ def test_participation_is_swept(tmp_path):
     }
     assert clients == {"dfl": 4, "dfl@0.5": 4, "dfl@fraction0.25": 1, "dfl@fraction0.5": 2}
     assert (folder / "samples" / "fraction_in_domain.png").is_file()
-
-
-TWO_ROUNDS = {"clients": 4, "per_client": 40, "test_images": 60, "rounds": 2}
 
 
 def test_baselines_alone_half_a_line_and_rows_of_the_paper(tmp_path, monkeypatch, capsys):
