@@ -275,12 +275,15 @@ def make_federation(config: Config) -> Federation:
 
 def configure(options: Mapping) -> Config:
     """Settings from a Flower run configuration: preset, trial, rounds, data-root ("" for the presets that
-    need none). UserError for an unknown preset or trial."""
+    need none). UserError for an unknown preset or trial and for no rounds."""
     preset, trial, root = (str(options[key]) for key in ("preset", "trial", "data-root"))
     if trial not in TRIALS or preset not in PRESETS:
         raise UserError(f"presets: {', '.join(PRESETS)}; trials: {', '.join(TRIALS)}")
-    changes = {"rounds": int(options["rounds"]), "data_root": Path(root) if root else None}
-    return replace(PRESETS[preset], **changes, **TRIALS[trial])
+    changes = {"rounds": options["rounds"], "data_root": Path(root) if root else None}
+    config = replace(PRESETS[preset], **changes, **TRIALS[trial])
+    if not isinstance(config.rounds, int) or config.rounds < 1:
+        raise UserError(f"rounds={config.rounds}: give a whole number, 1 or more")
+    return config
 
 
 server_app = ServerApp()

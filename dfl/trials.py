@@ -75,23 +75,13 @@ class Trial:
     swept: Literal["rho", "fraction"] | None = None
 
 
-POSITIVE = (
-    "clients", "per_client", "test_images", "digit_parts", "seeds", "rounds", "local_epochs", "lend_every",
-    "min_clients", "checkpoint_every",
-)  # fmt: skip
-"""Numbers of `Config` that must be at least 1."""
-
-
 def plan(config: "Config") -> list[Trial]:
-    """All trials of a run in their order. Raises UserError for an unknown one and for numbers too small."""
+    """All trials of a run in their order. Raises UserError for none, an unknown one, and one named twice."""
+    if not config.trials:
+        raise UserError(f"--trials: name at least one of {', '.join(TRIALS)}")
     unknown = sorted({*config.trials, *config.sweep_trials} - TRIALS.keys())
     if unknown:
         raise UserError(f"unknown trial '{unknown[0]}'; there are {', '.join(TRIALS)}")
-    for name in POSITIVE:
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least 1 is needed")
-    if config.batch_size < 2:
-        raise UserError(f"--batch-size {config.batch_size}: negative pairs need at least 2 images")
     trials = []
     for seed in range(config.seed, config.seed + config.seeds):
         for name in config.trials:
@@ -104,6 +94,10 @@ def plan(config: "Config") -> list[Trial]:
         for name in config.sweep_trials:
             changed = dataclasses.replace(config, **{**TRIALS[name], setting: value})
             trials.append(Trial(name, f"{name}@{point}/{config.seed}", changed, setting))
+    labels = [trial.label for trial in trials]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"--trials, --sweep, --fractions, --sweep-trials: they name {label} twice")
     return trials
 
 

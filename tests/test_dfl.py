@@ -1,5 +1,6 @@
 """dfl: networks, objective, the two engines, what is said of the numbers."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,9 +16,10 @@ from dfl.engine import Draws, clip
 from dfl.eval import limits
 from dfl.federation import evaluate
 from dfl.model import TwoBranch, build_backbone
+from dfl.train import PRESETS
 from dfl.trials import TRIALS, plan
 from shared.bench import count_parameters
-from shared.runtime import REPOSITORY, UserError
+from shared.runtime import REPOSITORY, UserError, parse_presets
 
 # --- what is shared -------------------------------------------------------------------------------
 
@@ -219,14 +221,66 @@ def test_limits_state_numbers_and_no_verdict():
     ]
 
 
-def test_a_batch_needs_two_images():
-    with pytest.raises(UserError, match="--batch-size 1: .* at least 2"):
-        plan(replace(TOY, batch_size=1))
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--batch-size 1", "2 or more"),
+        ("--fraction nan", "a number above 0 to 1"),
+        ("--fraction 0", "a number above 0 to 1"),
+        ("--fractions 0.5 2", "a number above 0 to 1"),
+        ("--sweep 0.5 -1", "a number from 0 to 1"),
+        ("--rho 5", "a number from 0 to 1"),
+        ("--dropout -0.1", "a number from 0 to 1"),
+        ("--strength 2", "a number from 0 to 1"),
+        ("--momentum -1", "a number from 0 to 1"),
+        ("--noise -1", "0 or more"),
+        ("--lambda-div -1", "0 or more"),
+        ("--bank-per-round -1", "0 or more"),
+        ("--widths -1 4", "1 or more"),
+        ("--widths 0 0", "1 or more"),
+        ("--image-size 0", "1 or more"),
+        ("--min-clients 0", "1 or more"),
+        ("--digit-parts 11", "a number from 1 to 10"),
+        ("--lr nan", "a number above 0"),
+        ("--critic-lr 0", "a number above 0"),
+        ("--clip -1", "a number above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(option, message):
+    name, *values = option.split()
+    refused = re.escape(name) + rf" ({'|'.join(map(re.escape, values))}).*: give .*{message}"
+    with pytest.raises(UserError, match=refused):
+        parse_presets(PRESETS, "", ["demo", name, *values])
 
 
-def test_width_is_doubled_for_mlp_only():
+def test_presets_are_within_their_ranges():
+    assert all(parse_presets(PRESETS, "", [name]).preset == name for name in PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trials": ()}, "--trials: name at least one of dfl, local"),
+        ({"trials": ("dfl", "dfl")}, "they name dfl/0 twice"),
+        ({"sweep": (0.5, 0.5)}, "they name dfl@0.5/0 twice"),
+        ({"trials": ("nonsense",)}, "unknown trial 'nonsense'"),
+    ],
+)
+def test_a_plan_has_every_training_once(change, message):
+    with pytest.raises(UserError, match=message):
+        plan(replace(TOY, **change))
+
+
+def test_skewed_digits_have_no_domain_to_hold_out():
+    with pytest.raises(UserError, match="--hold-out x: skewed digits have no domains"):
+        federation(replace(TOY, hold_out="x"))
+
+
+def test_widths_and_images_that_fit_a_backbone():
     wide = build_method(replace(TOY, method="fedavg", wide=True), small(8)).build()
     assert count_parameters(wide) == 192 * 128 + 128 + 128 * 64 + 64 + 64 * 10 + 10
+    with pytest.raises(UserError, match="alexnet_bn takes images of 63x63 or more, the data are 62x62"):
+        build_backbone("alexnet_bn", None, (3, 62, 62))
     with pytest.raises(UserError, match="digit_cnn has fixed ones"):
         build_method(replace(TOY, method="fedavg", wide=True, backbone="digit_cnn"), small(28))
 

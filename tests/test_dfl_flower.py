@@ -163,6 +163,9 @@ def test_the_run_configuration_names_preset_trial_and_data():
     assert config == expected
     with pytest.raises(UserError, match="presets: demo, .*trials: dfl, "):
         configure(options | {"trial": "nonsense"})
+    for rounds in (0, "many"):
+        with pytest.raises(UserError, match=f"rounds={rounds}: give a whole number"):
+            configure(options | {"rounds": rounds})
 
 
 def test_records_carry_states_exactly():

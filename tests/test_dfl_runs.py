@@ -203,7 +203,7 @@ def test_two_processes_give_the_curve_of_one(run, tmp_path):
         (["demo", "--device", "cuda"], "PyTorch finds no CUDA device"),
         (["demo", "--method", "fedavg"], "--method"),  # a trial's business: see TRIALS
         (["demo", "--mu", "1"], "--mu"),
-        (["demo", "--min-clients", "0"], "--min-clients 0: at least 1 is needed"),
+        (["demo", "--min-clients", "0"], "--min-clients 0: give 1 or more"),
         (["demo", "--compile"], "--compile: clients train under torch.func"),
         (["demo", "--backbone", "digit_cnn"], "digit_cnn takes 28x28 images, the data are 8x8"),
     ],
