@@ -29,7 +29,7 @@ from dfl.claims import domain_claims, engine_claim, skew_claims
 from dfl.data import load_data
 from dfl.train import Config
 from dfl.trials import Trial, load_trial, plan, trial_path
-from shared.io import find_run, image_grid, load_config, progress, write_image
+from shared.io import find_run, image_grid, load_config, progress, read_utf8, write_image
 from shared.published import (
     Metric,
     environment,
@@ -75,15 +75,22 @@ class EvalConfig:
 
 
 def read_log(folder: Path) -> dict[str, dict[str, list[float]]]:
-    """log.jsonl -> {trial label: {scalar: values by round}}."""
+    """log.jsonl -> {trial label: {scalar: values by round}}. Raises UserError when it is missing or
+    damaged."""
+    path = folder / "log.jsonl"
     series: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for line in (folder / "log.jsonl").read_text().splitlines(keepends=True):
+    for number, line in enumerate(read_utf8(path, "a log").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             continue  # half a line, of a run that was killed while it wrote
-        for key, value in json.loads(line).items():
-            if key not in ("step", "round"):
-                trial, seed, scalar = key.split("/", 2)
-                series[f"{trial}/{seed}"][scalar].append(value)
+        try:
+            for key, value in json.loads(line).items():
+                if key not in ("step", "round"):
+                    trial, seed, scalar = key.split("/", 2)
+                    series[f"{trial}/{seed}"][scalar].append(float(value))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}: line {number} is none of a log ({error}); train again with --restart"
+            ) from None
     return series
 
 
@@ -204,6 +211,12 @@ def evaluate_run(options: EvalConfig) -> Path:
     if not trials:
         raise UserError(f"{folder}: no trial has finished yet; run train.py to its end")
     log = read_log(folder)
+    for trial in trials:
+        if not {"in_domain", "bytes_up", "bytes_down"} <= log[trial.label].keys():
+            raise UserError(
+                f"{folder / 'log.jsonl'}: no lines of {trial.label}, which is trained; train again "
+                "with --restart"
+            )
     rows = {trial.label: summarise(log[trial.label]) for trial in trials}
     grouped: dict[str, list[Trial]] = defaultdict(list)
     for trial in trials:

@@ -16,7 +16,16 @@ from dfl.engine import State, call, part
 from dfl.federation import transfer
 from dfl.train import Config
 from dfl.trials import Trial, load_trial, plan
-from shared.io import find_run, image_grid, images_of, load_config, progress, read_image, write_image
+from shared.io import (
+    find_run,
+    image_grid,
+    images_of,
+    keep_inputs,
+    load_config,
+    progress,
+    read_image,
+    write_image,
+)
 from shared.records import write_json
 from shared.runtime import UserError, parse, run_main
 
@@ -56,6 +65,9 @@ def main(options: PredictConfig) -> Path:
     if options.mode == "invariant" and trial.config.method != "dfl":
         raise UserError(f"--mode invariant: {options.trial} has no invariant branch")
     paths = images_of(options.images)
+    table, picture = options.out / "predictions.json", options.out / "predictions.png"
+    keep_inputs(paths, (table, picture))
+    options.out.mkdir(parents=True, exist_ok=True)
     height, width = data.image_shape[1:]
 
     def read(path: Path) -> Tensor:
@@ -74,9 +86,8 @@ def main(options: PredictConfig) -> Path:
     batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
     probabilities = torch.cat([classify(batch) for batch in progress(batches, "images")])
     best = probabilities.argmax(-1).tolist()
-    options.out.mkdir(parents=True, exist_ok=True)
     write_json(
-        options.out / "predictions.json",
+        table,
         [
             {
                 "file": path,
@@ -92,7 +103,7 @@ def main(options: PredictConfig) -> Path:
     sheet = image_grid(
         [read(path) for path in paths[:shown]], columns=shown, column_labels=labels, scale=scale
     )
-    write_image(options.out / "predictions.png", sheet)
+    write_image(picture, sheet)
     return options.out
 
 

@@ -21,6 +21,7 @@ from dfl.baselines import build_method
 from dfl.data import load_data
 from dfl.eval import EvalConfig, evaluate_run
 from dfl.federation import Federation, evaluate
+from dfl.predict import PredictConfig, main
 from dfl.train import PRESETS, Config
 from dfl.trials import load_trial, plan, trial_path
 from shared.io import load_config, read_image, write_image
@@ -87,6 +88,19 @@ def test_predictions_for_own_pictures(run, tmp_path, mode):
     assert read_image(out / "predictions.png").shape[0] == 3
 
 
+def test_predictions_spare_the_pictures_and_say_where_no_folder_can_be(run, tmp_path):
+    out = tmp_path / "predictions"
+    write_image(out / "predictions.png", torch.rand(3, 8, 8))
+    before = (out / "predictions.png").read_bytes()
+    with pytest.raises(UserError, match="predictions.png would be overwritten by a result"):
+        main(PredictConfig(out, run, out=out))
+    assert (out / "predictions.png").read_bytes() == before
+    occupied = tmp_path / "a file"
+    occupied.write_text("")
+    done = script("predict.py", out, "--run", run, "--out", occupied)
+    assert done.returncode == 2 and done.stderr == f"error: {occupied}: File exists; give another path\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -102,6 +116,26 @@ def test_prediction_mistakes(run, tmp_path, arguments, message):
     done = script("predict.py", *arguments, "--run", run)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "log.jsonl: not readable as a log"),
+        ("", "log.jsonl: no lines of dfl/0, which is trained"),
+        ('{"dfl/0/in_domain": 3}\n\0\0\n', "log.jsonl: line 2 is none of a log"),
+        ("[]\n", "log.jsonl: line 1 is none of a log"),
+        ('{"loss": 3}\n', "log.jsonl: line 1 is none of a log"),
+        ('{"dfl/0/in_domain": null}\n', "log.jsonl: line 1 is none of a log"),
+    ],
+)
+def test_a_log_that_is_gone_or_damaged(run, tmp_path, content, message):
+    for name in ("config.json", "trials"):
+        (tmp_path / name).symlink_to(run / name)
+    if content is not None:
+        (tmp_path / "log.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        evaluate_run(EvalConfig(run=tmp_path))
 
 
 NO_TRIAL = "not a trial of this project"
