@@ -121,8 +121,8 @@ class Federation:
         """
         self.round += 1
         chosen, failures = take_part(self)
-        downloads = {k: self.download(k) for k in chosen}
-        answers = self.train({k: downloads[k] for k in chosen if k not in failures}, failures)
+        downloads = {k: self.download(k) for k in chosen if k not in failures}
+        answers = self.train(downloads, failures)
         accepted = []
         for k, (client, upload) in sorted(answers.items()):
             problem = fault(upload)
@@ -164,7 +164,7 @@ class Federation:
 
         Clients with equally many images are trained together when the engine is vectorised. A group that
         fails is trained again one by one, so that only the client at fault is lost. Several processes take
-        turns and then exchange their clients.
+        turns and then exchange their clients. Raises the first client's error when all of several failed.
         """
         mine = list(downloads)[self.rank :: self.world]
         groups: dict[int, list[int]] = {}
@@ -172,6 +172,7 @@ class Federation:
             key = len(self.data.clients[k].train) if vectorises(self.config, self.net) else -1 - k
             groups.setdefault(key, []).append(k)
         answers: dict[int, tuple[Client, Upload]] = {}
+        errors: list[Exception] = []
         pending = list(groups.values())
         while pending:
             group = pending.pop(0)
@@ -195,9 +196,14 @@ class Federation:
                     pending = [[k] for k in group] + pending
                 else:
                     failures[group[0]] = f"{type(error).__name__}: {error}"
+                    errors.append(error)
                 continue
             answers |= dict(zip(group, zip(clients, uploads, strict=True), strict=True))
-        return self.exchange(answers, failures) if self.world > 1 else answers
+        if self.world > 1:
+            answers = self.exchange(answers, failures)
+        if errors and not answers and len(downloads) > 1 and not is_of_the_machine(errors[0]):
+            raise errors[0]  # what strikes all clients alike is a mistake in the program, not theirs
+        return answers
 
     def exchange(
         self, answers: dict[int, tuple[Client, Upload]], failures: dict[int, str]
@@ -243,7 +249,15 @@ def take_part(federation: Federation) -> tuple[list[int], dict[int, str]]:
     chosen = participants(config.seed, federation.round, len(clients), config.fraction)
     gone = dropouts(config.seed, federation.round, len(clients), config.dropout)
     failures = {k: "dropped out" for k in chosen if k in gone}
-    return chosen, failures | {k: "no training data" for k in chosen if not len(clients[k].train)}
+    few = {k: len(clients[k].train) for k in chosen if len(clients[k].train) < 2}
+    return chosen, failures | {
+        k: "1 training image, at least two are needed" if n else "no training data" for k, n in few.items()
+    }
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether memory or a file failed, for which no line of the program is to blame."""
+    return isinstance(error, OSError | torch.OutOfMemoryError)
 
 
 def round_scalars(

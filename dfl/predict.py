@@ -27,7 +27,7 @@ from shared.io import (
     write_image,
 )
 from shared.records import write_json
-from shared.runtime import UserError, parse, run_main
+from shared.runtime import UserError, parse, pick_device, run_main
 
 BATCH = 64
 """Images that are read and classified at once."""
@@ -50,6 +50,8 @@ class PredictConfig:
     """Number of the client, for `personal` and `invariant`."""
     out: Path = Path("predictions")
     """Folder for the results."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: CUDA when there is one."""
 
 
 def main(options: PredictConfig) -> Path:
@@ -58,7 +60,8 @@ def main(options: PredictConfig) -> Path:
     config: Config = load_config(folder, Config)
     everything = {trial.name: trial for trial in reversed(plan(_with(config, options.trial)))}
     trial: Trial = everything[options.trial]
-    method, net, states, data = load_trial(folder, trial)
+    device = pick_device(options.device)
+    method, net, states, data = load_trial(folder, trial, device)
     if not 0 <= options.client < len(states):
         names = ", ".join(client.name for client in data.clients)
         raise UserError(f"--client {options.client}: the clients are {names} (numbers from 0)")
@@ -76,7 +79,7 @@ def main(options: PredictConfig) -> Path:
 
     @torch.inference_mode()
     def classify(batch: list[Path]) -> Tensor:
-        x = data.prepare(torch.stack([read(path) for path in batch]))
+        x = data.prepare(torch.stack([read(path) for path in batch]).to(device))
         if options.mode == "transfer":
             return transfer([method.predict(net, state, x) for state in states])
         if options.mode == "personal":
@@ -84,7 +87,7 @@ def main(options: PredictConfig) -> Path:
         return without_specific(net, states[options.client], x).softmax(-1)
 
     batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
-    probabilities = torch.cat([classify(batch) for batch in progress(batches, "images")])
+    probabilities = torch.cat([classify(batch) for batch in progress(batches, "images")]).cpu()
     best = probabilities.argmax(-1).tolist()
     write_json(
         table,

@@ -195,6 +195,10 @@ def train(config: Config) -> Path:
     from the last finished trial). Raises UserError for settings that cannot be met."""
     if config.compile:
         raise UserError("--compile: clients train under torch.func, which torch.compile does not serve here")
+    if config.engine == "flower" and (config.device == "cuda" or config.precision == "bf16"):
+        raise UserError(
+            "--engine flower: its clients compute on the CPU in fp32; leave out --device and --precision"
+        )
     trials = plan(config)
     accelerator = start(config)
     if config.backbone == "mlp":

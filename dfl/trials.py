@@ -14,7 +14,7 @@ from dfl.baselines import build_method
 from dfl.client import Method, local_part
 from dfl.data import ClientData, Federated, Samples
 from dfl.engine import State, part
-from dfl.federation import Federation
+from dfl.federation import Federation, move
 from shared.records import write_tensors
 from shared.runtime import UserError
 from shared.weights import load_state, load_torch
@@ -106,10 +106,12 @@ def trial_path(folder: Path, trial: Trial) -> Path:
     return folder / "trials" / f"{trial.label.replace('/', '-')}.safetensors"
 
 
-def load_trial(folder: Path, trial: Trial) -> tuple[Method, nn.Module, list[State], Federated]:
-    """A finished trial: its method, an empty network, every client's personal model, and its federation
-    without samples. Raises UserError when the trial was not trained, and when its file is damaged or foreign
-    or holds NaN."""
+def load_trial(
+    folder: Path, trial: Trial, device: torch.device | str = "cpu"
+) -> tuple[Method, nn.Module, list[State], Federated]:
+    """A finished trial: its method, an empty network and every client's personal model on `device`, and its
+    federation without samples. Raises UserError when the trial was not trained, and when its file is damaged
+    or foreign or holds NaN."""
     path = trial_path(folder, trial)
     tensors = load_torch(path)
     empty = torch.zeros(0, dtype=torch.int64)
@@ -138,7 +140,7 @@ def load_trial(folder: Path, trial: Trial) -> tuple[Method, nn.Module, list[Stat
     states = [{**part(tensors, f"client{k}"), **part(tensors, "shared")} for k in range(len(data.clients))]
     for state in states:
         load_state(net, state, path, prefixes=())
-    return method, net, states, data
+    return method, net.to(device), move(states, device), data
 
 
 def save_trial(folder: Path, trial: Trial, federation: Federation) -> None:

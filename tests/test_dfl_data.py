@@ -325,3 +325,17 @@ def test_sensitivity_of_a_linear_map_is_its_weights():
     assert torch.allclose(maps[0], weight.square().sum((0, 1)).sqrt(), atol=1e-5)
     ink = torch.zeros(2, 4, 4)
     assert background_share(maps, ink) == pytest.approx(1) and background_share(maps, ink + 1) == 0
+
+
+def test_sensitivity_of_many_features_is_estimated():
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3 * 4 * 4, 2000)
+    exact = net.weight.detach().view(2000, 3, 4, 4).square().sum((0, 1)).sqrt()
+
+    def represent(net, state, x):
+        return torch.func.functional_call(net, state, x.flatten(1))
+
+    maps = sensitivity(represent, net, dict(net.named_parameters()), torch.rand(2, 3, 4, 4))
+    assert not torch.allclose(maps, exact.expand(2, -1, -1), rtol=1e-3)  # not a pass for each feature
+    assert torch.allclose(maps, exact.expand(2, -1, -1), rtol=0.25)
+    assert (maps / exact).mean().item() == pytest.approx(1, abs=0.05)

@@ -67,6 +67,7 @@ def test_evaluation_prints_and_writes_what_it_found(run):
         assert picture.std() > 0.05
     values = {metric["metric"]: metric["value"] for metric in results["metrics"] if metric["method"] == "dfl"}
     log, _ = outcome(run)
+    assert values["kB lent down"] > values["kB lent up"] > 0
     course = [line["dfl/0/in_domain"] for line in log if "dfl/0/in_domain" in line]
     assert values["in-domain"] == pytest.approx(sum(course[-3:]) / 3)
 
@@ -238,6 +239,7 @@ def test_two_processes_give_the_curve_of_one(run, tmp_path):
         (["demo", "--method", "fedavg"], "--method"),  # a trial's business: see TRIALS
         (["demo", "--mu", "1"], "--mu"),
         (["demo", "--min-clients", "0"], "--min-clients 0: give 1 or more"),
+        (["demo", "--engine", "flower", "--precision", "bf16"], "clients compute on the CPU in fp32"),
         (["demo", "--compile"], "--compile: clients train under torch.func"),
         (["demo", "--backbone", "digit_cnn"], "digit_cnn takes 28x28 images, the data are 8x8"),
     ],
