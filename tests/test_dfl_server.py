@@ -252,7 +252,7 @@ def test_no_round_makes_a_client_s_whole_set_ready_for_nothing(batch_norm, monke
 
 def test_photographs_are_trained_evaluated_and_classified(batch_norm, tmp_path, monkeypatch):
     monkeypatch.setattr(analysis, "DIRECTIONS", 2)
-    monkeypatch.setattr(convex, "run", lambda **_: [0.0])  # T1 has its own test
+    monkeypatch.setattr(convex, "run", lambda **_: [0.0, 0.0])  # T1 has its own test
     for place in ("a/train", "a/test", "b/train", "b/test"):
         for kind in ("attack", "genuine"):
             for i in range(6):
