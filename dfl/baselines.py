@@ -16,7 +16,7 @@ between their two stages.
     fedproto  only class prototypes travel (Tan et al., 2022)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfl import losses
-from dfl.client import Method, Upload, class_means, dfl, normalisation
+from dfl.client import PIECE, Method, Upload, class_means, dfl, normalisation
 from dfl.engine import Stage, State, Step, call, part
 from dfl.model import build_backbone
 from shared.runtime import UserError
@@ -83,15 +83,19 @@ def freeze_for_moon(net: nn.Module, state: State, memory: State, x: Tensor) -> d
     return {"z_g": z_g, "z_p": call(net, memory["previous"], x, with_features=True)[0]}
 
 
-def scaffold_answer(net: nn.Module, state: State, memory: State, x: Tensor, y: Tensor) -> State:
+def scaffold_answer(net: nn.Module, state: State, memory: State, x: Iterable[Tensor], y: Tensor) -> State:
     """Option I: the new c_k is the gradient of the local loss at the received model. Sends its change."""
     start = memory["start"]
     fixed = {name: value for name, value in start.items() if name not in weights(net, start)}
 
-    def loss(free: State) -> Tensor:
-        return F.cross_entropy(call(net, {**fixed, **free}, x), y)
+    def loss(free: State, piece: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(call(net, {**fixed, **free}, piece), labels)
 
-    control = torch.func.grad(loss)(weights(net, start))
+    control: State = {}
+    for piece, labels in zip(x, y.split(PIECE), strict=True):
+        share = len(labels) / len(y)
+        for name, slope in torch.func.grad(loss)(weights(net, start), piece, labels).items():
+            control[name] = control[name] + share * slope if name in control else share * slope
     change = {name: value - memory["own"][name] for name, value in control.items()}
     return {**change, **{f"own.{name}": value for name, value in control.items()}}
 
@@ -107,8 +111,10 @@ def scaffold_gather(extra: State, uploads: list[Upload], clients: int) -> State:
     }
 
 
-def fedproto_answer(classes: int, net: nn.Module, state: State, memory: State, x: Tensor, y: Tensor) -> State:
-    z = call(net, state, x, with_features=True)[0]
+def fedproto_answer(
+    classes: int, net: nn.Module, state: State, memory: State, x: Iterable[Tensor], y: Tensor
+) -> State:
+    z = torch.cat([call(net, state, piece, with_features=True)[0] for piece in x])
     means, count = class_means(z, y, classes)
     return {"means": means, "count": count}
 

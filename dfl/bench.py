@@ -17,6 +17,7 @@ from dfl.federation import Federation
 from dfl.model import Classifier, build_backbone
 from dfl.train import PRESETS, Config
 from shared.bench import count_macs, peak_memory, report, throughput
+from shared.ranges import Positive
 from shared.runtime import parse, pick_device, run_main
 
 SHAPES = {"mlp": (3, 8, 8), "digit_cnn": (3, 28, 28), "alexnet_bn": (3, 256, 256), "resnet18": (3, 224, 224)}
@@ -28,7 +29,7 @@ class BenchConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
-    seconds: float = 2.0
+    seconds: Positive = 2.0
     """Time for each number."""
 
 

@@ -5,7 +5,7 @@ comments x (B, 3, H, W), y (B,), z (B, d); `sg` is a stop-gradient. The paper's 
 and what is pulled together or apart; order, weights and optimisers are our reconstruction.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from dfl.data import ClientData, Federated
     from dfl.train import Config
 
+PIECE = 256
+"""Images of a client that go through its network at once after training."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -38,10 +41,11 @@ class Method:
     """(network, state, x) -> logits (B, C) of the client's personal model."""
     representations: dict[str, Callable[[nn.Module, State, Tensor], Tensor]]
     """What the probes read, by name: (network, state, x) -> (B, d)."""
-    lend: Callable[[nn.Module, State, Tensor, Tensor, int], State] | None = None
-    """(network, state, x, y, classes) -> what other clients may use (DFL: E_s, or its class means)."""
-    answer: Callable[[nn.Module, State, State, Tensor, Tensor], State] | None = None
-    """(network, state, memory, x, y) -> further tensors for the server (SCAFFOLD, FedProto)."""
+    lend: Callable[[nn.Module, State, Iterable[Tensor], Tensor, int], State] | None = None
+    """(network, state, x, y, classes) -> what other clients may use (DFL: E_s, or its class means). x: the
+    client's set in pieces of at most `PIECE` images, made ready only as they are asked for."""
+    answer: Callable[[nn.Module, State, State, Iterable[Tensor], Tensor], State] | None = None
+    """(network, state, memory, x, y) -> further tensors for the server (SCAFFOLD, FedProto). x: as above."""
     gather: Callable[[State, list["Upload"], int], State] | None = None
     """(extra, uploads, number of clients) -> the server's further tensors of the next round."""
     first_extra: Callable[[nn.Module, int], State] = lambda net, classes: {}
@@ -181,7 +185,7 @@ def objective(
         l_min = losses.min_information(*pairs, mi=config.mi)
         width = z_c.shape[-1] / 32 if config.mi == "club" else 1  # CLUB sums over features: tuned at d = 32
         loss = loss + config.lambda_min / width * l_min
-        logged["I_min"] = l_min
+        logged["I_min"] = losses.information(*pairs, mi=config.mi)  # without the hinge: below 0 a critic lags
     if general and config.mi != "none":
         pairs = scores(net.critic_max, part(state, "critic_max"), z_c, batch["z_g"], batch["shift"])
         loss = loss + config.lambda_max * losses.max_information(*pairs)
@@ -195,14 +199,14 @@ def objective(
     return loss, logged
 
 
-def lend_extractor(net: TwoBranch, state: State, x: Tensor, y: Tensor, classes: int) -> State:
+def lend_extractor(net: TwoBranch, state: State, x: Iterable[Tensor], y: Tensor, classes: int) -> State:
     """The specific extractor's parameters and statistics (no integer counters)."""
     return {name: value for name, value in part(state, "specific").items() if value.is_floating_point()}
 
 
-def lend_prototypes(net: TwoBranch, state: State, x: Tensor, y: Tensor, classes: int) -> State:
+def lend_prototypes(net: TwoBranch, state: State, x: Iterable[Tensor], y: Tensor, classes: int) -> State:
     """Class means of z_s, (C, d). A class that the client lacks gets the mean of all its samples."""
-    z_s = call(net.specific, part(state, "specific"), x)
+    z_s = torch.cat([call(net.specific, part(state, "specific"), piece) for piece in x])
     return {"prototypes": class_means(z_s, y, classes)[0]}
 
 
@@ -307,7 +311,8 @@ def local_round(
     size, n = len(clients), len(sets[0].train.labels)
     if n < 2:
         raise ValueError(f"{n} training images, at least two are needed")
-    images = torch.stack([each.train.images for each in sets])  # (G, n, 3, H, W)
+    own = [each.train.images for each in sets]
+    images = torch.stack(own) if size > 1 else own[0][None]  # (G, n, 3, H, W); one client's is not copied
     labels = torch.stack([each.train.labels for each in sets])  # (G, n)
     start = stack(
         [{**client.state, **download.shared} for client, download in zip(clients, downloads, strict=True)]
@@ -344,10 +349,12 @@ def local_round(
     lends = method.lend is not None and (downloads[0].round - 1) % config.lend_every == 0
 
     def answer(state: State, memory: State, images: Tensor, labels: Tensor) -> tuple[State, State]:
-        x = data.prepare(images)
-        lent = method.lend(net, state, x, labels, data.classes) if lends else {}
+        def pieces() -> Iterable[Tensor]:
+            return (data.prepare(piece) for piece in images.split(PIECE))
+
+        lent = method.lend(net, state, pieces(), labels, data.classes) if lends else {}
         lent = {name: value.half() if config.lend_half else value for name, value in lent.items()}
-        return lent, method.answer(net, state, memory, x, labels) if method.answer else {}
+        return lent, method.answer(net, state, memory, pieces(), labels) if method.answer else {}
 
     # torch.func.grad inside a method's `answer` sets up its own gradients.
     with torch.no_grad(), autocast():

@@ -291,11 +291,16 @@ def contact_sheet(data: Federated, clients: int = 8, classes: int = 10) -> Tenso
 
 
 def load_data(config: "Config", seed: int) -> Federated:
-    """The federation that a configuration names."""
+    """The federation that a configuration names. Raises UserError for settings and files that give none."""
     # Imported here because it builds on this module's classes.
     from dfl import domains
 
     if config.data in ("digits", "mnist"):
+        if config.hold_out is not None:
+            raise UserError(
+                f"--hold-out {config.hold_out}: skewed digits have no domains; they have an unseen client "
+                "anyway"
+            )
         base = sklearn_digits() if config.data == "digits" else mnist(mnist_root(config.data_root))
         return skewed(
             *base,

@@ -145,10 +145,15 @@ def _digits(path: Path) -> tuple[Tensor, Tensor]:
             "give <root> as --data-root"
         )
     images, labels = _pair(path)
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or labels.ndim != 1:
+    grey_or_colour = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] in (1, 3))
+    if images.dtype != np.uint8 or not grey_or_colour or labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise UserError(
-            f"{path}: expected uint8 images and a list of labels, found {images.dtype} {images.shape}"
+            f"{path}: expected uint8 images (n, H, W) or (n, H, W, 1 or 3) and whole numbers as labels, "
+            f"found {images.dtype} {images.shape} and {labels.dtype} {labels.shape}"
         )
+    if labels.min() < 0 or labels.max() > 10:
+        wrong = labels[(labels < 0) | (labels > 10)][0]
+        raise UserError(f"{path}: label {wrong}; they are 0 to 9, or 1 to 10 with 10 for the digit 0")
     x = torch.from_numpy(images)
     x = x[:, None].expand(-1, 3, -1, -1) if x.ndim == 3 else x.permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
     if x.shape[-2:] != (28, 28):
@@ -257,20 +262,20 @@ def folder(config: "Config") -> Federated:
     images.
     """
     root = config.data_root
-    names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    names = [path.name for path in subfolders(root)]
     halves = [name for name in names if (root / name / "train").is_dir() > (root / name / "test").is_dir()]
     if halves:
         raise UserError(f"{root / halves[0]}: has train/ and no test/, so nothing could be measured there")
     names = [name for name in names if (root / name / "test").is_dir()]
     if not names:
         raise UserError(f"{root}: no clients; expected <client>/train/<class>/* and <client>/test/<class>/*")
-    classes = tuple(sorted({path.name for path in root.glob("*/*/*") if path.is_dir()}))
+    places = {(name, split): subfolders(root / name / split) for name in names for split in ("train", "test")}
+    classes = tuple(sorted({path.name for folders in places.values() for path in folders}))
     domains, files = {}, {}
     for name in names:
         sets = []
         for split in ("train", "test"):
-            folders = sorted(path for path in (root / name / split).glob("*") if path.is_dir())
-            found = [path for folder in folders for path in find_images(folder, subfolders=False)]
+            found = [path for kind in places[name, split] for path in find_images(kind, subfolders=False)]
             files[name, split] = found
             labels = torch.tensor([classes.index(path.parent.name) for path in found], dtype=torch.int64)
             sets.append((read_images(found, config.image_size, f"{name} {split}", config.workers), labels))
@@ -280,6 +285,11 @@ def folder(config: "Config") -> Federated:
     data = federate(config, "folder", domains, classes, HALF, HALF, None)
     table = root / "attributes.csv"
     return _with_attributes(data, table, root, files, config.hold_out) if table.is_file() else data
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted, without hidden ones; empty when it is none."""
+    return sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
 
 
 def _with_attributes(

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -29,7 +30,7 @@ from dfl.claims import domain_claims, engine_claim, skew_claims
 from dfl.data import load_data
 from dfl.train import Config
 from dfl.trials import Trial, load_trial, plan, trial_path
-from shared.io import find_run, image_grid, load_config, progress, write_image
+from shared.io import find_run, image_grid, load_config, progress, read_utf8, write_image
 from shared.published import (
     Metric,
     environment,
@@ -38,7 +39,7 @@ from shared.published import (
     print_claims,
     write_results,
 )
-from shared.runtime import UserError, parse, run_main
+from shared.runtime import UserError, parse, pick_device, run_main
 
 TARGET = 80.0
 """In-domain accuracy in per cent of the convergence measure `rounds to 80`."""
@@ -56,6 +57,8 @@ COLUMNS = {
     "stability": "stability",
     "bytes_up": "kB up",
     "bytes_down": "kB down",
+    "bytes_lent_up": "kB lent up",
+    "bytes_lent_down": "kB lent down",
 }
 
 RECIPES = ("digits", "mnist")
@@ -72,18 +75,27 @@ class EvalConfig:
     """Run folder; default: the newest of this paper."""
     probe_all: bool = False
     """Probe the representations of every trial, not only of those that the claims need."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where probes and maps are computed. auto: CUDA when there is one."""
 
 
 def read_log(folder: Path) -> dict[str, dict[str, list[float]]]:
-    """log.jsonl -> {trial label: {scalar: values by round}}."""
+    """log.jsonl -> {trial label: {scalar: values by round}}. Raises UserError when it is missing or
+    damaged."""
+    path = folder / "log.jsonl"
     series: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for line in (folder / "log.jsonl").read_text().splitlines(keepends=True):
+    for number, line in enumerate(read_utf8(path, "a log").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             continue  # half a line, of a run that was killed while it wrote
-        for key, value in json.loads(line).items():
-            if key not in ("step", "round"):
-                trial, seed, scalar = key.split("/", 2)
-                series[f"{trial}/{seed}"][scalar].append(value)
+        try:
+            for key, value in json.loads(line).items():
+                if key not in ("step", "round"):
+                    trial, seed, scalar = key.split("/", 2)
+                    series[f"{trial}/{seed}"][scalar].append(float(value))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}: line {number} is none of a log ({error}); train again with --restart"
+            ) from None
     return series
 
 
@@ -95,8 +107,7 @@ def summarise(log: dict[str, list[float]]) -> dict[str, float]:
         "round3": course[min(2, len(course) - 1)],
         "rounds_to_80": next((i for i, value in enumerate(course, 1) if value >= TARGET), len(course) + 1),
         "stability": statistics.pstdev(course[-8:]),
-        "bytes_up": statistics.fmean(log["bytes_up"]) / 1000,
-        "bytes_down": statistics.fmean(log["bytes_down"]) / 1000,
+        **{name: statistics.fmean(log[name]) / 1000 for name in mean if name.startswith("bytes")},
     }
 
 
@@ -105,25 +116,28 @@ def average(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
 
 
-def probe_table(folder: Path, trials: list[Trial], everything: bool) -> dict[str, dict[str, float]]:
+def probe_table(
+    folder: Path, trials: list[Trial], everything: bool, device: torch.device
+) -> dict[str, dict[str, float]]:
     """{trial: {"z_c label": ...}}, mean over seeds."""
     rows: dict[str, list[dict[str, float]]] = defaultdict(list)
     wanted = [trial for trial in trials if everything or trial.name in PROBED]
     for trial in progress(wanted, "probes"):
-        method, net, states, _ = load_trial(folder, trial)
-        rows[trial.name].append(probes(method, net, states, load_data(trial.config, trial.config.seed)))
+        method, net, states, _ = load_trial(folder, trial, device)
+        data = load_data(trial.config, trial.config.seed).to(device)
+        rows[trial.name].append(probes(method, net, states, data))
     return {name: average(found) for name, found in rows.items()}
 
 
-def draw_maps(folder: Path, trial: Trial) -> dict[str, float]:
+def draw_maps(folder: Path, trial: Trial, device: torch.device) -> dict[str, float]:
     """samples/maps.png: where each branch of client 0 looks; returns the background's share of each map, in
     per cent, where images have a background that can be told from the rest: on coloured digits."""
-    method, net, states, _ = load_trial(folder, trial)
+    method, net, states, _ = load_trial(folder, trial, device)
     data = load_data(trial.config, trial.config.seed)
     samples = probe_samples(data)
-    shown = data.prepare(samples.images[:10])
+    shown = data.prepare(samples.images[:10]).to(device)
     maps = {
-        name: sensitivity(represent, net, states[0], shown)
+        name: sensitivity(represent, net, states[0], shown).cpu()
         for name, represent in method.representations.items()
     }
     raw = samples.images[:10].float()
@@ -197,13 +211,19 @@ def sweep_table(
 
 def evaluate_run(options: EvalConfig) -> Path:
     """Read a run, print and write everything; returns the run folder."""
-    begin = time.perf_counter()
+    begin, device = time.perf_counter(), pick_device(options.device)
     folder = find_run("dfl", options.run)
     config: Config = load_config(folder, Config)
     trials = [trial for trial in plan(config) if trial_path(folder, trial).is_file()]
     if not trials:
         raise UserError(f"{folder}: no trial has finished yet; run train.py to its end")
     log = read_log(folder)
+    for trial in trials:
+        if not {"in_domain", "bytes_up", "bytes_down"} <= log[trial.label].keys():
+            raise UserError(
+                f"{folder / 'log.jsonl'}: no lines of {trial.label}, which is trained; train again "
+                "with --restart"
+            )
     rows = {trial.label: summarise(log[trial.label]) for trial in trials}
     grouped: dict[str, list[Trial]] = defaultdict(list)
     for trial in trials:
@@ -211,7 +231,7 @@ def evaluate_run(options: EvalConfig) -> Path:
             grouped[trial.name].append(trial)
     table = {name: average([rows[trial.label] for trial in group]) for name, group in grouped.items()}
     main = [trial for group in grouped.values() for trial in group]
-    probed = probe_table(folder, main, options.probe_all)
+    probed = probe_table(folder, main, options.probe_all, device)
     table = {name: {**row, **probed.get(name, {})} for name, row in table.items()}
     swept = [name for name, values in (("rho", config.sweep), ("fraction", config.fractions)) if values]
     sweeps = {setting: sweep_table(trials, rows, config, setting) for setting in swept}
@@ -237,7 +257,7 @@ def evaluate_run(options: EvalConfig) -> Path:
         for number, series in tables.items():
             picture = sweep_figure(series, number.replace("_", "-"), SWEPT[setting])
             write_image(samples / f"{setting}_{number}.png", picture)
-    looks = draw_maps(folder, grouped["dfl"][0]) if "dfl" in grouped else {}
+    looks = draw_maps(folder, grouped["dfl"][0], device) if "dfl" in grouped else {}
 
     made_by_recipe = config.data in RECIPES
     found = [*(skew_claims(table) if made_by_recipe else domain_claims(table)), engine_claim()]

@@ -121,8 +121,8 @@ class Federation:
         """
         self.round += 1
         chosen, failures = take_part(self)
-        downloads = {k: self.download(k) for k in chosen}
-        answers = self.train({k: downloads[k] for k in chosen if k not in failures}, failures)
+        downloads = {k: self.download(k) for k in chosen if k not in failures}
+        answers = self.train(downloads, failures)
         accepted = []
         for k, (client, upload) in sorted(answers.items()):
             problem = fault(upload)
@@ -164,7 +164,7 @@ class Federation:
 
         Clients with equally many images are trained together when the engine is vectorised. A group that
         fails is trained again one by one, so that only the client at fault is lost. Several processes take
-        turns and then exchange their clients.
+        turns and then exchange their clients. Raises the first client's error when all of several failed.
         """
         mine = list(downloads)[self.rank :: self.world]
         groups: dict[int, list[int]] = {}
@@ -172,6 +172,7 @@ class Federation:
             key = len(self.data.clients[k].train) if vectorises(self.config, self.net) else -1 - k
             groups.setdefault(key, []).append(k)
         answers: dict[int, tuple[Client, Upload]] = {}
+        errors: list[Exception] = []
         pending = list(groups.values())
         while pending:
             group = pending.pop(0)
@@ -195,9 +196,14 @@ class Federation:
                     pending = [[k] for k in group] + pending
                 else:
                     failures[group[0]] = f"{type(error).__name__}: {error}"
+                    errors.append(error)
                 continue
             answers |= dict(zip(group, zip(clients, uploads, strict=True), strict=True))
-        return self.exchange(answers, failures) if self.world > 1 else answers
+        if self.world > 1:
+            answers = self.exchange(answers, failures)
+        if errors and not answers and len(downloads) > 1 and not is_of_the_machine(errors[0]):
+            raise errors[0]  # what strikes all clients alike is a mistake in the program, not theirs
+        return answers
 
     def exchange(
         self, answers: dict[int, tuple[Client, Upload]], failures: dict[int, str]
@@ -227,8 +233,12 @@ class Federation:
         }
 
     def load_state_dict(self, saved: dict) -> None:
-        saved = move(saved, self.device)
-        self.round, self.shared, self.extra = saved["round"], saved["shared"], saved["extra"]
+        """Raises an error of some kind for a state of another federation: ValueError if of its networks."""
+        saved, own = move(saved, self.device), self.state_dict()
+        for name in ("shared", "extra", "clients"):
+            if shapes(saved[name]) != shapes(own[name]):
+                raise ValueError(f"'{name}' is of other networks or clients")
+        self.round, self.shared, self.extra = int(saved["round"]), saved["shared"], saved["extra"]
         self.bank = {int(k): state for k, state in saved["bank"].items()}
         self.clients = [Client(client["state"], client["memory"]) for client in saved["clients"]]
 
@@ -239,7 +249,15 @@ def take_part(federation: Federation) -> tuple[list[int], dict[int, str]]:
     chosen = participants(config.seed, federation.round, len(clients), config.fraction)
     gone = dropouts(config.seed, federation.round, len(clients), config.dropout)
     failures = {k: "dropped out" for k in chosen if k in gone}
-    return chosen, failures | {k: "no training data" for k in chosen if not len(clients[k].train)}
+    few = {k: len(clients[k].train) for k in chosen if len(clients[k].train) < 2}
+    return chosen, failures | {
+        k: "1 training image, at least two are needed" if n else "no training data" for k, n in few.items()
+    }
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether memory or a file failed, for which no line of the program is to blame."""
+    return isinstance(error, OSError | torch.OutOfMemoryError)
 
 
 def round_scalars(
@@ -281,6 +299,13 @@ def move(tree, device: torch.device | str):
     if isinstance(tree, Client | Upload):
         return type(tree)(**{name: move(value, device) for name, value in vars(tree).items()})
     return tree
+
+
+def shapes(tree):
+    """Nested dicts and lists with the shape of each tensor in its place."""
+    if isinstance(tree, dict):
+        return {key: shapes(value) for key, value in tree.items()}
+    return [shapes(value) for value in tree] if isinstance(tree, list) else tree.shape
 
 
 # --- predictions of a federation --------------------------------------------------------------------------

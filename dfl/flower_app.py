@@ -76,6 +76,9 @@ def unpack(prefix: str, content: RecordDict) -> dict[str, State]:
 
 client_app = ClientApp()
 
+CLIENTS_OUT = "DFL_CLIENTS_OUT"
+"""Environment variable: where nodes without `out` in their configuration write their clients' weights."""
+
 
 @lru_cache(maxsize=1)
 def settle(settings: str) -> tuple[Config, Federation]:
@@ -127,8 +130,9 @@ def train_client(message: Message, context: Context) -> Message:
         context.state["local"] = to_record(client.state)
         if client.memory:
             context.state["memory-own"] = to_record(client.memory)
-        # A node's state lives as long as the Flower run; the file outlives it.
-        folder = Path(str(content["config"]["folder"]))
+        # A node's state lives as long as the Flower run; the file outlives it. The node says where, not the
+        # server.
+        folder = Path(str(context.node_config.get("out", os.environ.get(CLIENTS_OUT, "flower-client"))))
         write_tensors(folder / f"client_{number}.safetensors", client.state)
     metrics = {"client": number, "num-examples": upload.samples, **upload.metrics}
     records = {"arrays": to_record(upload.shared), "metrics": MetricRecord(metrics)}
@@ -155,11 +159,11 @@ def evaluate_client(message: Message, context: Context) -> Message:
 class DFLStrategy(FedAvg):
     """Flower's round around `Federation`: its sampling, bank, fault rules and average."""
 
-    def __init__(self, federation: Federation, folder: Path, report: Report):
+    def __init__(self, federation: Federation, report: Report):
         config = federation.config
         nodes = len(federation.clients)
         super().__init__(min_available_nodes=nodes, min_train_nodes=1, min_evaluate_nodes=nodes)
-        self.federation, self.folder, self.on_round = federation, folder, report
+        self.federation, self.on_round = federation, report
         self.settings = json.dumps(plain(replace(config, engine="sequential")))
         self.clients: dict[int, int] = {}
         """Node id -> client number."""
@@ -183,6 +187,11 @@ class DFLStrategy(FedAvg):
             if reply.has_error():
                 raise UserError(f"a Flower node could not start the client: {reply.error.reason}")
             self.clients[reply.metadata.src_node_id] = int(reply.content["metrics"]["client"])
+        if sorted(self.clients.values()) != list(range(wanted)):
+            raise UserError(
+                f"the nodes' partition-ids are {sorted(self.clients.values())}: each of 0 to {wanted - 1} is "
+                "needed once"
+            )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -193,9 +202,9 @@ class DFLStrategy(FedAvg):
         federation = self.federation
         federation.round = server_round
         self.chosen, self.failures = take_part(federation)
-        self.downloads = {k: federation.download(k) for k in self.chosen}
+        self.downloads = {k: federation.download(k) for k in self.chosen if k not in self.failures}
         nodes = {number: node for node, number in self.clients.items()}
-        settings = {"settings": self.settings, "folder": str(self.folder), "server-round": server_round}
+        settings = {"settings": self.settings, "server-round": server_round}
         return [
             Message(
                 RecordDict(
@@ -210,7 +219,6 @@ class DFLStrategy(FedAvg):
                 message_type=MessageType.TRAIN,
             )
             for k, download in self.downloads.items()
-            if k not in self.failures
         ]
 
     def aggregate_train(
@@ -261,9 +269,9 @@ class DFLStrategy(FedAvg):
         return MetricRecord({"in_domain": self.scalars["in_domain"]}) if values else None
 
 
-def run_rounds(grid: Grid, federation: Federation, folder: Path, report: Report) -> None:
+def run_rounds(grid: Grid, federation: Federation, report: Report) -> None:
     """All rounds of a trial over the nodes of `grid`."""
-    strategy = DFLStrategy(federation, folder, report)
+    strategy = DFLStrategy(federation, report)
     strategy.start(grid, to_record(federation.shared), num_rounds=federation.config.rounds)
 
 
@@ -275,12 +283,15 @@ def make_federation(config: Config) -> Federation:
 
 def configure(options: Mapping) -> Config:
     """Settings from a Flower run configuration: preset, trial, rounds, data-root ("" for the presets that
-    need none). UserError for an unknown preset or trial."""
+    need none). UserError for an unknown preset or trial and for no rounds."""
     preset, trial, root = (str(options[key]) for key in ("preset", "trial", "data-root"))
     if trial not in TRIALS or preset not in PRESETS:
         raise UserError(f"presets: {', '.join(PRESETS)}; trials: {', '.join(TRIALS)}")
-    changes = {"rounds": int(options["rounds"]), "data_root": Path(root) if root else None}
-    return replace(PRESETS[preset], **changes, **TRIALS[trial])
+    changes = {"rounds": options["rounds"], "data_root": Path(root) if root else None}
+    config = replace(PRESETS[preset], **changes, **TRIALS[trial])
+    if not isinstance(config.rounds, int) or config.rounds < 1:
+        raise UserError(f"rounds={config.rounds}: give a whole number, 1 or more")
+    return config
 
 
 server_app = ServerApp()
@@ -298,7 +309,7 @@ def serve(grid: Grid, context: Context) -> None:
         print(json.dumps({"round": federation.round, **scalars}), flush=True)
         write_tensors(folder / "shared.safetensors", federation.shared)
 
-    run_rounds(grid, make_federation(config), folder, report)
+    run_rounds(grid, make_federation(config), report)
 
 
 def simulate(config: Config, report: Report, cores: int = 1) -> Federation:
@@ -310,21 +321,25 @@ def simulate(config: Config, report: Report, cores: int = 1) -> Federation:
     federation, app = make_federation(config), ServerApp()
     mistakes: list[UserError] = []
     with tempfile.TemporaryDirectory() as folder:
+        os.environ[CLIENTS_OUT] = folder  # Flower's processes, which start below, inherit it
 
         @app.main()
         def main(grid: Grid, context: Context) -> None:
             # Flower runs this in a thread, and makes of any error there a RuntimeError without its message.
             try:
-                run_rounds(grid, federation, Path(folder), report)
+                run_rounds(grid, federation, report)
             except UserError as error:
                 mistakes.append(error)
 
-        run_simulation(
-            server_app=app,
-            client_app=client_app,
-            num_supernodes=len(federation.clients),
-            backend_config={"client_resources": {"num_cpus": cores, "num_gpus": 0.0}},
-        )
+        try:
+            run_simulation(
+                server_app=app,
+                client_app=client_app,
+                num_supernodes=len(federation.clients),
+                backend_config={"client_resources": {"num_cpus": cores, "num_gpus": 0.0}},
+            )
+        finally:
+            del os.environ[CLIENTS_OUT]
         if mistakes:
             raise mistakes[0]
         if federation.round < config.rounds:

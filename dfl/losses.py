@@ -28,18 +28,19 @@ def jsd_bound(joint: Tensor, product: Tensor) -> Tensor:
     return -F.softplus(-joint).mean() - F.softplus(product).mean()
 
 
-def information(joint: Tensor, product: Tensor) -> Tensor:
-    """`jsd_bound` + 2 ln 2: zero for independent representations, at most 2 ln 2."""
-    return jsd_bound(joint, product) + 2 * math.log(2)
+def information(joint: Tensor, product: Tensor, mi: str = "jsd") -> Tensor:
+    """An estimate that is zero for independent representations, or below it while the critic lags.
+
+    mi "jsd": `jsd_bound` + 2 ln 2, at most 2 ln 2. mi "club": mean log q on joint pairs minus on shuffled
+    ones.
+    """
+    return (joint - product).mean() if mi == "club" else jsd_bound(joint, product) + 2 * math.log(2)
 
 
 def min_information(joint: Tensor, product: Tensor, mi: str) -> Tensor:
-    """L_min, at least 0. The hinge stops a lagging critic from making it unboundedly negative.
-
-    mi "jsd": `information` of the two score vectors. mi "club": mean log q on joint pairs minus on shuffled
-    ones.
-    """
-    return F.relu((joint - product).mean() if mi == "club" else information(joint, product))
+    """L_min: `information`, at least 0. The hinge stops a lagging critic from making it unboundedly
+    negative."""
+    return F.relu(information(joint, product, mi))
 
 
 def max_information(joint: Tensor, product: Tensor) -> Tensor:

@@ -179,13 +179,15 @@ def build_backbone(
     """A freshly initialised backbone: He normal (fan-in) weights, zero biases (our decision).
 
     classes: None builds an extractor. image_shape: (3, H, W) of the input; `mlp` needs it, and it is checked
-    for `digit_cnn`, whose first linear layer only fits 28x28. widths: hidden widths of `mlp` (the only
-    backbone without `bn` slots). Raises UserError when the images do not fit.
+    for `digit_cnn`, whose first linear layer only fits 28x28, and for `alexnet_bn`, whose last pooling needs
+    63x63. widths: hidden widths of `mlp` (the only backbone without `bn` slots). Raises UserError when the
+    images do not fit.
     """
+    there = f"the data are {image_shape[1]}x{image_shape[2]}"
     if name == "digit_cnn" and image_shape[1:] != (28, 28):
-        raise UserError(
-            f"backbone digit_cnn takes 28x28 images, the data are {image_shape[1]}x{image_shape[2]}"
-        )
+        raise UserError(f"backbone digit_cnn takes 28x28 images, {there}")
+    if name == "alexnet_bn" and min(image_shape[1:]) < 63:
+        raise UserError(f"backbone alexnet_bn takes images of 63x63 or more, {there}")
     if name == "mlp":
         net: Classifier = Mlp(image_shape[0] * image_shape[1] * image_shape[2], classes, widths)
     elif name == "digit_cnn":
@@ -283,7 +285,8 @@ def official(name: Literal["digit_cnn", "alexnet_bn"]) -> Classifier:
     """A single-branch network of the public FedBN checkpoints: (B, 3, 28|256, 28|256) -> logits (B, 10)."""
     if name not in ("digit_cnn", "alexnet_bn"):
         raise UserError(f"no official network '{name}': choose digit_cnn or alexnet_bn")
-    return build_backbone(name, 10, (3, 28, 28))
+    side = 28 if name == "digit_cnn" else 256
+    return build_backbone(name, 10, (3, side, side))
 
 
 def load_official(name: str, path: Path, which: str = "server_model") -> Classifier:

@@ -16,9 +16,18 @@ from dfl.engine import State, call, part
 from dfl.federation import transfer
 from dfl.train import Config
 from dfl.trials import Trial, load_trial, plan
-from shared.io import find_run, image_grid, images_of, load_config, progress, read_image, write_image
+from shared.io import (
+    find_run,
+    image_grid,
+    images_of,
+    keep_inputs,
+    load_config,
+    progress,
+    read_image,
+    write_image,
+)
 from shared.records import write_json
-from shared.runtime import UserError, parse, run_main
+from shared.runtime import UserError, parse, pick_device, run_main
 
 BATCH = 64
 """Images that are read and classified at once."""
@@ -41,6 +50,8 @@ class PredictConfig:
     """Number of the client, for `personal` and `invariant`."""
     out: Path = Path("predictions")
     """Folder for the results."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. auto: CUDA when there is one."""
 
 
 def main(options: PredictConfig) -> Path:
@@ -49,13 +60,17 @@ def main(options: PredictConfig) -> Path:
     config: Config = load_config(folder, Config)
     everything = {trial.name: trial for trial in reversed(plan(_with(config, options.trial)))}
     trial: Trial = everything[options.trial]
-    method, net, states, data = load_trial(folder, trial)
+    device = pick_device(options.device)
+    method, net, states, data = load_trial(folder, trial, device)
     if not 0 <= options.client < len(states):
         names = ", ".join(client.name for client in data.clients)
         raise UserError(f"--client {options.client}: the clients are {names} (numbers from 0)")
     if options.mode == "invariant" and trial.config.method != "dfl":
         raise UserError(f"--mode invariant: {options.trial} has no invariant branch")
     paths = images_of(options.images)
+    table, picture = options.out / "predictions.json", options.out / "predictions.png"
+    keep_inputs(paths, (table, picture))
+    options.out.mkdir(parents=True, exist_ok=True)
     height, width = data.image_shape[1:]
 
     def read(path: Path) -> Tensor:
@@ -64,7 +79,7 @@ def main(options: PredictConfig) -> Path:
 
     @torch.inference_mode()
     def classify(batch: list[Path]) -> Tensor:
-        x = data.prepare(torch.stack([read(path) for path in batch]))
+        x = data.prepare(torch.stack([read(path) for path in batch]).to(device))
         if options.mode == "transfer":
             return transfer([method.predict(net, state, x) for state in states])
         if options.mode == "personal":
@@ -72,11 +87,10 @@ def main(options: PredictConfig) -> Path:
         return without_specific(net, states[options.client], x).softmax(-1)
 
     batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
-    probabilities = torch.cat([classify(batch) for batch in progress(batches, "images")])
+    probabilities = torch.cat([classify(batch) for batch in progress(batches, "images")]).cpu()
     best = probabilities.argmax(-1).tolist()
-    options.out.mkdir(parents=True, exist_ok=True)
     write_json(
-        options.out / "predictions.json",
+        table,
         [
             {
                 "file": path,
@@ -92,7 +106,7 @@ def main(options: PredictConfig) -> Path:
     sheet = image_grid(
         [read(path) for path in paths[:shown]], columns=shown, column_labels=labels, scale=scale
     )
-    write_image(options.out / "predictions.png", sheet)
+    write_image(picture, sheet)
     return options.out
 
 

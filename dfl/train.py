@@ -8,7 +8,7 @@ data. Several processes: torchrun --nproc-per-node 2 train.py demo.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -17,9 +17,13 @@ from dfl.baselines import build_method
 from dfl.data import contact_sheet, load_data
 from dfl.federation import Federation, evaluate
 from dfl.trials import CLAIMS, TRIALS, plan, save_trial
-from shared.io import Run, progress
+from shared.io import Run, foreign_state, progress
 from shared.loop import Standing
+from shared.ranges import Count, Natural, Positive, Share, Weight, Within
 from shared.runtime import LoaderConfig, UserError, run_training, start
+
+Part = Annotated[float, Within(0, 1, above=True)]
+"""A share that is not empty."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +39,21 @@ class Config(LoaderConfig):
     """Domain that no client gets and that is tested as the unseen one (multi-domain sets)."""
     style: Literal["coloured", "rotated", "inverted", "textured", "corrupted"] = "coloured"
     """What the attribute of a skewed digit is."""
-    rho: float = 0.9
+    rho: Share = 0.9
     """Share of the samples whose attribute follows the client's own rule (skewed digits)."""
-    strength: float = 0.8
+    strength: Share = 0.8
     """How visible the attribute is, 0 to 1 (skewed digits)."""
-    noise: float = 0.2
+    noise: Annotated[float, Within(0)] = 0.2
     """Standard deviation of the pixel noise (skewed digits)."""
-    clients: int = 8
+    clients: Count = 8
     """Clients of a federation of skewed digits."""
-    per_client: int = 150
+    per_client: Count = 150
     """Training images of each (skewed digits)."""
-    test_images: int = 597
+    test_images: Count = 597
     """Digits kept for testing (skewed digits)."""
-    digit_parts: int = 1
+    digit_parts: Annotated[int, Within(1, 10)] = 1
     """How many of the ten training parts of each Digits-5 set a client has."""
-    image_size: int = 256
+    image_size: Count = 256
     """Side to which photographs are resized (office, domainnet, pacs, folder)."""
 
     method: tyro.conf.Suppress[
@@ -72,11 +76,11 @@ class Config(LoaderConfig):
     """Federated method. Only trials set it: with another one the row "dfl" would not be DFL."""
     trials: tuple[str, ...] = ("dfl",)
     """Rows of the result table to run, by their names in TRIALS (trials.py)."""
-    seeds: int = 1
+    seeds: Count = 1
     """Every trial runs with so many seeds, beginning with `seed`."""
-    sweep: tuple[float, ...] = ()
+    sweep: tuple[Share, ...] = ()
     """Values of rho at which `sweep_trials` run as well, with the first seed."""
-    fractions: tuple[float, ...] = ()
+    fractions: tuple[Part, ...] = ()
     """Shares of participating clients at which `sweep_trials` run as well, with the first seed."""
     sweep_trials: tuple[str, ...] = ("dfl", "fedavg", "fedavg-wide")
     """Trials of the sweeps over rho and over the share of participants."""
@@ -85,30 +89,31 @@ class Config(LoaderConfig):
     """Architecture of each extractor."""
     norm: Literal["batch", "group", "none"] = "batch"
     """Normalisation layers of the backbone (mlp has none). Clients with `batch` cannot be vectorised."""
-    widths: tuple[int, int] = (64, 32)
+    widths: tuple[Count, Count] = (64, 32)
     """Hidden widths of `mlp`."""
     wide: bool = False
     """Single-branch methods: double the widths of `mlp`, for about as many parameters as DFL."""
     init: Path | None = None
     """State dict from which all extractors start, e.g. torchvision's resnet18 file."""
 
-    rounds: int = 20
+    rounds: Count = 20
     """Communication rounds R."""
-    fraction: float = 1.0
+    fraction: Part = 1.0
     """Share of the clients that take part in a round."""
-    local_epochs: int = 1
+    local_epochs: Count = 1
     """Epochs per stage. Methods without the two stages do twice as many."""
-    batch_size: int = 20
-    """Batch of a client; the last incomplete one of an epoch is dropped."""
-    lr: float = 0.05
+    batch_size: Annotated[int, Within(2)] = 20
+    """Batch of a client, two images at least for negative pairs; the last incomplete one of an epoch is
+    dropped."""
+    lr: Positive = 0.05
     """Learning rate of SGD; the optimiser is new in each stage."""
-    momentum: float = 0.9
+    momentum: Share = 0.9
     """Momentum of SGD."""
-    clip: float = 5.0
+    clip: Positive = 5.0
     """Largest gradient norm of a client's update."""
     critic_optimiser: Literal["sgd", "adam"] = "sgd"
     """Optimiser of the critics (SGD without momentum)."""
-    critic_lr: float = 0.1
+    critic_lr: Positive = 0.1
     """Learning rate of the critics."""
     weighting: Literal["samples", "uniform"] = "samples"
     """Weights of the average: by number of training images, or all equal."""
@@ -117,11 +122,11 @@ class Config(LoaderConfig):
 
     mi: Literal["jsd", "club", "none"] = "jsd"
     """Estimator of the mutual information between z_s and z_c; none trains without both MI terms."""
-    lambda_min: float = 0.1
+    lambda_min: Weight = 0.1
     """Weight of L_min, the information shared by z_s and z_c."""
-    lambda_max: float = 0.1
+    lambda_max: Weight = 0.1
     """Weight of L_max, the information shared by z_c and the global z_g."""
-    lambda_div: float = 0.3
+    lambda_div: Weight = 0.3
     """Weight of L_div, the diversity transferring."""
     pairing: Literal["same", "shuffle"] = "same"
     """L_div: a lent extractor reads the sample itself, or another sample of the batch."""
@@ -129,9 +134,9 @@ class Config(LoaderConfig):
     """What clients lend: their specific extractor, its class means, or nothing."""
     lend_half: bool = False
     """Lend in 16 bits."""
-    lend_every: int = 1
+    lend_every: Count = 1
     """Lend in every so many rounds."""
-    bank_per_round: int | None = 2
+    bank_per_round: Natural | None = 2
     """Largest number of lent extractors that a client receives in a round; None for all."""
     share_head: bool = True
     """Average the head with the invariant extractor. False is the literal reading of the paper's Figure 2."""
@@ -144,11 +149,11 @@ class Config(LoaderConfig):
     engine: Literal["auto", "vectorised", "sequential", "flower"] = "auto"
     """How clients run: stacked under vmap, one by one, or as a Flower simulation. auto: stacked if
     possible."""
-    min_clients: int = 1
+    min_clients: Count = 1
     """Fewest answers with which a round counts."""
-    dropout: float = 0.0
+    dropout: Share = 0.0
     """Probability that a client vanishes in a round (simulated)."""
-    checkpoint_every: int = 10
+    checkpoint_every: Count = 10
     """Rounds between checkpoints."""
 
 
@@ -180,12 +185,20 @@ class Position(Standing):
         self.trial = 0
         self.federation: dict | None = None
 
+    def load_state_dict(self, saved: dict) -> None:
+        """Raises KeyError for the state of something else."""
+        self.trial, self.federation = int(saved["trial"]), saved["federation"]
+
 
 def train(config: Config) -> Path:
     """Run all trials of `config`; returns the run folder. Continues a run that was interrupted (on Flower:
     from the last finished trial). Raises UserError for settings that cannot be met."""
     if config.compile:
         raise UserError("--compile: clients train under torch.func, which torch.compile does not serve here")
+    if config.engine == "flower" and (config.device == "cuda" or config.precision == "bf16"):
+        raise UserError(
+            "--engine flower: its clients compute on the CPU in fp32; leave out --device and --precision"
+        )
     trials = plan(config)
     accelerator = start(config)
     if config.backbone == "mlp":
@@ -208,7 +221,8 @@ def train(config: Config) -> Path:
             report=accelerator.print,
         )
         if position.federation is not None:
-            federation.load_state_dict(position.federation)
+            with foreign_state(run.folder / "checkpoint" / "state.pt"):
+                federation.load_state_dict(position.federation)
         elif position.trial == 0:
             run.picture("federation", contact_sheet(data))
         first = position.trial * config.rounds

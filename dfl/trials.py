@@ -14,7 +14,7 @@ from dfl.baselines import build_method
 from dfl.client import Method, local_part
 from dfl.data import ClientData, Federated, Samples
 from dfl.engine import State, part
-from dfl.federation import Federation
+from dfl.federation import Federation, move
 from shared.records import write_tensors
 from shared.runtime import UserError
 from shared.weights import load_state, load_torch
@@ -75,23 +75,13 @@ class Trial:
     swept: Literal["rho", "fraction"] | None = None
 
 
-POSITIVE = (
-    "clients", "per_client", "test_images", "digit_parts", "seeds", "rounds", "local_epochs", "lend_every",
-    "min_clients", "checkpoint_every",
-)  # fmt: skip
-"""Numbers of `Config` that must be at least 1."""
-
-
 def plan(config: "Config") -> list[Trial]:
-    """All trials of a run in their order. Raises UserError for an unknown one and for numbers too small."""
+    """All trials of a run in their order. Raises UserError for none, an unknown one, and one named twice."""
+    if not config.trials:
+        raise UserError(f"--trials: name at least one of {', '.join(TRIALS)}")
     unknown = sorted({*config.trials, *config.sweep_trials} - TRIALS.keys())
     if unknown:
         raise UserError(f"unknown trial '{unknown[0]}'; there are {', '.join(TRIALS)}")
-    for name in POSITIVE:
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least 1 is needed")
-    if config.batch_size < 2:
-        raise UserError(f"--batch-size {config.batch_size}: negative pairs need at least 2 images")
     trials = []
     for seed in range(config.seed, config.seed + config.seeds):
         for name in config.trials:
@@ -104,6 +94,10 @@ def plan(config: "Config") -> list[Trial]:
         for name in config.sweep_trials:
             changed = dataclasses.replace(config, **{**TRIALS[name], setting: value})
             trials.append(Trial(name, f"{name}@{point}/{config.seed}", changed, setting))
+    labels = [trial.label for trial in trials]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"--trials, --sweep, --fractions, --sweep-trials: they name {label} twice")
     return trials
 
 
@@ -112,34 +106,41 @@ def trial_path(folder: Path, trial: Trial) -> Path:
     return folder / "trials" / f"{trial.label.replace('/', '-')}.safetensors"
 
 
-def load_trial(folder: Path, trial: Trial) -> tuple[Method, nn.Module, list[State], Federated]:
-    """A finished trial: its method, an empty network, every client's personal model, and its federation
-    without samples. Raises UserError when the trial was not trained or its file is damaged."""
+def load_trial(
+    folder: Path, trial: Trial, device: torch.device | str = "cpu"
+) -> tuple[Method, nn.Module, list[State], Federated]:
+    """A finished trial: its method, an empty network and every client's personal model on `device`, and its
+    federation without samples. Raises UserError when the trial was not trained, and when its file is damaged
+    or foreign or holds NaN."""
     path = trial_path(folder, trial)
     tensors = load_torch(path)
+    empty = torch.zeros(0, dtype=torch.int64)
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a trial of this project ({error})") from None
-    empty = torch.zeros(0, dtype=torch.int64)
-    none = Samples(torch.zeros(0, *facts["image_shape"]), empty, empty)
-    classes = tuple(facts["classes"])
-    data = Federated(
-        trial.config.data,
-        len(classes),
-        0,
-        [ClientData(k, name, none, none) for k, name in enumerate(facts["clients"])],
-        mean=tuple(facts["mean"]),
-        std=tuple(facts["std"]),
-        class_names=classes,
-    )
-    method = build_method(trial.config, data)
+        none = Samples(torch.zeros(0, *facts["image_shape"]), empty, empty)
+        classes = tuple(facts["classes"])
+        data = Federated(
+            trial.config.data,
+            len(classes),
+            0,
+            [ClientData(k, name, none, none) for k, name in enumerate(facts["clients"])],
+            mean=tuple(facts["mean"]),
+            std=tuple(facts["std"]),
+            class_names=classes,
+        )
+        data.prepare(none.images)
+        method = build_method(trial.config, data)
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not a trial of this project ({error!r})") from None
+    unusable = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if unusable:
+        raise UserError(f"{path}: NaN or infinity in {unusable[0]}; train again with --restart")
     net = method.build().eval()
     states = [{**part(tensors, f"client{k}"), **part(tensors, "shared")} for k in range(len(data.clients))]
     for state in states:
         load_state(net, state, path, prefixes=())
-    return method, net, states, data
+    return method, net.to(device), move(states, device), data
 
 
 def save_trial(folder: Path, trial: Trial, federation: Federation) -> None:

@@ -1,57 +1,25 @@
-"""dfl: networks, objective, the two engines, the server's rules."""
+"""dfl: networks, objective, the two engines, what is said of the numbers."""
 
-import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from federations import TOY, distance, federation, small, trained
 from torch import nn
 
 from dfl import convex
 from dfl.baselines import BASELINES, build_method
 from dfl.claims import domain_claims, skew_claims
-from dfl.client import Client, Upload, class_means, global_part, local_part, local_round
-from dfl.data import ClientData, Samples, load_data, skewed
+from dfl.client import Client, global_part, local_part, local_round
 from dfl.engine import Draws, clip
 from dfl.eval import limits
-from dfl.federation import (
-    Federation,
-    average,
-    evaluate,
-    fault,
-    lenders,
-    participants,
-    size_of,
-)
-from dfl.model import (
-    TwoBranch,
-    build_backbone,
-)
-from dfl.train import Config
+from dfl.federation import evaluate
+from dfl.model import TwoBranch, build_backbone
+from dfl.train import PRESETS
 from dfl.trials import TRIALS, plan
 from shared.bench import count_parameters
-from shared.runtime import REPOSITORY, UserError
-
-TOY = Config(clients=3, per_client=40, test_images=60, rounds=2, bank_per_round=None)
-"""Three clients of 40 digits: two batches per epoch."""
-
-
-def federation(config: Config, data=None, **options) -> Federation:
-    data = data or load_data(config, config.seed)
-    return Federation(build_method(config, data), config, data, **options)
-
-
-def trained(config: Config, rounds: int = 2, **options) -> Federation:
-    made = federation(config, **options)
-    for _ in range(rounds):
-        made.run_round()
-    return made
-
-
-def distance(a: dict, b: dict) -> float:
-    assert a.keys() == b.keys()
-    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
-
+from shared.runtime import REPOSITORY, UserError, parse_presets
 
 # --- what is shared -------------------------------------------------------------------------------
 
@@ -73,11 +41,6 @@ def test_branches_share_nothing_and_parts_cover_the_state():
         assert ("head.weight" in shared) == share_head
         assert not any(name.startswith(("specific", "critic")) for name in shared)
         assert not any("num_batches_tracked" in name for name in shared)
-
-
-def small(side: int):
-    """A federation of random images of one size."""
-    return skewed(torch.rand(200, side, side), torch.arange(200) % 10, clients=3, per_client=40, test=60)
 
 
 def test_bn_of_the_invariant_branch_may_stay_local():
@@ -225,141 +188,7 @@ def test_engine_reaches_a_known_optimum():
     assert convex.run(fraction=0.5, rounds=300)[-1] < 1e-4
 
 
-# --- server ---------------------------------------------------------------------------------------
-
-
-def upload(client: int, samples: int, value: float) -> Upload:
-    return Upload(client, samples, {"w": torch.full((2,), value)})
-
-
-def test_average_is_weighted_over_participants():
-    uploads = [upload(0, 10, 1.0), upload(1, 30, 5.0)]
-    assert average(uploads, "samples")["w"].tolist() == [4, 4]
-    assert average(uploads, "uniform")["w"].tolist() == [3, 3]
-
-
-def test_sampling_is_a_function_of_seed_and_round():
-    draws = [participants(0, round, 8, 0.5) for round in range(1, 200)]
-    assert draws == [participants(0, round, 8, 0.5) for round in range(1, 200)]
-    assert all(len(set(draw)) == 4 for draw in draws) and {k for draw in draws for k in draw} == set(range(8))
-    assert participants(1, 1, 8, 0.01) and len(participants(0, 1, 8, 0.01)) == 1
-    assert lenders(0, 1, 3, range(8), None) == [0, 1, 2, 4, 5, 6, 7]
-    chosen = lenders(0, 1, 3, range(8), 2)
-    assert len(chosen) == 2 and 3 not in chosen
-
-
-def test_absent_clients_keep_their_state_and_stale_entries_stay():
-    made = federation(replace(TOY, fraction=0.34))
-    made.run_round()
-    (present,) = participants(0, 1, 3, 0.34)
-    for k, client in enumerate(made.clients):
-        first = federation(TOY).clients[k].state
-        assert (distance(client.state, first) > 0) == (k == present)
-    assert set(made.bank) == {present}
-
-
-@pytest.mark.parametrize(
-    ("change", "lent"),
-    [
-        ({"source": "models"}, (14_432, 4)),
-        ({"source": "models", "lend_half": True}, (14_432, 2)),
-        ({"source": "prototypes"}, (10 * 32, 4)),
-        ({"source": "none"}, (0, 4)),
-    ],
-)
-def test_exactly_what_the_sharing_option_names_is_sent(change, lent):
-    config = replace(TOY, **change)
-    made = federation(config)
-    first, second = made.run_round(), made.run_round()
-    shared = (14_432 + 650) * 4
-    tensors, size = lent
-    assert first["bytes_up"] == second["bytes_up"] == shared + tensors * size
-    assert first["bytes_down"] == shared  # the bank is empty
-    assert second["bytes_down"] == shared + 2 * tensors * size
-    for k, client in enumerate(made.clients):
-        download = made.download(k)
-        assert k not in download.bank
-        names = {name for state in download.bank.values() for name in state}
-        if change["source"] == "models":
-            assert names == {name.removeprefix("specific.") for name in client.state if "specific" in name}
-        else:
-            assert names == ({"prototypes"} if change["source"] == "prototypes" else set())
-    assert size_of(made.download(0).shared) == shared
-
-
-def test_lending_every_second_round():
-    made = federation(replace(TOY, lend_every=2))
-    sent = [made.run_round()["bytes_lent_up"] for _ in range(4)]
-    assert sent[0] == sent[2] > 0 == sent[1] == sent[3]
-
-
-# --- what goes wrong ------------------------------------------------------------------------------
-
-
-def with_client(data, k: int, train: Samples):
-    clients = list(data.clients)
-    clients[k] = ClientData(k, clients[k].name, train, clients[k].test)
-    return replace(data, clients=clients)
-
-
-def test_a_client_without_data_is_named_and_left_out():
-    data = load_data(TOY, 0)
-    data = with_client(data, 1, data.clients[1].train[:0])
-    messages = []
-    made = federation(TOY, data, report=messages.append)
-    scalars = made.run_round()
-    assert messages == ["round 1: client1 left out: no training data"]
-    assert scalars["clients"] == 2 and scalars["left_out/client1"] == 1
-    assert set(made.bank) == {0, 2}
-
-
-def test_nan_in_one_client_does_not_reach_the_others():
-    data = load_data(TOY, 0)
-    broken = replace(data.clients[1].train, images=data.clients[1].train.images * math.nan)
-    messages = []
-    made = federation(TOY, with_client(data, 1, broken), report=messages.append)
-    made.run_round()
-    assert len(messages) == 1 and "client1 left out: NaN or infinity" in messages[0]
-    assert all(torch.isfinite(value).all() for value in made.shared.values())
-    healthy = federation(TOY, with_client(data, 1, data.clients[1].train[:0]))
-    healthy.run_round()
-    assert distance(made.shared, healthy.shared) < 1e-5
-
-
-def test_a_client_that_fails_in_a_round_is_lost_alone():
-    data = load_data(TOY, 0)
-    labels = data.clients[2].train.labels.clone()
-    labels[:] = 99  # no such class: its loss cannot be computed
-    messages = []
-    made = federation(
-        TOY, with_client(data, 2, replace(data.clients[2].train, labels=labels)), report=messages.append
-    )
-    scalars = made.run_round()
-    assert scalars["clients"] == 2 and len(messages) == 2
-    assert "3 clients could not train together (" in messages[0]
-    assert "client2 left out: IndexError" in messages[1]
-
-
-def test_too_few_answers_stop_the_run():
-    data = load_data(TOY, 0)
-    data = with_client(data, 1, data.clients[1].train[:0])
-    made = federation(replace(TOY, min_clients=3), data)
-    with pytest.raises(UserError, match="2 of the 3 clients needed .*client1: no training data"):
-        made.run_round()
-
-
-def test_class_means_count_exactly_under_autocast():
-    z, y = torch.rand(600, 4, dtype=torch.bfloat16), torch.zeros(600, dtype=torch.long)
-    with torch.autocast("cpu", torch.bfloat16):
-        means, count = class_means(z, y, 2)
-    assert count.tolist() == [600, 0]
-    assert torch.allclose(means, z.float().mean(0).expand(2, -1), atol=1e-6)
-
-
-def test_faults():
-    assert fault(upload(0, 1, 1.0)) is None
-    assert "NaN" in fault(upload(0, 1, math.inf))
-    assert "loss" in fault(replace(upload(0, 1, 1.0), metrics={"loss": math.nan}))
+# --- numbers and settings ---
 
 
 def test_claims_hold_at_their_margin_and_need_their_trials():
@@ -392,14 +221,66 @@ def test_limits_state_numbers_and_no_verdict():
     ]
 
 
-def test_a_batch_needs_two_images():
-    with pytest.raises(UserError, match="--batch-size 1: .* at least 2"):
-        plan(replace(TOY, batch_size=1))
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--batch-size 1", "2 or more"),
+        ("--fraction nan", "a number above 0 to 1"),
+        ("--fraction 0", "a number above 0 to 1"),
+        ("--fractions 0.5 2", "a number above 0 to 1"),
+        ("--sweep 0.5 -1", "a number from 0 to 1"),
+        ("--rho 5", "a number from 0 to 1"),
+        ("--dropout -0.1", "a number from 0 to 1"),
+        ("--strength 2", "a number from 0 to 1"),
+        ("--momentum -1", "a number from 0 to 1"),
+        ("--noise -1", "0 or more"),
+        ("--lambda-div -1", "0 or more"),
+        ("--bank-per-round -1", "0 or more"),
+        ("--widths -1 4", "1 or more"),
+        ("--widths 0 0", "1 or more"),
+        ("--image-size 0", "1 or more"),
+        ("--min-clients 0", "1 or more"),
+        ("--digit-parts 11", "a number from 1 to 10"),
+        ("--lr nan", "a number above 0"),
+        ("--critic-lr 0", "a number above 0"),
+        ("--clip -1", "a number above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(option, message):
+    name, *values = option.split()
+    refused = re.escape(name) + rf" ({'|'.join(map(re.escape, values))}).*: give .*{message}"
+    with pytest.raises(UserError, match=refused):
+        parse_presets(PRESETS, "", ["demo", name, *values])
 
 
-def test_width_is_doubled_for_mlp_only():
+def test_presets_are_within_their_ranges():
+    assert all(parse_presets(PRESETS, "", [name]).preset == name for name in PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trials": ()}, "--trials: name at least one of dfl, local"),
+        ({"trials": ("dfl", "dfl")}, "they name dfl/0 twice"),
+        ({"sweep": (0.5, 0.5)}, "they name dfl@0.5/0 twice"),
+        ({"trials": ("nonsense",)}, "unknown trial 'nonsense'"),
+    ],
+)
+def test_a_plan_has_every_training_once(change, message):
+    with pytest.raises(UserError, match=message):
+        plan(replace(TOY, **change))
+
+
+def test_skewed_digits_have_no_domain_to_hold_out():
+    with pytest.raises(UserError, match="--hold-out x: skewed digits have no domains"):
+        federation(replace(TOY, hold_out="x"))
+
+
+def test_widths_and_images_that_fit_a_backbone():
     wide = build_method(replace(TOY, method="fedavg", wide=True), small(8)).build()
     assert count_parameters(wide) == 192 * 128 + 128 + 128 * 64 + 64 + 64 * 10 + 10
+    with pytest.raises(UserError, match="alexnet_bn takes images of 63x63 or more, the data are 62x62"):
+        build_backbone("alexnet_bn", None, (3, 62, 62))
     with pytest.raises(UserError, match="digit_cnn has fixed ones"):
         build_method(replace(TOY, method="fedavg", wide=True, backbone="digit_cnn"), small(28))
 
@@ -407,14 +288,6 @@ def test_width_is_doubled_for_mlp_only():
 def test_batch_norm_cannot_be_vectorised():
     with pytest.raises(UserError, match="--norm group or --engine sequential"):
         trained(replace(TOY, backbone="digit_cnn", engine="vectorised"), 1, data=small(28))
-
-
-def test_a_federation_is_saved_and_restored():
-    made = trained(replace(TOY, **TRIALS["scaffold"]))
-    other = federation(replace(TOY, **TRIALS["scaffold"]))
-    other.load_state_dict(made.state_dict())
-    made.run_round(), other.run_round()
-    assert distance(made.shared, other.shared) == 0 and made.round == other.round == 3
 
 
 def test_readme_names_every_trial():

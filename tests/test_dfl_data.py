@@ -146,6 +146,26 @@ def test_a_foreign_data_pickle_is_named(tmp_path, content):
         load_data(replace(PRESETS["digits5"], data_root=tmp_path), 0)
 
 
+SQUARES = np.zeros((2, 28, 28), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (SQUARES, [1, 25], "label 25; they are 0 to 9"),
+        (SQUARES, [-1, 2], "label -1; they are"),
+        (SQUARES, [1.7, 2.0], "whole numbers as labels, found .* float64"),
+        (SQUARES, ["1", "2"], "whole numbers as labels, found .* <U1"),
+        (SQUARES[..., None].repeat(4, -1), [1, 2], r"found uint8 \(2, 28, 28, 4\)"),
+        (SQUARES[:, None].repeat(3, 1), [1, 2], r"found uint8 \(2, 3, 28, 28\)"),
+    ],
+)
+def test_digits5_with_other_labels_or_images_is_refused(tmp_path, images, labels, message):
+    dump(tmp_path / "MNIST" / "partitions" / "train_part0.pkl", (images, np.array(labels)))
+    with pytest.raises(UserError, match=f"train_part0.pkl: .*{message}"):
+        load_data(replace(PRESETS["digits5"], data_root=tmp_path), 0)
+
+
 class Hostile:
     def __reduce__(self):
         return print, ("ran",)
@@ -217,6 +237,13 @@ def test_folder_federation_with_attributes(tmp_path):
     (tmp_path / "empty" / "train").mkdir(parents=True)
     picture(tmp_path / "empty" / "test" / "attack" / "0.png")
     rows.append("empty/test/attack/0.png,lit")
+    for place in (
+        ".git/objects/0a",
+        "notes/2024/misc",
+        "sensor a/val/zzz",
+        "sensor a/train/.ipynb_checkpoints",
+    ):
+        picture(tmp_path / place / "0.png")  # neither clients nor classes
     config = replace(PRESETS["folder"], data_root=tmp_path, image_size=8)
     plain = load_data(config, 0)
     assert plain.attributes == 3 and plain.class_names == ("attack", "genuine")
@@ -298,3 +325,17 @@ def test_sensitivity_of_a_linear_map_is_its_weights():
     assert torch.allclose(maps[0], weight.square().sum((0, 1)).sqrt(), atol=1e-5)
     ink = torch.zeros(2, 4, 4)
     assert background_share(maps, ink) == pytest.approx(1) and background_share(maps, ink + 1) == 0
+
+
+def test_sensitivity_of_many_features_is_estimated():
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3 * 4 * 4, 2000)
+    exact = net.weight.detach().view(2000, 3, 4, 4).square().sum((0, 1)).sqrt()
+
+    def represent(net, state, x):
+        return torch.func.functional_call(net, state, x.flatten(1))
+
+    maps = sensitivity(represent, net, dict(net.named_parameters()), torch.rand(2, 3, 4, 4))
+    assert not torch.allclose(maps, exact.expand(2, -1, -1), rtol=1e-3)  # not a pass for each feature
+    assert torch.allclose(maps, exact.expand(2, -1, -1), rtol=0.25)
+    assert (maps / exact).mean().item() == pytest.approx(1, abs=0.05)

@@ -73,12 +73,13 @@ def test_too_few_answers_end_a_simulation_with_their_message():
 class Nodes:
     """A Flower grid whose nodes answer in this process, one after another."""
 
-    def __init__(self, clients: int):
+    def __init__(self, clients: int, out: Path):
         from flwr.app import Context, RecordDict
 
         self.sent = []
         self.contexts = {
-            100 + k: Context(1, 100 + k, {"partition-id": k}, RecordDict(), {}) for k in range(clients)
+            100 + k: Context(1, 100 + k, {"partition-id": k, "out": str(out)}, RecordDict(), {})
+            for k in range(clients)
         }
 
     def get_node_ids(self):
@@ -115,19 +116,28 @@ def test_a_client_whose_answer_is_faulty_stays_as_it_was(app, tmp_path, monkeypa
         return replace(data, clients=clients)
 
     monkeypatch.setattr(app, "load_data", broken)
-    federation, nodes = app.make_federation(replace(TOY, fraction=1.0)), Nodes(3)
-    app.run_rounds(nodes, federation, tmp_path, lambda *_: None)
+    federation, nodes = app.make_federation(replace(TOY, fraction=1.0)), Nodes(3, tmp_path)
+    app.run_rounds(nodes, federation, lambda *_: None)
     assert federation.round == 2 and set(federation.bank) == {0, 2}
     assert {k for k in range(3) if "local" in nodes.contexts[100 + k].state} == {0, 2}
     assert {path.name for path in tmp_path.iterdir()} == {"client_0.safetensors", "client_2.safetensors"}
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 1), (0, 1, 7)])
+def test_partition_ids_name_every_client_once(app, tmp_path, numbers):
+    nodes = Nodes(3, tmp_path)
+    for context, number in zip(nodes.contexts.values(), numbers, strict=True):
+        context.node_config["partition-id"] = number
+    with pytest.raises(UserError, match="partition-ids are .*: each of 0 to 2 is needed once"):
+        app.run_rounds(nodes, app.make_federation(TOY), lambda *_: None)
 
 
 def test_a_second_run_with_the_same_settings_begins_anew(app, tmp_path):
     config = replace(TOY, **TRIALS["local"], fraction=1.0)
     ends = []
     for _ in range(2):
-        nodes = Nodes(3)  # what a node keeps ends with a run; its process may go on
-        app.run_rounds(nodes, app.make_federation(config), tmp_path, lambda *_: None)
+        nodes = Nodes(3, tmp_path)  # what a node keeps ends with a run; its process may go on
+        app.run_rounds(nodes, app.make_federation(config), lambda *_: None)
         ends.append(app.to_state(nodes.contexts[101].state["local"]))
     assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
 
@@ -137,8 +147,8 @@ def test_a_message_carries_exactly_what_the_sharing_option_names(app, tmp_path, 
     from flwr.app import MessageType
 
     federation = app.make_federation(replace(TOY, fraction=1.0, bank_per_round=None, source=source))
-    nodes = Nodes(3)
-    app.run_rounds(nodes, federation, tmp_path, lambda *_: None)
+    nodes = Nodes(3, tmp_path)
+    app.run_rounds(nodes, federation, lambda *_: None)
     sent = [message for message in nodes.sent if message.metadata.message_type == MessageType.TRAIN]
     assert len(sent) == 6
     extractor = {name.removeprefix("specific.") for name in federation.clients[0].state if "specific" in name}
@@ -163,6 +173,9 @@ def test_the_run_configuration_names_preset_trial_and_data():
     assert config == expected
     with pytest.raises(UserError, match="presets: demo, .*trials: dfl, "):
         configure(options | {"trial": "nonsense"})
+    for rounds in (0, "many"):
+        with pytest.raises(UserError, match=f"rounds={rounds}: give a whole number"):
+            configure(options | {"rounds": rounds})
 
 
 def test_records_carry_states_exactly():

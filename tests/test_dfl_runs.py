@@ -11,6 +11,8 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from federations import federation
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dfl import eval as evaluation
@@ -19,10 +21,15 @@ from dfl.baselines import build_method
 from dfl.data import load_data
 from dfl.eval import EvalConfig, evaluate_run
 from dfl.federation import Federation, evaluate
+from dfl.predict import PredictConfig, main
 from dfl.train import PRESETS, Config
-from shared.io import read_image, write_image
+from dfl.trials import load_trial, plan, trial_path
+from shared.io import load_config, read_image, write_image
+from shared.records import write_tensors
+from shared.runtime import UserError
 
 SMALL = ["demo", "--trials", "dfl", "fedavg", *helpers.TINY["dfl"]]
+TWO_ROUNDS = {"clients": 4, "per_client": 40, "test_images": 60, "rounds": 2}
 script = partial(helpers.script, "dfl")
 
 
@@ -60,6 +67,7 @@ def test_evaluation_prints_and_writes_what_it_found(run):
         assert picture.std() > 0.05
     values = {metric["metric"]: metric["value"] for metric in results["metrics"] if metric["method"] == "dfl"}
     log, _ = outcome(run)
+    assert values["kB lent down"] > values["kB lent up"] > 0
     course = [line["dfl/0/in_domain"] for line in log if "dfl/0/in_domain" in line]
     assert values["in-domain"] == pytest.approx(sum(course[-3:]) / 3)
 
@@ -81,6 +89,19 @@ def test_predictions_for_own_pictures(run, tmp_path, mode):
     assert read_image(out / "predictions.png").shape[0] == 3
 
 
+def test_predictions_spare_the_pictures_and_say_where_no_folder_can_be(run, tmp_path):
+    out = tmp_path / "predictions"
+    write_image(out / "predictions.png", torch.rand(3, 8, 8))
+    before = (out / "predictions.png").read_bytes()
+    with pytest.raises(UserError, match="predictions.png would be overwritten by a result"):
+        main(PredictConfig(out, run, out=out))
+    assert (out / "predictions.png").read_bytes() == before
+    occupied = tmp_path / "a file"
+    occupied.write_text("")
+    done = script("predict.py", out, "--run", run, "--out", occupied)
+    assert done.returncode == 2 and done.stderr == f"error: {occupied}: File exists; give another path\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -96,6 +117,83 @@ def test_prediction_mistakes(run, tmp_path, arguments, message):
     done = script("predict.py", *arguments, "--run", run)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "log.jsonl: not readable as a log"),
+        ("", "log.jsonl: no lines of dfl/0, which is trained"),
+        ('{"dfl/0/in_domain": 3}\n\0\0\n', "log.jsonl: line 2 is none of a log"),
+        ("[]\n", "log.jsonl: line 1 is none of a log"),
+        ('{"loss": 3}\n', "log.jsonl: line 1 is none of a log"),
+        ('{"dfl/0/in_domain": null}\n', "log.jsonl: line 1 is none of a log"),
+    ],
+)
+def test_a_log_that_is_gone_or_damaged(run, tmp_path, content, message):
+    for name in ("config.json", "trials"):
+        (tmp_path / name).symlink_to(run / name)
+    if content is not None:
+        (tmp_path / "log.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        evaluate_run(EvalConfig(run=tmp_path))
+
+
+NO_TRIAL = "not a trial of this project"
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({}, NO_TRIAL),
+        ([], NO_TRIAL),
+        ({"image_shape": [3, 8]}, NO_TRIAL),
+        ({"image_shape": "large"}, NO_TRIAL),
+        ({"mean": [0.5]}, NO_TRIAL),
+        ({"clients": []}, NO_TRIAL),
+        ({"image_shape": [3, 9, 9]}, "made for another model"),
+    ],
+)
+def test_a_trial_whose_facts_are_wrong_is_refused(run, tmp_path, facts, message):
+    config: Config = load_config(run, Config)
+    trial = plan(config)[0]
+    path = trial_path(run, trial)
+    with safe_open(path, "pt") as file:
+        whole = json.loads(file.metadata()["facts"])
+    load_trial(run, trial)
+    write_tensors(
+        trial_path(tmp_path, trial), load_file(path), {"facts": json.dumps(facts and whole | facts)}
+    )
+    with pytest.raises(UserError, match=f"dfl-0.safetensors: {message}"):
+        load_trial(tmp_path, trial)
+
+
+def test_weights_that_are_not_finite_are_refused(run, tmp_path):
+    trial = plan(load_config(run, Config))[0]
+    path, copy = trial_path(run, trial), trial_path(tmp_path, trial)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["client1.specific.fc1.weight"][0, 0] = torch.nan
+    write_tensors(copy, tensors, metadata)
+    with pytest.raises(UserError, match="NaN or infinity in client1.specific.fc1.weight"):
+        load_trial(tmp_path, trial)
+
+
+def test_a_checkpoint_in_the_middle_of_another_federation_is_refused(tmp_path):
+    config = Config(out=tmp_path / "run", checkpoint_every=1, **TWO_ROUNDS)
+    folder = training.train(config)
+    state = torch.load(folder / "checkpoint" / "state.pt")
+    other = federation(replace(config, widths=(8, 8)))
+    for position, message in (
+        ({"trial": 0, "federation": other.state_dict()}, "'shared' is of other networks or clients"),
+        ({"trial": 0, "federation": {"round": 1}}, "another run .KeyError"),
+        ({"stage": 0, "step": 7}, "another run .KeyError"),
+    ):
+        state["objects"]["position"] = position
+        torch.save(state, folder / "checkpoint" / "state.pt")
+        with pytest.raises(UserError, match=f"state.pt: the checkpoint of .*{message}"):
+            training.train(config)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -140,7 +238,8 @@ def test_two_processes_give_the_curve_of_one(run, tmp_path):
         (["demo", "--device", "cuda"], "PyTorch finds no CUDA device"),
         (["demo", "--method", "fedavg"], "--method"),  # a trial's business: see TRIALS
         (["demo", "--mu", "1"], "--mu"),
-        (["demo", "--min-clients", "0"], "--min-clients 0: at least 1 is needed"),
+        (["demo", "--min-clients", "0"], "--min-clients 0: give 1 or more"),
+        (["demo", "--engine", "flower", "--precision", "bf16"], "clients compute on the CPU in fp32"),
         (["demo", "--compile"], "--compile: clients train under torch.func"),
         (["demo", "--backbone", "digit_cnn"], "digit_cnn takes 28x28 images, the data are 8x8"),
     ],
@@ -189,9 +288,6 @@ def test_participation_is_swept(tmp_path):
     }
     assert clients == {"dfl": 4, "dfl@0.5": 4, "dfl@fraction0.25": 1, "dfl@fraction0.5": 2}
     assert (folder / "samples" / "fraction_in_domain.png").is_file()
-
-
-TWO_ROUNDS = {"clients": 4, "per_client": 40, "test_images": 60, "rounds": 2}
 
 
 def test_baselines_alone_half_a_line_and_rows_of_the_paper(tmp_path, monkeypatch, capsys):
