@@ -208,7 +208,7 @@ def test_a_contest_without_known_creators_is_scored_all_the_same(tmp_path, capsy
             out=tmp_path / "o",
         )
     )
-    assert "warning: no fake has a creator" in capsys.readouterr().out
+    assert "warning: no fake with real clips beside it has a creator" in capsys.readouterr().out
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     assert results["matrix"] is None and any(m["table"] == "detection top-3" for m in results["metrics"])
     assert (tmp_path / "o/samples/roc.png").is_file() and not (tmp_path / "o/samples/matrix.png").exists()

@@ -197,19 +197,33 @@ def test_the_published_private_auc_is_no_mean_of_its_parts():
 
 def test_matrix_and_margins_against_loops():
     rng = np.random.default_rng(4)
-    clips = clips_of(12, {"a": 7, "b": 5})
+    clips = clips_of(12, {"a": 7, "b": 5}) + clips_of(9, {"b": 3}, "Private-2")
     submissions = {name: {clip.name: float(rng.random()) for clip in clips} for name in ("x", "y")}
     crossed = matrix(clips, submissions, draws=20)
+    parts = {"a": {"Public"}, "b": {"Public", "Private-2"}}  # where the creator's fakes lie
     for (row, creator), (column, name) in itertools.product(enumerate("ab"), enumerate("xy")):
-        chosen = [clip for clip in clips if clip.label == 0 or clip.creator == creator]
+        chosen = [c for c in clips if c.creator == creator or (c.label == 0 and c.part in parts[creator])]
         expected = auc(*arrays(chosen, submissions[name]))
         assert crossed.auc[row, column] == pytest.approx(expected)
         assert crossed.low[row, column] <= expected <= crossed.high[row, column]
     assert np.allclose(crossed.detection_score, crossed.auc.mean(0))
     assert np.allclose(crossed.evasion, (1 - crossed.auc).mean(1))
     assert crossed.pooled[0] == pytest.approx(auc(*arrays(clips, submissions["x"])))
-    with pytest.raises(UserError, match="a matrix needs"):
-        matrix(clips_of(3, {}), submissions)
+    for row, creator in enumerate("ab"):
+        anti = anti_detection(clips, submissions, creator, "auc10")
+        assert 10 * crossed.evasion[row] == pytest.approx(anti)
+    for some in (clips_of(3, {}), clips_of(3, {}) + clips_of(0, {"a": 3}, "Private-2")):
+        with pytest.raises(UserError, match="a matrix needs"):
+            matrix(some, submissions)
+
+
+def test_the_matrix_goes_without_creators_that_have_no_real_clips_beside_them(capsys):
+    clips = clips_of(3, {"a": 3}) + clips_of(0, {"b": 3}, "Private-2")
+    contest = scoring.Contest(clips, {"x": {clip.name: clip.label * 0.5 for clip in clips}}, "test")
+    metrics, crossed = scoring.score_detection(contest, 10)
+    assert crossed.creators == ["a"] and "no real clips beside the fakes of b:" in capsys.readouterr().out
+    cells = {m.setting: m.value for m in metrics if m.table == "by creator and part"}
+    assert cells == {"a, Public": 1}
 
 
 def test_breakdown_by_compression_uses_reals_of_the_same():
