@@ -117,6 +117,8 @@ def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
     twice = sorted(networks.keys() & submissions.keys())
     if twice:
         raise UserError(f"--preds: {twice[0]} is also the name of a detector of the run; rename the file")
+    if config.weights and "fusion" in submissions:
+        raise UserError("--preds: fusion is the name of the weighted mean of the others; rename the file")
     if not networks and not submissions:
         raise UserError("nothing to score: give --run, or --preds that can be read")
     weights = fusion_weights(config, len(submissions), len(networks))

@@ -185,8 +185,11 @@ def test_a_bad_submission_ends_neither_the_contest_nor_the_fusion_of_the_others(
     assert "c.txt, line 1: score 1.5" in said and "no fusion: 1 of its 3 members could not be read" in said
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     assert {m["method"] for m in results["metrics"] if m["table"] == "detection top-3"} == {"a", "b"}
+    own = tmp_path / "fusion.txt"  # the name that the weighted mean gets
+    own.write_bytes(preds[0].read_bytes())
     for change, message in (
         ({"weights": (0.5, 0.6)}, "2 members need as many weights"),
+        ({"preds": (own, preds[1]), "weights": (0.5, 0.5)}, "fusion is the name of the weighted mean"),
         ({"preds": preds[2:], "weights": ()}, "nothing to score"),
     ):
         with pytest.raises(UserError, match=message):
