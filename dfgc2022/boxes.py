@@ -223,23 +223,41 @@ class WholeFrame:
         return [[(0.0, 0.0, float(frame.shape[1]), float(frame.shape[0]), 1.0)] for frame in frames]
 
 
-@functools.cache
+NAMED = {"mtcnn": MtcnnBoxes, "haar": HaarBoxes, "skin": SkinBoxes, "crops": WholeFrame}
+READERS = {".csv": TableBoxes, ".onnx": YunetBoxes}
+
+
 def box_source(choice: str) -> Callable[..., list[list[Box]]]:
     """auto, mtcnn, haar, skin, crops, or the path of a .csv (boxes) or .onnx (YuNet) file -> source of boxes.
 
     auto: MTCNN when installed, otherwise the skin-coloured region. Raises UserError on anything else.
     """
+    return _opened(choice, source_mark(choice))
+
+
+def source_mark(choice: str) -> str:
+    """What a choice stands for now, to tell boxes that have changed under the same name: mtcnn or skin for
+    auto, and a file's size and time of change with its path.
+    """
     if choice == "auto":
-        return MtcnnBoxes() if importlib.util.find_spec("facenet_pytorch") else SkinBoxes()
-    named = {"mtcnn": MtcnnBoxes, "haar": HaarBoxes, "skin": SkinBoxes, "crops": WholeFrame}
-    if choice in named:
-        return named[choice]()
-    readers = {".csv": TableBoxes, ".onnx": YunetBoxes}
-    if Path(choice).suffix not in readers:
+        return "mtcnn" if importlib.util.find_spec("facenet_pytorch") else "skin"
+    path = Path(choice)
+    if choice in NAMED or not path.is_file():
+        return choice
+    return f"{choice} {path.stat().st_size} {path.stat().st_mtime_ns}"
+
+
+@functools.cache
+def _opened(choice: str, mark: str) -> Callable[..., list[list[Box]]]:
+    name = mark if choice == "auto" else choice
+    if name in NAMED:
+        return NAMED[name]()
+    path = Path(choice)
+    if path.suffix.lower() not in READERS:
         raise UserError(
-            f"--boxes {choice}: give auto, {', '.join(named)}, or the path of a .csv or .onnx file"
+            f"--boxes {choice}: give auto, {', '.join(NAMED)}, or the path of a .csv or .onnx file"
         )
-    return readers[Path(choice).suffix](Path(choice))
+    return READERS[path.suffix.lower()](path)
 
 
 def _stem(name: str) -> str:

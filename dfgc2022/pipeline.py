@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dfgc2022.boxes import Rule, box_source, crop_face
+from dfgc2022.boxes import Rule, box_source, crop_face, source_mark
 from dfgc2022.model import Detector, fake_probability
 from dfgc2022.video import VideoError, batched, read_frames, require_every
 from shared.io import progress
@@ -207,9 +207,9 @@ def score_videos(
 ) -> list[ClipScore]:
     """Score every video, in the order given.
 
-    out: a .jsonl file to which each finished video is written at once; a later call with the same settings
-    and weights goes on after them, and scores a video anew that has changed. Raises UserError when two videos
-    share a name or `out` was written otherwise.
+    out: a .jsonl file to which each finished video is written at once; a later call with the same settings,
+    boxes and weights goes on after them, and scores a video anew that has changed. Raises UserError when two
+    videos share a name or `out` was written otherwise.
     """
     names = [path.name for path in videos]
     repeated = (
@@ -317,7 +317,7 @@ def _resume(
     if out is None:
         return {}
     detectors = {name: fingerprint(network) for name, (network, _, _) in sorted(scorer.networks.items())}
-    header = {"detectors": detectors, "settings": asdict(settings)}
+    header = {"detectors": detectors, "settings": asdict(settings) | {"boxes": source_mark(settings.boxes)}}
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = out.read_text().splitlines(keepends=True) if out.exists() else []
     if not lines:
@@ -331,7 +331,7 @@ def _resume(
         raise UserError(f"{out}: not a file of scores ({error}); give another --out") from None
     if found != header:
         raise UserError(
-            f"{out}: was written with other detectors or settings; give another --out or delete it"
+            f"{out}: was written with other detectors, boxes or settings; give another --out or delete it"
         )
     stamps = {path.name: _stamp(path) for path in videos}
     kept = [clip.stamp == stamps.get(clip.name, clip.stamp) for clip in clips]

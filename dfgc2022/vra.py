@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from dfgc2022.boxes import source_mark
 from dfgc2022.model import OFFICIAL
 from dfgc2022.pipeline import Scorer, Settings, fingerprint
 from dfgc2022.predict import load_detectors
@@ -118,11 +119,11 @@ def features_of(clips: Sequence[RatedClip], scorer: Scorer, config: Config, out:
     """
     rows: list[np.ndarray | None] = []
     networks = [fingerprint(network) for network, _, _ in scorer.networks.values()]
-    choice = "release" if config.boxes is None else f"{zlib.crc32(config.boxes.encode()):08x}"
-    header = "-".join([*networks, choice, str(config.every), *["compat"] * config.vra_compat])
     for number in (1, 2, 3):
         boxes = config.boxes or str(config.root / "crop" / f"C{number}_crop_video.csv")
         settings = Settings(boxes, config.every)
+        mark = f"{zlib.crc32(source_mark(boxes).encode()):08x}"
+        header = "-".join([*networks, mark, str(config.every), *["compat"] * config.vra_compat])
         for clip in (clip for clip in clips if clip.round == number):
             kept = out / "features" / header / f"C{number}-{clip.path.stem}.npy"
             if not kept.exists():

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from dfgc2022 import boxes as box_sources
+from dfgc2022 import pipeline
 from dfgc2022.bench import reference_path
 from dfgc2022.boxes import crop_square
 from dfgc2022.extract import extract_all
@@ -215,7 +217,7 @@ def test_an_interrupted_contest_goes_on(contest, tmp_path, monkeypatch):
     again = score_videos(videos, scorer(), Settings(boxes), out)
     assert again == whole and len(seen) == len(videos) - 3
     assert sorted(out.read_text().splitlines()) == sorted(line.strip() for line in lines)
-    with pytest.raises(UserError, match="other detectors or settings"):
+    with pytest.raises(UserError, match="other detectors, boxes or settings"):
         score_videos(videos, scorer(), Settings(boxes, every=5), out)
     out.write_text("hello\n")
     with pytest.raises(UserError, match="not a file of scores"):
@@ -235,8 +237,26 @@ def test_scores_of_another_video_or_other_weights_are_not_taken_over(tmp_path):
     trained_on = scorer()
     for network, _, _ in trained_on.networks.values():
         network.register_buffer("bias", torch.ones(1))
-    with pytest.raises(UserError, match="other detectors or settings"):
+    with pytest.raises(UserError, match="other detectors, boxes or settings"):
         score_videos(two, trained_on, Settings(boxes), out)
+
+
+def test_scores_of_other_boxes_are_not_taken_over(tmp_path, monkeypatch):
+    videos = [tmp_path / "a.mp4"]
+    write_clips(videos, [film(1)], 10)
+    found = []
+    for number, corner in enumerate((40, 20)):  # the table is corrected under its own name
+        boxes = table(tmp_path / "b.csv", [("a", 0, 0, 0, corner, corner, 0.9)])
+        found.append(score_videos(videos, scorer(), Settings(boxes), tmp_path / f"{number}.jsonl")[0].score)
+    assert found[0] != found[1]
+    with pytest.raises(UserError, match="other detectors, boxes or settings"):
+        score_videos(videos, scorer(), Settings(boxes), tmp_path / "0.jsonl")
+    score_videos(videos, scorer(), Settings("auto"), tmp_path / "auto.jsonl")
+    monkeypatch.setattr(box_sources, "source_mark", lambda choice: "mtcnn")  # installed since
+    monkeypatch.setattr(pipeline, "source_mark", lambda choice: "mtcnn")
+    monkeypatch.setitem(box_sources.NAMED, "mtcnn", box_sources.SkinBoxes)
+    with pytest.raises(UserError, match="other detectors, boxes or settings"):
+        score_videos(videos, scorer(), Settings("auto"), tmp_path / "auto.jsonl")
 
 
 def test_several_faces(tmp_path):

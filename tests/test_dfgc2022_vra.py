@@ -99,6 +99,10 @@ def test_features_of_other_weights_or_boxes_are_computed_anew(release):
     settings = [(first, config), (second, config), (second, vra.Config(release, every=1, boxes="crops"))]
     found = [vra.features_of(clips, scorer, config, release / "out") for scorer, config in settings]
     assert not np.allclose(found[0], found[1]) and not np.allclose(found[1], found[2])
+    table = release / "crop" / "C1_crop_video.csv"
+    table.write_text(table.read_text().replace("0.6,0.6", "0.3,0.3"))
+    corrected = vra.features_of(clips, second, config, release / "out")
+    assert not np.allclose(corrected[0], found[1][0]) and np.array_equal(corrected[1:], found[1][1:])
 
 
 @pytest.mark.parametrize(
