@@ -274,12 +274,15 @@ def _flush(
 
 def _finish(clip: ClipScore, settings: Settings, note: str) -> None:
     """Faces of a frame to one value, frames to the video's score."""
-    frames = np.array(clip.frames, dtype=int)
-    merge = np.max if settings.faces == "max" else np.mean
-    clip.frames = sorted(set(clip.frames))
+    frames, frame_of = np.unique(np.array(clip.frames, dtype=int), return_inverse=True)
+    clip.frames = frames.tolist()
     for name, values in clip.probabilities.items():
-        per_frame = [float(merge(np.array(values)[frames == index])) for index in clip.frames]
-        clip.probabilities[name] = per_frame
+        if settings.faces == "max":
+            merged = np.zeros(len(frames))
+            np.maximum.at(merged, frame_of, values)
+        else:
+            merged = np.bincount(frame_of, values) / np.bincount(frame_of)
+        clip.probabilities[name] = per_frame = merged.tolist()
         clip.score[name] = frames_to_video(per_frame, settings.average)
     clip.note = note
     if not clip.frames and not note:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 
 import cv2
 import imageio_ffmpeg
@@ -267,6 +268,18 @@ def test_several_faces(tmp_path):
         for faces in ("best", "max", "mean")
     )
     assert largest > best and mean == pytest.approx((best + largest) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("faces", ["max", "mean"])
+def test_an_hour_of_frames_with_two_faces_each_is_merged_at_once(faces):
+    values = np.random.default_rng(0).random(2 * 30_000)
+    frames = np.repeat(np.arange(30_000), 2)
+    clip = pipeline.ClipScore("a.mp4", frames.tolist(), {"a": values.tolist()})
+    start = time.perf_counter()
+    pipeline._finish(clip, Settings("crops", faces=faces), "")
+    assert time.perf_counter() - start < 10  # work per pair of frames takes minutes
+    assert clip.frames == list(range(30_000))
+    assert np.allclose(clip.probabilities["a"], getattr(values.reshape(-1, 2), faces)(1))
 
 
 def test_frames_to_video():
