@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dfgc2022.boxes import Rule, box_source, crop_face, source_mark
+from dfgc2022.boxes import Rule, WholeFrame, box_source, crop_face, source_mark
 from dfgc2022.model import Detector, fake_probability
 from dfgc2022.video import VideoError, batched, read_frames, require_every
 from shared.io import progress
@@ -69,7 +69,9 @@ class ClipScore:
     note: str = ""
     """What is wrong with the video, empty when nothing is."""
     stamp: list[int] = field(default_factory=list)
-    """Size in bytes and time of change of the file, which tell another video of the same name."""
+    """Size in bytes and time of change of the file (or of all crops), which tell another video of the same
+    name.
+    """
 
 
 @dataclass
@@ -88,18 +90,19 @@ def pieces(path: Path, clip: int, source, sizes: Sequence[int], settings: Settin
     """Crops of one video, RGB, resized with OpenCV's bilinear filter as the winner did.
 
     A bad video raises nothing: the last piece carries a note. A folder is read as crops saved under their
-    frame numbers.
+    frame numbers, which need neither boxes nor cropping.
     """
-    note = ""
+    note, rule, frames = "", settings.crop, read_frames(path, settings.every)
+    if path.is_dir():
+        source, rule, frames = WholeFrame(), "frame", read_crops(path, settings.every)
     try:
-        frames = read_crops(path, settings.every) if path.is_dir() else read_frames(path, settings.every)
         for group in batched(frames):
             indices, images = [index for index, _ in group], [image for _, image in group]
             found = source(path.name, indices, images)
             kept, crops = [], []
             for index, image, boxes in zip(indices, images, found, strict=True):
                 for box in boxes[:1] if settings.faces == "best" else boxes:
-                    crop = crop_face(image, box, settings.crop)
+                    crop = crop_face(image, box, rule)
                     if crop is not None:
                         kept.append(index)
                         crops.append(crop)
@@ -311,7 +314,8 @@ def fingerprint(network: nn.Module) -> str:
 
 
 def _stamp(path: Path) -> list[int]:
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
+    found = [file.stat() for file in (path.glob("*.png") if path.is_dir() else [path]) if file.exists()]
+    return [sum(file.st_size for file in found), max(file.st_mtime_ns for file in found)] if found else []
 
 
 def _resume(

@@ -1,6 +1,7 @@
 """Score your own videos: a number per video, a timeline with face thumbnails, JSON beside it.
 
     python predict.py --input clip.mp4                          the newest run
+    python predict.py --input crops/                            what extract.py cut out
     python predict.py --input folder/ --run ../runs/dfgc2022/paper-0 --boxes mtcnn
     python predict.py --input clip.mp4 --official convnext_xlarge_384_in22ft1k --weights convnext_30.pth
     python predict.py --input clip.mp4 --weights swin_40.pth convnext_10.pth convnext_30.pth --official \\
@@ -42,7 +43,7 @@ class Config:
     """Settings of the prediction."""
 
     input: Path
-    """A video, or a folder of videos."""
+    """A video, a folder of crops NNNN.png as extract.py writes them, or a folder of such."""
     out: Path = Path("predictions")
     """Where scores.jsonl, submission.txt and one .json and .png per video go."""
     run: Path | None = None
@@ -147,7 +148,7 @@ def draw_timeline(path: Path, video: Path, clip: ClipScore, settings: Settings) 
 
 
 def main(config: Config) -> None:
-    videos = list_videos(config.input)
+    videos = list_videos(config.input, crops=True)
     settings = Settings(config.boxes, config.every, config.crop, config.faces, config.average)
     device = pick_device(config.device)
     networks = load_detectors(config.run, config.members, config.official, config.weights)

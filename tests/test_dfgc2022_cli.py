@@ -67,6 +67,8 @@ def test_predict_on_a_folder_with_a_bad_file(trained, tmp_path, capsys):
     for clip in clips:
         (source / clip.name).write_bytes(clip.read_bytes())
     (source / "broken.mp4").write_text("nothing")
+    extract.main(extract.Config(clips[0], tmp_path, boxes=str(trained / "world" / "boxes.csv")))
+    (tmp_path / clips[0].name).rename(source / "cut.mp4")
     boxes = str(trained / "world" / "boxes.csv")
     predict.main(predict.Config(source, out, run=trained, boxes=boxes, every=1, device="cpu"))
     assert "not a video" in capsys.readouterr().out
@@ -75,7 +77,12 @@ def test_predict_on_a_folder_with_a_bad_file(trained, tmp_path, capsys):
     assert not record["abstains"] and (out / f"{clips[0].name}.png").is_file()
     broken = json.loads((out / "broken.mp4.json").read_text())
     assert broken["score"] == 0.5 and broken["abstains"]
-    assert len((out / "submission.txt").read_text().splitlines()) == 3
+    assert len((out / "submission.txt").read_text().splitlines()) == 4
+    cut = json.loads((out / "cut.mp4.json").read_text())  # the folder of the first clip's crops
+    assert cut["frames"] == record["frames"] and cut["score"] == pytest.approx(record["score"], abs=1e-5)
+    alone = predict.Config(source / "cut.mp4", tmp_path / "alone", run=trained, every=1, device="cpu")
+    predict.main(alone)
+    assert json.loads((tmp_path / "alone" / "cut.mp4.json").read_text())["frames"] == cut["frames"]
 
 
 def test_the_timeline_of_a_single_frame_can_be_read(trained, tmp_path, monkeypatch):

@@ -188,6 +188,10 @@ def test_dfgc2022_release(release):
     )  # no date made of it
     assert (real.label, real.creator, private.part, private.compression) == (0, "", "Private-1", "none")
     assert found.paths["cccccccccc.mp4"].is_file()
+    video = release / "Detection Dataset/Public/aaaaaaaaaa.mp4"
+    video.unlink()
+    crop(video / "0000.png")
+    assert dfgc2022(release).clips == found.clips  # a folder of crops stands for its video
     assert len(dfgc2022(release / "Detection Dataset", ["Public"]).clips) == 2
 
 

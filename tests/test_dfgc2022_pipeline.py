@@ -294,10 +294,17 @@ def test_folders_of_saved_crops_use_every_tenth_number(tmp_path):
     folder.mkdir()
     for index in (0, 5, 10, 10_000):
         cv2.imwrite(str(folder / f"{index:04d}.png"), np.full((20, 20, 3), 100, np.uint8))
-    (clip,) = score_videos([folder], scorer(), Settings("crops", crop="frame"))
+    assert list_videos(folder, crops=True) == list_videos(tmp_path, crops=True) == [folder]
+    with pytest.raises(UserError, match="holds no video"):
+        list_videos(folder)
+    out = tmp_path / "scores.jsonl"
+    (clip,) = score_videos([folder], scorer(), Settings("skin"), out)  # crops need no boxes
     assert clip.frames == [0, 10, 10_000]
+    cv2.imwrite(str(folder / "0010.png"), np.full((20, 20, 3), 200, np.uint8))
+    (again,) = score_videos([folder], scorer(), Settings("skin"), out)
+    assert again.score["brightness"] > clip.score["brightness"]
     (folder / "0020.png").write_text("x")
-    (clip,) = score_videos([folder], scorer(), Settings("crops", crop="frame"))
+    (clip,) = score_videos([folder], scorer(), Settings())
     assert "0020.png: not a readable image" in clip.note
     (folder / "face.png").write_text("x")
     assert "frame number" in score_videos([folder], scorer(), Settings("crops"))[0].note
