@@ -35,7 +35,9 @@ class Config:
     dataset: Literal[tuple(DATASETS)] | None = None
     """Read `videos` as this public set and write its labels to the list."""
     split: str | None = None
-    """Only this split of the set: train, val or test."""
+    """Only this split of the set: train, val or test. Videos that the release puts in none (the real ones of
+    DeeperForensics, all of DeepFakeDetection) are left out, with a warning.
+    """
     label: Literal[0, 1] | None = None
     """Label of all videos when no data set gives them. None writes no list."""
     boxes: str = "auto"
@@ -117,6 +119,12 @@ def main(config: Config) -> None:
     if config.dataset:
         found = DATASETS[config.dataset](config.videos)
         videos = [(v.path, v.label) for v in found if config.split in (None, v.split)]
+        loose = [v for v in found if not v.split]
+        if config.split and loose:
+            print(
+                f"warning: {len(loose)} videos stand in no split and are left out, "
+                f"{sum(v.label == 0 for v in loose)} of them real; without --split they are taken"
+            )
         if not videos:
             raise UserError(f"{config.videos}: no video of split {config.split}")
     else:

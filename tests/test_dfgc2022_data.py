@@ -154,11 +154,13 @@ def test_dfdc_videos_and_crops(tmp_path, capsys):
                 reader(tmp_path)
 
 
-def test_deeperforensics(tmp_path):
+def test_deeperforensics(tmp_path, capsys):
     touch(tmp_path / "manipulated_videos/end_to_end_mix_4_distortions/000_M101.mp4")
     touch(tmp_path / "source_videos/M101/light_up/a.mp4")
     touch(tmp_path / "lists/splits/test.txt", b"000_M101.mp4\n")
     assert [(v.label, v.split) for v in deeperforensics(tmp_path)] == [(0, ""), (1, "test")]
+    extract.main(extract.Config(tmp_path, tmp_path / "crops", "deeperforensics", split="test", boxes="skin"))
+    assert "1 videos stand in no split and are left out, 1 of them real" in capsys.readouterr().out
 
 
 @pytest.fixture
