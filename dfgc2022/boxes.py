@@ -237,14 +237,14 @@ def box_source(choice: str) -> Callable[..., list[list[Box]]]:
 
 def source_mark(choice: str) -> str:
     """What a choice stands for now, to tell boxes that have changed under the same name: mtcnn or skin for
-    auto, and a file's size and time of change with its path.
+    auto, and a file's size and time of change with its name.
     """
     if choice == "auto":
         return "mtcnn" if importlib.util.find_spec("facenet_pytorch") else "skin"
     path = Path(choice)
     if choice in NAMED or not path.is_file():
         return choice
-    return f"{choice} {path.stat().st_size} {path.stat().st_mtime_ns}"
+    return f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
 
 
 @functools.cache

@@ -5,7 +5,7 @@
         --boxes mtcnn
 
 <video> is the file's name or, with --dataset, its path in the set, where names may repeat. A video whose
-crops are there is not read again.
+crops are there is not read again; what was wrong with it is said again.
 """
 
 import shutil
@@ -17,11 +17,15 @@ from typing import Literal
 
 import cv2
 
-from dfgc2022.boxes import Rule, box_source, crop_face
+from dfgc2022.boxes import Rule, box_source, crop_face, source_mark
 from dfgc2022.datasets import DATASETS
 from dfgc2022.video import VideoError, batched, list_videos, read_frames, require_every
 from shared.io import progress
+from shared.records import read_json, write_json
 from shared.runtime import UserError, parse, run_main
+
+RECORD = "extraction.json"
+"""In a folder of crops: what they were made by, and what is wrong with the video."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,13 @@ def extract(video: tuple[Path, Path], boxes: str, every: int, crop: Rule) -> tup
     """Crops of one video (its file, their folder); (number of crops, what is wrong with the video or "").
 
     A finished folder is left as it is: crops are written under a temporary name that is renamed at the end.
+    What they were made by and the note stay beside them. Raises UserError on a folder made otherwise.
     """
     path, folder = video
+    made_by = {"boxes": source_mark(boxes), "every": every, "crop": crop}
     if folder.is_dir():
-        return sum(1 for _ in folder.glob("*.png")), ""
+        count = sum(1 for _ in folder.glob("*.png"))
+        return count, _note_of(folder, made_by) or ("" if count else f"{path}: no face found")
     part = folder.parent / f".{folder.name}.part"
     shutil.rmtree(part, ignore_errors=True)  # of a call that was killed, perhaps with other settings
     part.mkdir(parents=True)
@@ -74,8 +81,23 @@ def extract(video: tuple[Path, Path], boxes: str, every: int, crop: Rule) -> tup
                     count += 1
     except VideoError as error:
         note = str(error)
+    write_json(part / RECORD, {"made_by": made_by, "note": note})
     part.rename(folder)
     return count, note or ("" if count else f"{path}: no face found")
+
+
+def _note_of(folder: Path, made_by: dict) -> str:
+    """The note kept in a finished folder; crops of another origin than extract.py have none."""
+    if not (folder / RECORD).exists():
+        return ""
+    form, advice = lambda found: (found["made_by"], str(found["note"])), "delete its folder"
+    before, note = read_json(folder / RECORD, "a record of extract.py", form, advice)
+    if before != made_by:
+        raise UserError(
+            f"{folder}: holds crops made with other boxes or settings ({before}, now {made_by}); give "
+            "another --out or delete it"
+        )
+    return note
 
 
 def extract_all(

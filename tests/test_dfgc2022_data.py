@@ -1,5 +1,6 @@
 """DFGC 2022: list files, the layouts of the public sets, the embedded contest, losses, recipes."""
 
+import dataclasses
 import errno
 import json
 import math
@@ -225,8 +226,24 @@ def test_extraction_leaves_no_crops_of_an_earlier_call_and_loses_none(tmp_path):
     crop(part / "0007.png")  # of a call that was killed, with another --every
     videos = [(tmp_path / "a.mp4", 0)]
     assert extract_all(videos, tmp_path / "out", "crops", every=10, crop="frame") == []
-    names = sorted(path.name for path in (tmp_path / "out" / "a.mp4").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out" / "a.mp4").glob("*.png"))
     assert names == ["0000.png", "0010.png"]
+
+
+def test_a_second_extraction_says_what_the_first_one_said_and_mixes_no_settings(tmp_path, capsys):
+    write_clips([tmp_path / "in" / "a.mp4"], [np.full((11, 48, 64, 3), 90, np.uint8)], 10)
+    (tmp_path / "in" / "bad.mp4").write_bytes(b"no film")
+    config = extract.Config(tmp_path / "in", tmp_path / "out", label=0, boxes="crops", crop="frame")
+    for _ in range(2):
+        extract.main(config)
+        said = capsys.readouterr().out
+        assert "bad.mp4: truncated or not a video" in said and "1 of 2 videos without a remark" in said
+    for change in ({"every": 5}, {"boxes": "skin"}, {"crop": "box"}):
+        with pytest.raises(UserError, match="a.mp4: holds crops made with other boxes or settings"):
+            extract.main(dataclasses.replace(config, **change))
+    crop(tmp_path / "own" / "a.mp4" / "0000.png")  # crops of another origin are taken as they are
+    videos = [(tmp_path / "in" / "a.mp4", 0)]
+    assert extract_all(videos, tmp_path / "own", "crops", every=1) == []
 
 
 def test_forgeries_of_one_name_by_several_methods_are_all_extracted(tmp_path):
