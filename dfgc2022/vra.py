@@ -22,7 +22,7 @@ from dfgc2022.boxes import source_mark
 from dfgc2022.model import OFFICIAL
 from dfgc2022.pipeline import Scorer, Settings, fingerprint
 from dfgc2022.predict import load_detectors
-from dfgc2022.realism import NoFaceError, RealismModel, agreement, clip_crops, clip_features
+from dfgc2022.realism import NoFaceError, RealismModel, agreement, clip_features
 from shared.io import runs_root
 from shared.published import Metric, environment, load_published, print_metrics, write_results
 from shared.records import replacing
@@ -128,12 +128,11 @@ def features_of(clips: Sequence[RatedClip], scorer: Scorer, config: Config, out:
             kept = out / "features" / header / f"C{number}-{clip.path.stem}.npy"
             if not kept.exists():
                 try:
-                    (crops,) = clip_crops([clip.path], scorer, settings)
+                    features = clip_features(clip.path, scorer, settings, config.vra_compat)
                 except NoFaceError as error:
                     print(f"warning: {clip.path.name} is left out: {error}")
                     rows.append(None)
                     continue
-                features = clip_features(scorer, crops, config.vra_compat)
                 with replacing(kept) as temporary, open(temporary, "wb") as file:
                     np.save(file, features)
             rows.append(np.load(kept))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dfgc2022 import pipeline, realism, vra
 from dfgc2022.model import detector
@@ -182,6 +183,27 @@ def test_only_a_missing_face_leaves_a_clip_out_of_predicted_realism(tmp_path, mo
     kept, found = features_with_faces([tmp_path / "a.mp4"], scorer, Settings("crops", every=1, crop="frame"))
     assert kept == [0] and found.shape == (1, 2 * 96)
     assert "warning: a.mp4: truncated; realism is judged by the frames before" in capsys.readouterr().out
+
+
+def test_the_features_of_a_long_clip_take_the_memory_of_a_short_one(tmp_path, monkeypatch):
+    entry, seen, whole = detector("convnext_micro"), [], realism.pooled_features
+    scorer = Scorer({"a": (entry.build(), entry, entry.size)})
+    clip = np.random.default_rng(0).integers(0, 255, (70, 48, 48, 3), np.uint8)
+    write_clips([tmp_path / "a.mp4"], [clip], 10)
+
+    def pooled(network, images, vra_compat):
+        seen.append(whole(network, images, vra_compat))
+        return seen[-1]
+
+    monkeypatch.setattr(realism, "pooled_features", pooled)
+    settings = Settings("crops", every=1, crop="frame")
+    found = realism.clip_features(tmp_path / "a.mp4", scorer, settings)
+    assert [len(part) for part in seen] == [32, 32, 6]
+    joined = torch.cat(seen).numpy()
+    assert np.allclose(found, np.concatenate([joined.mean(0), joined.std(0, ddof=1)]), atol=1e-5)
+    scorer.bf16 = True
+    rough = realism.clip_features(tmp_path / "a.mp4", scorer, settings)
+    assert not np.array_equal(rough, found) and np.allclose(rough, found, atol=0.1)
 
 
 def broken_off(path, every):
