@@ -160,9 +160,3 @@ def published_rows(published: dict, table: str) -> tuple[list[Row], dict[str, fl
         for name, cell in cells.items()
     ]
     return rows, {name: cell["sum"] for name, cell in cells.items()}
-
-
-def objective_2021(id_score: float, ssim: float, aucs: Sequence[float], noise: float = 0.0) -> float:
-    """Creation score of 2021: S_ID + S_SSIM + S_noise + 2 mean(1 - AUC). The noise term (<= 0) came with the
-    second phase; its definition was not published."""
-    return id_score + ssim + noise + 2 * (1 - float(np.mean(aucs)))
