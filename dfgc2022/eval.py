@@ -31,6 +31,7 @@ from shared.published import (
     print_metrics,
     write_results,
 )
+from shared.ranges import Count, Natural
 from shared.runtime import RunConfig, UserError, parse, pick_device, run_main
 
 RELEASED = {"Public": (829, 1399), "Private-1": (766, 1400)}
@@ -60,11 +61,11 @@ class Config:
     """Definition of the anti-detection term; the one that was run is not documented."""
     boxes: str = "auto"
     """Face boxes for --dfgc with --run: auto, mtcnn, haar, skin, or the path of a .csv or .onnx file."""
-    every: int = 10
+    every: Count = 10
     """Frames whose index is divisible by this are scored."""
-    draws: int = 500
+    draws: Count = 500
     """Bootstrap draws of the confidence intervals."""
-    workers: int = 0
+    workers: Natural = 0
     """Processes that read videos."""
     device: str = "auto"
     """auto, cpu or cuda."""

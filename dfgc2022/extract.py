@@ -19,8 +19,9 @@ import cv2
 
 from dfgc2022.boxes import Rule, box_source, crop_face, source_mark
 from dfgc2022.datasets import DATASETS
-from dfgc2022.video import VideoError, batched, list_videos, read_frames, require_every
+from dfgc2022.video import VideoError, batched, list_videos, read_frames
 from shared.io import progress
+from shared.ranges import Count
 from shared.records import read_json, write_json
 from shared.runtime import UserError, parse, run_main
 
@@ -46,11 +47,11 @@ class Config:
     """Label of all videos when no data set gives them. None writes no list."""
     boxes: str = "auto"
     """Face boxes: auto, mtcnn, haar, skin, crops, or the path of a .csv or .onnx (YuNet) file."""
-    every: int = 1
+    every: Count = 1
     """Keep frames whose index is divisible by this. The winner kept all and scored every 10th."""
     crop: Rule = "winner"
     """Crop arithmetic."""
-    workers: int = 1
+    workers: Count = 1
     """Videos that are read at once."""
 
 
@@ -113,7 +114,6 @@ def extract_all(
 
     root: a folder whose structure the crops repeat; None: they lie side by side.
     """
-    require_every(every)
     box_source(boxes)  # reports a wrong choice once
     names = [path.relative_to(root).as_posix() if root else path.name for path, _ in videos]
     if len(set(names)) < len(names):

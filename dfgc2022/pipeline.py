@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dfgc2022.boxes import Rule, WholeFrame, box_source, crop_face, source_mark
 from dfgc2022.model import Detector, fake_probability
-from dfgc2022.video import VideoError, batched, read_frames, require_every
-from shared.io import progress
+from dfgc2022.video import VideoError, batched, read_frames
+from shared.io import progress, read_utf8
 from shared.runtime import UserError
 
 NO_FACE = 0.5
@@ -35,7 +35,7 @@ Average = Literal["mean", "confident"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How videos become crops. Raises UserError when `every` is no positive number."""
+    """How videos become crops."""
 
     boxes: str = "auto"
     """Source of face boxes, see `dfgc2022.boxes.box_source`."""
@@ -47,9 +47,6 @@ class Settings:
     """Frames with several faces: the most probable one, or the largest or mean score of all of them."""
     average: Average = "mean"
     """Frames to video: the arithmetic mean (the contest's), or weighted by how sure each frame is."""
-
-    def __post_init__(self) -> None:
-        require_every(self.every)
 
 
 @dataclass
@@ -326,7 +323,7 @@ def _resume(
     detectors = {name: fingerprint(network) for name, (network, _, _) in sorted(scorer.networks.items())}
     header = {"detectors": detectors, "settings": asdict(settings) | {"boxes": source_mark(settings.boxes)}}
     out.parent.mkdir(parents=True, exist_ok=True)
-    lines = out.read_text().splitlines(keepends=True) if out.exists() else []
+    lines = read_utf8(out, "scores of videos").splitlines(keepends=True) if out.exists() else []
     if not lines:
         out.write_text(json.dumps(header) + "\n")
         return {}

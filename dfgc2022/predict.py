@@ -31,6 +31,7 @@ from dfgc2022.train import TEAMS, load_members, plan
 from dfgc2022.train import Config as TrainConfig
 from dfgc2022.video import list_videos
 from shared.io import find_run, load_config
+from shared.ranges import Count, Natural
 from shared.runtime import UserError, parse, pick_device, run_main
 
 THUMBNAILS = 8
@@ -60,7 +61,7 @@ class Config:
     """
     boxes: str = "auto"
     """Face boxes: auto, mtcnn, haar, skin, crops, or the path of a .csv or .onnx (YuNet) file."""
-    every: int = 10
+    every: Count = 10
     """Frames whose index is divisible by this are scored."""
     crop: Rule = "winner"
     """Crop arithmetic: the winner's, the 2021 baseline's, the box as it is, or the whole frame."""
@@ -68,7 +69,7 @@ class Config:
     """Several faces in a frame: the most probable one, or the largest or mean score."""
     average: Average = "mean"
     """Frames to video: the contest's mean, or weighted by how sure each frame is."""
-    workers: int = 0
+    workers: Natural = 0
     """Processes that read videos."""
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -150,10 +151,10 @@ def draw_timeline(path: Path, video: Path, clip: ClipScore, settings: Settings) 
 def main(config: Config) -> None:
     videos = list_videos(config.input, crops=True)
     settings = Settings(config.boxes, config.every, config.crop, config.faces, config.average)
+    config.out.mkdir(parents=True, exist_ok=True)
     device = pick_device(config.device)
     networks = load_detectors(config.run, config.members, config.official, config.weights)
     scorer = Scorer(networks, device, bf16=device.type == "cuda")
-    config.out.mkdir(parents=True, exist_ok=True)
     clips = score_videos(videos, scorer, settings, config.out / "scores.jsonl", workers=config.workers)
     scores = {}
     for video, clip in zip(videos, clips, strict=True):

@@ -10,7 +10,7 @@ method; `study` trains every member. `paper` and `paper-swin` are the winner's r
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +36,7 @@ from dfgc2022.world import Size
 from shared.io import Run, image_grid, load_safetensors, progress, save_safetensors
 from shared.loop import Standing
 from shared.processes import as_one, means
+from shared.ranges import Count, Natural, Positive, Share, Weight, Within
 from shared.runtime import (
     LoaderConfig,
     UserError,
@@ -85,7 +86,7 @@ class Config(LoaderConfig):
 
     detector: str = "convnext_xlarge_384_in22ft1k"
     """Detector to train: a name of model.DETECTORS, or timm/NAME."""
-    size: int | None = None
+    size: Count | None = None
     """Side of the input. None: the detector's own."""
     classes: Literal[1, 2, 3] = 2
     """Logits: 1 (fake), 2 (real, fake) or 3 (real, fake, adversarial fake)."""
@@ -95,22 +96,22 @@ class Config(LoaderConfig):
     """File of the ImageNet weights; without it timm downloads them."""
     grad_checkpointing: bool = False
     """Compute activations twice to save memory (timm's networks)."""
-    member_seed: int = 0
+    member_seed: Natural = 0
     """Added to the seed for initialisation and order."""
 
     augment: Literal["winner", "flips"] = "winner"
     """Flip, noise and blur with the winner's probabilities, or flips alone."""
-    frames_per_video: int | None = None
+    frames_per_video: Count | None = None
     """Use so many evenly spaced crops of each video; None: all."""
-    samples_per_video: int = 1
+    samples_per_video: Count = 1
     """Samples that an epoch draws from each video."""
     balance: bool = False
     """Draw real and fake with equal chance instead of every video in turn."""
-    blending: float = 0.0
+    blending: Share = 0.0
     """Share of real crops that are turned into self-blended fakes. The contest forbids it."""
-    adversarial: float = 0.0
+    adversarial: Share = 0.0
     """Share of fakes that get adversarial noise against the detector itself, class 2 of three classes."""
-    epsilon: float = 4.0
+    epsilon: Weight = 4.0
     """Largest change of a pixel by adversarial noise, of 255."""
     shuffle_labels: bool = False
     """Control: labels in random order."""
@@ -121,33 +122,33 @@ class Config(LoaderConfig):
     """Objective; `smoothed`: label smoothing 0.05."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """Optimiser; SGD has momentum 0.9."""
-    lr: float = 5e-5
+    lr: Positive = 5e-5
     """Learning rate (one-cycle: its largest)."""
-    weight_decay: float = 0.01
+    weight_decay: Weight = 0.01
     """Weight decay, on all parameters."""
     schedule: Literal["decay", "epochs", "onecycle"] = "decay"
     """decay: x decay every decay_steps iterations. epochs: x decay every decay_steps epochs, stepped before
     each epoch. onecycle: PyTorch's default shape.
     """
-    decay: float = 0.9
+    decay: Positive = 0.9
     """Factor of the schedule."""
-    decay_steps: int = 10_000
+    decay_steps: Count = 10_000
     """Iterations (or epochs) between two factors."""
-    batch_size: int = 96
+    batch_size: Count = 96
     """Batch of all processes together."""
-    epochs: int = 50
+    epochs: Count = 50
     """Passes over the training videos, when steps is not given."""
-    steps: int | None = None
+    steps: Count | None = None
     """Iterations; None: from epochs."""
-    keep_every: int = 10
+    keep_every: Natural = 10
     """Keep the weights of every epoch whose index is divisible by this. 0: only the last."""
-    val_share: float = 0.0
+    val_share: Annotated[float, Within(0, 0.9)] = 0.0
     """Share of the people (first part of a folder's name) held out for validation."""
-    val_every: int = 500
+    val_every: Count = 500
     """Iterations between validations; the weights with the lowest validation loss become the member's."""
-    log_every: int = 50
+    log_every: Count = 50
     """Iterations between log lines."""
-    checkpoint_every: int = 250
+    checkpoint_every: Count = 250
     """Iterations between checkpoints."""
 
 
@@ -252,7 +253,7 @@ def load_members(folder: Path, config: Config) -> dict[str, tuple[nn.Module, Det
         if not member_path(folder, name).exists():
             raise UserError(f"{folder}: {name} is not trained yet; run the same train.py command again")
         for path in (member_path(folder, name), *epochs):
-            network = entry.build(num_classes=settings.classes)
+            network = entry.at(settings.size, num_classes=settings.classes)
             load_safetensors(path, network)
             found[path.stem] = (network, entry, settings.size or entry.size)
     return found

@@ -25,12 +25,6 @@ class VideoError(UserError):
     """A video that cannot be read, or not to its end. The message names it."""
 
 
-def require_every(every: int) -> None:
-    """Raises UserError when frames cannot be `every` apart."""
-    if every < 1:
-        raise UserError(f"--every {every}: must be at least 1")
-
-
 def read_frames(path: Path, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
     """Frames 0, every, 2 every, ... of a video as (index, (H, W, 3) uint8 RGB), one at a time.
 

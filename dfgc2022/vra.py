@@ -25,6 +25,7 @@ from dfgc2022.predict import load_detectors
 from dfgc2022.realism import NoFaceError, RealismModel, agreement, clip_features
 from shared.io import runs_root
 from shared.published import Metric, environment, load_published, print_metrics, write_results
+from shared.ranges import Count
 from shared.records import replacing
 from shared.runtime import RunConfig, UserError, parse, pick_device, run_main
 
@@ -51,7 +52,7 @@ class Config:
     """Released files of the official networks."""
     boxes: str | None = None
     """Face boxes, see predict.py. None: crop/C1_crop_video.csv ... of the release."""
-    every: int = 10
+    every: Count = 10
     """Frames whose index is divisible by this are used."""
     vra_compat: bool = False
     """Features as the release took them: without ImageNet normalisation, ConvNeXt before its last norm."""
@@ -183,10 +184,11 @@ def assess(clips: Sequence[RatedClip], features: np.ndarray, wide: bool = False)
 def main(config: Config) -> None:
     begin = time.perf_counter()
     clips = sorted(read_vra(config.root), key=lambda clip: clip.round)
+    out = config.out or runs_root() / "dfgc2022-vra"
+    out.mkdir(parents=True, exist_ok=True)
     device = pick_device(config.device)
     networks = load_detectors(config.run, config.members, config.official, config.weights)
     scorer = Scorer(networks, device, bf16=device.type == "cuda")
-    out = config.out or runs_root() / "dfgc2022-vra"
     features = features_of(clips, scorer, config, out)
     found = np.isfinite(features).all(1)
     metrics = assess(list(itertools.compress(clips, found)), features[found], config.wide)

@@ -15,7 +15,6 @@ from dfgc2022 import boxes as box_sources
 from dfgc2022 import pipeline
 from dfgc2022.bench import reference_path
 from dfgc2022.boxes import crop_square
-from dfgc2022.extract import extract_all
 from dfgc2022.model import Detector
 from dfgc2022.pipeline import Scorer, Settings, frames_to_video, score_videos
 from dfgc2022.video import VideoError, batched, list_videos, read_frames, write_clips
@@ -223,6 +222,11 @@ def test_an_interrupted_contest_goes_on(contest, tmp_path, monkeypatch):
     out.write_text("hello\n")
     with pytest.raises(UserError, match="not a file of scores"):
         score_videos(videos, scorer(), Settings(boxes), out)
+    out.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="scores.jsonl: not readable as scores of videos"):
+        score_videos(videos, scorer(), Settings(boxes), out)
+    with pytest.raises(UserError, match="not readable as scores of videos"):
+        score_videos(videos, scorer(), Settings(boxes), tmp_path)
 
 
 def test_scores_of_another_video_or_other_weights_are_not_taken_over(tmp_path):
@@ -324,16 +328,6 @@ def test_mistakes_of_the_user(tmp_path, contest):
         score_videos([folder / "good0.mp4"] * 2, scorer(), Settings(boxes))
     with pytest.raises(VideoError, match="no such video"):
         list(read_frames(tmp_path / "absent.mp4"))
-
-
-def test_frames_are_at_least_one_apart(tmp_path):
-    write_clips([tmp_path / "a.mp4"], [film(2)], 10)
-    for call in (
-        lambda: Settings(every=0),
-        lambda: extract_all([(tmp_path / "a.mp4", 0)], tmp_path / "out", "crops", every=0),
-    ):
-        with pytest.raises(UserError, match="--every 0: must be at least 1"):
-            call()
 
 
 def test_4k(tmp_path):

@@ -171,3 +171,6 @@ def test_held_out_people_are_nobody_elses(tmp_path):
     people = [{folder.folder.name[:3] for folder in part} for part in (kept, held_out)]
     assert not people[0] & people[1] and len(people[1]) == math.floor(4 * 0.5)
     assert len(kept) + len(held_out) == 5
+    for some, share in ((folders, 0.1), (folders[:2], 0.9), (folders[2:4], 0.5)):
+        with pytest.raises(UserError, match="cannot be divided so"):
+            split_people(some, share, 0)
