@@ -10,14 +10,16 @@ Prints the tables and writes results.json and pictures into the run folder, or -
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from dfgc2022 import contest as scoring
+from dfgc2022.boxes import Rule
 from dfgc2022.creation import Definition, clip_realism, published_rows, read_ratings
 from dfgc2022.datasets import dfgc2022
 from dfgc2022.demo import evaluate_demo
-from dfgc2022.pipeline import Scorer, Settings, score_videos
+from dfgc2022.pipeline import Average, Scorer, Settings, score_videos
 from dfgc2022.protocol import fuse, require_weights, write_submission
 from dfgc2022.realism import predict_unrated
 from dfgc2022.train import Config as TrainConfig
@@ -63,6 +65,12 @@ class Config:
     """Face boxes for --dfgc with --run: auto, mtcnn, haar, skin, or the path of a .csv or .onnx file."""
     every: Count = 10
     """Frames whose index is divisible by this are scored."""
+    crop: Rule = "winner"
+    """Crop arithmetic, that of the crops which the run was trained on; see extract.py."""
+    faces: Literal["best", "max", "mean"] = "best"
+    """Several faces in a frame: the most probable one, or the largest or mean score."""
+    average: Average = "mean"
+    """Frames to video: the contest's mean, or weighted by how sure each frame is."""
     draws: Count = 500
     """Bootstrap draws of the confidence intervals."""
     workers: Natural = 0
@@ -113,7 +121,7 @@ def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
     terms = read_ratings(config.ratings) if config.ratings else {}  # before any video is read
     folder.mkdir(parents=True, exist_ok=True)
     submissions = scoring.read_submissions(config.preds, found.clips)
-    scorer, pipeline = None, Settings(config.boxes, config.every)
+    scorer, pipeline = None, Settings(config.boxes, config.every, config.crop, config.faces, config.average)
     networks = load_members(find_run("dfgc2022", config.run), settings) if config.run is not None else {}
     twice = sorted(networks.keys() & submissions.keys())
     if twice:

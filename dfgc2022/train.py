@@ -80,9 +80,11 @@ class Config(LoaderConfig):
     world: Size = Size()
     """Size of the embedded contest."""
     members: tuple[str, ...] = ()
-    """Members of the embedded contest to train, by their names in MEMBERS. None: one detector, `detector`."""
+    """Members of the embedded contest to train, by their names in MEMBERS, which set some of the fields below
+    themselves. None: one detector, `detector`, with the fields as they are.
+    """
     train_creators: Literal["diverse", "single"] = "diverse"
-    """Embedded contest: fakes of three creators, or of one."""
+    """Embedded contest: fakes of three creators, or of one. The members' names say theirs."""
 
     detector: str = "convnext_xlarge_384_in22ft1k"
     """Detector to train: a name of model.DETECTORS, or timm/NAME."""
@@ -199,6 +201,26 @@ def plan(config: Config) -> list[tuple[str, Config]]:
     return members
 
 
+def require_effect(config: Config) -> None:
+    """Raises UserError on a setting that a member sets otherwise, which would have no effect, and on a recipe
+    of the paper's scale without data.
+    """
+    given = PRESETS.get(config.preset, Config())
+    for name in config.members:
+        for field, value in MEMBERS[name].items() if name in MEMBERS else ():
+            if getattr(config, field) not in (getattr(given, field), value):
+                raise UserError(
+                    f"--{field.replace('_', '-')}: {name} sets it to {value}; choose other --members, or "
+                    "none, which trains one --detector"
+                )
+    needs_lists = config.preset not in ("demo", "study", "custom")
+    if needs_lists and not (config.members or config.lists or config.dfdc):
+        raise UserError(
+            f"{config.preset} trains on public sets: give --lists (extract.py writes them) or --dfdc; the "
+            "README has where to get them, `train.py demo` has data of its own"
+        )
+
+
 class Position(Standing):
     """Where a run stands, for its checkpoint: the member in training, its step and all that it needs to go
     on.
@@ -221,6 +243,7 @@ def member_path(folder: Path, name: str) -> Path:
 
 def train(config: Config) -> Path:
     """Train all members of `config`; returns the run folder. Continues a run that was interrupted."""
+    require_effect(config)
     members = plan(config)
     accelerator = start(config)
     run = Run("dfgc2022", config, accelerator.is_main_process)

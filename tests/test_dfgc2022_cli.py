@@ -232,12 +232,15 @@ def test_a_run_scores_a_release_and_predicts_what_nobody_rated(trained, tmp_path
         run=trained,
         boxes=str(world / "boxes.csv"),
         every=3,
+        crop="box",
         ratings=world / "ratings.csv",
         draws=20,
         device="cpu",
         out=tmp_path / "o",
     )
     evaluation.main(config)
+    header = json.loads((tmp_path / "o" / "scores.jsonl").read_text().splitlines()[0])
+    assert (header["settings"]["every"], header["settings"]["crop"]) == (3, "box")
     said = capsys.readouterr().out
     assert "checker (realism predicted)" in said and "smooth (realism predicted)" not in said
     results = json.loads((tmp_path / "o" / "results.json").read_text())
@@ -290,6 +293,24 @@ def test_killed_training_ends_with_the_same_numbers(tmp_path, one_thread):
     [
         (lambda out: train.train(train.Config(lists=(Path("absent.txt"),), out=out)), "absent.txt"),
         (lambda out: train.train(train.Config(members=("nobody",), out=out)), "unknown member"),
+        *(
+            (lambda out, change=change: train.train(demo(out, **change)), message)
+            for change, message in (
+                ({"train_creators": "single"}, "--train-creators: diverse-swin sets it to diverse"),
+                ({"detector": "convnext_tiny"}, "--detector: diverse-swin sets it to swin_micro"),
+                ({"lr": 9.0}, "--lr: diverse-swin sets it to 0.001"),
+                ({"preset": "study", "members": ("one-frame",), "frames_per_video": 2}, "sets it to 1"),
+            )
+        ),
+        *(
+            (
+                lambda out, name=name: train.train(
+                    dataclasses.replace(train.PRESETS[name], preset=name, out=out)
+                ),
+                f"{name} trains on public sets: give --lists",
+            )
+            for name in ("paper", "paper-swin", "xception21", "winner21")
+        ),
         (lambda out: evaluation.main(evaluation.Config(preds=(Path("a.txt"),))), "--dfgc"),
         (lambda out: evaluation.main(evaluation.Config(dfgc=out, preds=(Path("a.txt"),))), "Meta.csv"),
         (lambda out: predict.main(predict.Config(out / "absent.mp4")), "absent.mp4"),
@@ -302,6 +323,10 @@ def test_killed_training_ends_with_the_same_numbers(tmp_path, one_thread):
 def test_mistakes_get_one_message(call, message, tmp_path):
     with pytest.raises(UserError, match=message):
         call(tmp_path / "run")
+
+
+def demo(out, **change):
+    return dataclasses.replace(train.PRESETS["demo"], **{"preset": "demo", "out": out, **change})
 
 
 @pytest.mark.parametrize(
