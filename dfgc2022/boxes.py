@@ -8,6 +8,7 @@ import csv
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Literal
 
@@ -57,7 +58,7 @@ class TableBoxes:
     video,frame,x1,y1,x2,y2[,probability]: pixels, one line per face and frame. video_name,x,y,w,h: relative
     centre and size, for all frames of the video (VRA release). file,X_left-top,...: relative corners, already
     enlarged (VRA starter kit; use it with the crop rule "box"). Videos are found with or without ending.
-    Raises UserError on a missing file, another header or a value that is no number.
+    Raises UserError on a missing or empty file, another header or a value that is no number.
     """
 
     def __init__(self, path: Path):
@@ -78,6 +79,8 @@ class TableBoxes:
             except (ValueError, IndexError) as error:
                 raise UserError(f"{path}, line {line}: {error}") from None
             self.boxes.setdefault(_stem(name), {}).setdefault(frame, []).append((relative, box))
+        if not self.boxes:
+            raise UserError(f"{path}: holds no boxes")
 
     @staticmethod
     def _parse(header: list[str], row: list[str]) -> tuple[str, int | None, bool, Box]:
@@ -230,7 +233,8 @@ READERS = {".csv": TableBoxes, ".onnx": YunetBoxes}
 def box_source(choice: str) -> Callable[..., list[list[Box]]]:
     """auto, mtcnn, haar, skin, crops, or the path of a .csv (boxes) or .onnx (YuNet) file -> source of boxes.
 
-    auto: MTCNN when installed, otherwise the skin-coloured region. Raises UserError on anything else.
+    auto: MTCNN when installed, otherwise, with a warning, the skin-coloured region. Raises UserError on
+    anything else.
     """
     return _opened(choice, source_mark(choice))
 
@@ -250,6 +254,11 @@ def source_mark(choice: str) -> str:
 @functools.cache
 def _opened(choice: str, mark: str) -> Callable[..., list[list[Box]]]:
     name = mark if choice == "auto" else choice
+    if name == "skin" != choice and parent_process() is None:  # once, not by every worker
+        print(
+            "warning: --boxes auto: facenet-pytorch is not installed, faces are looked for by skin colour: "
+            "good for a trial, not for a contest"
+        )
     if name in NAMED:
         return NAMED[name]()
     path = Path(choice)

@@ -4,7 +4,7 @@
     python eval.py --dfgc /datasets/DFGC-2022 --preds a.txt b.txt c.txt --weights 0.2 0.3 0.5
     python eval.py --dfgc /datasets/DFGC-2022 --run ../runs/dfgc2022/paper-0 --boxes mtcnn
 
-Prints the tables and writes results.json and pictures into the run folder, or --out.
+Prints the tables and writes results.json and pictures into the run folder or, with --dfgc, --out.
 """
 
 import time
@@ -78,14 +78,21 @@ class Config:
     device: str = "auto"
     """auto, cpu or cuda."""
     out: Path | None = None
-    """Folder of the results. None: the run's, or runs/dfgc2022-contest for --preds alone."""
+    """Folder of the results on --dfgc. None: the run's, or runs/dfgc2022-contest for --preds alone."""
+
+
+OF_A_RELEASE = ("preds", "ratings", "boxes", "every", "crop", "faces", "average", "out")
+"""Settings for --dfgc alone: an embedded contest has clips, ratings, boxes and a folder of its own."""
 
 
 def main(config: Config) -> None:
     begin = time.perf_counter()
     if config.dfgc is None:
-        if config.preds:
-            raise UserError("--preds are scored on --dfgc, the clips with their labels")
+        given = [name for name in OF_A_RELEASE if getattr(config, name) != getattr(Config(), name)]
+        if given:
+            raise UserError(
+                f"--{given[0]} needs --dfgc, the clips with their labels; leave it out or give both"
+            )
         folder = find_run("dfgc2022", config.run)
         settings = load_config(folder, TrainConfig)
         if not (folder / "world" / "world.json").exists():
@@ -104,6 +111,9 @@ def main(config: Config) -> None:
     if claims:
         print_claims(claims)
         print()
+    if any(metric.comparable for metric in metrics):  # the published ones of the same clips stand above
+        others = [row for row in published["rows"] if row["table"] != "detection top-3"]
+        published = {**published, "rows": others}
     print_metrics([metric for metric in metrics if metric.table in SHOWN or metric.comparable], published)
     write_results(
         folder, claims, metrics, environment(settings, time.perf_counter() - begin, config.device), extra
@@ -170,6 +180,8 @@ def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
     if 2 <= len(members) <= 5:  # the grid of weights grows as 11^(members - 1)
         even = (1 / len(members),) * len(members)
         metrics += scoring.fusion_choices(contest, members, weights or even)
+    elif len(members) > 5:
+        print(f"\nfusion weights are not searched for {len(members)} detectors, only for up to 5")
     if complete:
         print_published()
     if config.ratings:

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch import nn
 
-from dfgc2022.boxes import Rule, box_source
+from dfgc2022.boxes import Rule, box_source, source_mark
 from dfgc2022.model import OFFICIAL, Detector, detector, load_official
 from dfgc2022.pipeline import Average, ClipScore, Scorer, Settings, pieces, score_videos
 from dfgc2022.protocol import FUSION, write_submission
@@ -166,6 +166,7 @@ def main(config: Config) -> None:
             "frames": clip.frames,
             "frame_scores": frames.tolist(),
             "detectors": {"score": clip.score, "frame_scores": clip.probabilities},
+            "boxes": source_mark(config.boxes),
             "note": clip.note,
         }
         (config.out / f"{clip.name}.json").write_text(json.dumps(record, indent=1) + "\n")

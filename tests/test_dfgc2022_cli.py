@@ -18,6 +18,7 @@ from dfgc2022.datasets import dfgc2022 as read_release
 from dfgc2022.protocol import FUSION, write_submission
 from dfgc2022.recipe import of_the_contest
 from dfgc2022.world import Size, build_world
+from shared.published import load_published
 from shared.runtime import REPOSITORY, UserError, parse, parse_presets
 
 FOLDER = Path(dfgc2022.__file__).parent
@@ -79,6 +80,7 @@ def test_predict_on_a_folder_with_a_bad_file(trained, tmp_path, capsys):
     broken = json.loads((out / "broken.mp4.json").read_text())
     assert broken["score"] == 0.5 and broken["abstains"]
     assert len((out / "submission.txt").read_text().splitlines()) == 4
+    assert record["boxes"].startswith("boxes.csv ")
     cut = json.loads((out / "cut.mp4.json").read_text())  # the folder of the first clip's crops
     assert cut["frames"] == record["frames"] and cut["score"] == pytest.approx(record["score"], abs=1e-5)
     alone = predict.Config(source / "cut.mp4", tmp_path / "alone", run=trained, every=1, device="cpu")
@@ -178,6 +180,30 @@ def test_contest_from_submission_files(tmp_path, capsys):
     assert choices[0] == "fixed 0.2, 0.3, 0.5" and any(name.startswith("searched on") for name in choices)
     by_group = {m["method"] for m in results["metrics"] if m["table"] == "by identity group"}
     assert by_group == set(board)
+
+
+def test_a_complete_release_stands_beside_the_published_numbers(tmp_path, capsys, monkeypatch):
+    """With the counts of a tiny contest in place of the paper's Table 1."""
+    build_world(tmp_path, 0, Size(train=2, test=4, keys=2))
+    clips = read_release(tmp_path).clips
+    monkeypatch.setattr(evaluation, "RELEASED", {"Public": (8, 16), "Private-1": (8, 16)})
+    preds = tuple(tmp_path / f"{name}.txt" for name in "abcdef")
+    for path in preds:
+        write_submission(path, {clip.name: clip.label / 2 for clip in clips})
+    config = evaluation.Config(dfgc=tmp_path, preds=preds, draws=20, out=tmp_path / "o")
+    evaluation.main(config)
+    said = capsys.readouterr().out
+    assert "published AUC on the same clips" in said and "HanChen" in said
+    assert "fusion weights are not searched for 6 detectors" in said
+    others = sum(row["table"] != "detection top-3" for row in load_published("dfgc2022")["rows"])
+    assert f"{others} published or context rows stand" in said
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    comparable = {m["dataset"] for m in results["metrics"] if m["comparable"]}
+    assert comparable == {"Public", "Private-1"}  # whatever stands in for Private-2, which nobody has
+    monkeypatch.setattr(evaluation, "RELEASED", {"Public": (8, 16), "Private-1": (9, 16)})
+    evaluation.main(config)
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert not any(m["comparable"] for m in results["metrics"])
 
 
 def test_a_bad_submission_ends_neither_the_contest_nor_the_fusion_of_the_others(tmp_path, capsys):
@@ -311,7 +337,10 @@ def test_killed_training_ends_with_the_same_numbers(tmp_path, one_thread):
             )
             for name in ("paper", "paper-swin", "xception21", "winner21")
         ),
-        (lambda out: evaluation.main(evaluation.Config(preds=(Path("a.txt"),))), "--dfgc"),
+        *(
+            (lambda out, given=given: evaluation.main(evaluation.Config(**given)), "needs --dfgc")
+            for given in ({"preds": (Path("a.txt"),)}, {"out": Path("o")}, {"boxes": "skin"}, {"every": 5})
+        ),
         (lambda out: evaluation.main(evaluation.Config(dfgc=out, preds=(Path("a.txt"),))), "Meta.csv"),
         (lambda out: predict.main(predict.Config(out / "absent.mp4")), "absent.mp4"),
         (lambda out: extract.main(extract.Config(out / "absent", out)), "absent"),
