@@ -10,7 +10,7 @@ process scores crops of many videos in one batch. A video that cannot be read is
 import itertools
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -83,15 +83,26 @@ class Piece:
     note: str = ""
 
 
-def pieces(path: Path, clip: int, source, sizes: Sequence[int], settings: Settings) -> Iterator[Piece]:
+def pieces(
+    path: Path,
+    clip: int,
+    source,
+    sizes: Sequence[int],
+    settings: Settings,
+    wanted: Collection[int] | None = None,
+) -> Iterator[Piece]:
     """Crops of one video, RGB, resized with OpenCV's bilinear filter as the winner did.
 
     A bad video raises nothing: the last piece carries a note. A folder is read as crops saved under their
-    frame numbers, which need neither boxes nor cropping.
+    frame numbers, which need neither boxes nor cropping. wanted: look at these frames alone, and read no
+    further than to the last of them.
     """
     note, rule, frames = "", settings.crop, read_frames(path, settings.every)
     if path.is_dir():
         source, rule, frames = WholeFrame(), "frame", read_crops(path, settings.every)
+    if wanted is not None:
+        read = itertools.takewhile(lambda pair: pair[0] <= max(wanted), frames)
+        frames = (pair for pair in read if pair[0] in wanted)
     try:
         for group in batched(frames):
             indices, images = [index for index, _ in group], [image for _, image in group]

@@ -121,12 +121,9 @@ def draw_timeline(path: Path, video: Path, clip: ClipScore, settings: Settings) 
         np.array(clip.frames)[np.linspace(0, len(clip.frames) - 1, THUMBNAILS).round().astype(int)].tolist()
     )
     faces: dict[int, np.ndarray] = {}
-    for piece in pieces(video, 0, box_source(settings.boxes), [THUMBNAIL], settings):
-        faces |= {
-            index: piece.crops[THUMBNAIL][number]
-            for number, index in enumerate(piece.frames)
-            if index in wanted and index not in faces
-        }
+    for piece in pieces(video, 0, box_source(settings.boxes), [THUMBNAIL], settings, wanted):
+        for number, index in enumerate(piece.frames):
+            faces.setdefault(index, piece.crops[THUMBNAIL][number])
     figure = plt.figure(figsize=(10, 4))
     grid = figure.add_gridspec(2, THUMBNAILS, height_ratios=(1, 2))
     for column, (index, face) in enumerate(sorted(faces.items())):
@@ -169,9 +166,12 @@ def main(config: Config) -> None:
             "boxes": source_mark(config.boxes),
             "note": clip.note,
         }
-        (config.out / f"{clip.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        if clip.frames:
-            draw_timeline(config.out / f"{clip.name}.png", video, clip, settings)
+        said, picture = config.out / f"{clip.name}.json", config.out / f"{clip.name}.png"
+        text = json.dumps(record, indent=1) + "\n"
+        drawn = picture.exists() and said.exists() and said.read_text() == text  # by an earlier call
+        if clip.frames and not drawn:
+            draw_timeline(picture, video, clip, settings)
+        said.write_text(text)
         note = f"  ({clip.note})" if clip.note else ""
         print(f"{clip.name}  {scores[clip.name]:.4f}{note}")
     write_submission(config.out / "submission.txt", scores)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import curve_fit
+from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import kendalltau, pearsonr, spearmanr
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
@@ -173,10 +173,15 @@ def agreement(predicted: np.ndarray, mos: np.ndarray, logistic: bool = False) ->
     """PLCC, SRCC, KRCC and RMSE between predicted and human scores.
 
     logistic: fit y = b2 + (b1 - b2) / (1 + exp(-(x - b3) / |b4|)) before PLCC and RMSE, on the test scores
-    themselves, as the VRA code does: an optimistic habit. Raises RuntimeError when that fit does not
-    converge.
+    themselves, as the VRA code does: an optimistic habit. Empty where that fit does not converge or there are
+    fewer values than its four parameters.
     """
-    fitted = _logistic_fit(predicted, mos) if logistic else predicted
+    fitted = predicted
+    if logistic:
+        try:
+            fitted = _logistic_fit(predicted, mos)
+        except (RuntimeError, TypeError):  # no convergence, too few values
+            return {}
     return {
         "PLCC": float(pearsonr(fitted, mos).statistic),
         "SRCC": float(spearmanr(predicted, mos).statistic),
@@ -190,4 +195,6 @@ def _logistic_fit(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return b2 + (b1 - b2) / (1 + np.exp(-(x - b3) / abs(b4)))
 
     start = (y.max(), y.min(), float(np.median(x)), float(x.std()) or 1.0)
-    return curve(x, *curve_fit(curve, x, y, p0=start, maxfev=20_000)[0])
+    with warnings.catch_warnings(), np.errstate(over="ignore"):  # a steep curve
+        warnings.simplefilter("ignore", OptimizeWarning)  # the parameters' covariance is not asked for
+        return curve(x, *curve_fit(curve, x, y, p0=start, maxfev=20_000)[0])

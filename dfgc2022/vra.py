@@ -144,8 +144,9 @@ def features_of(clips: Sequence[RatedClip], scorer: Scorer, config: Config, out:
 
 
 def assess(clips: Sequence[RatedClip], features: np.ndarray, wide: bool = False) -> list[Metric]:
-    """Train on the training clips; agreement on each test set per clip and per submission, and the mean of
-    PLCC and SRCC over the three tests (the 2023 competition's score). Clips and rows correspond.
+    """Train on the training clips; agreement on each test set per clip and per submission, with the VRA
+    code's logistic fit beside it, and the mean of PLCC and SRCC over the three tests (the 2023 competition's
+    score). Clips and rows correspond.
     """
     splits, mos = np.array([clip.split for clip in clips]), np.array([clip.mos for clip in clips])
     missing = [name for name in ("train", *TESTS) if not (splits == name).any()]
@@ -166,6 +167,8 @@ def assess(clips: Sequence[RatedClip], features: np.ndarray, wide: bool = False)
             levels["submission"] = tuple(means)
         for level, pair in levels.items():
             found = agreement(*pair)
+            fitted = agreement(*pair, logistic=True)
+            found |= {f"{key} after a logistic fit": fitted[key] for key in ("PLCC", "RMSE") if key in fitted}
             if level == "clip":
                 correlations += [found["PLCC"], found["SRCC"]]
             metrics += [

@@ -12,11 +12,13 @@ import torch
 from curves import assert_same_curves, furthest_weights, run_one, run_two
 
 import dfgc2022
+from dfgc2022 import boxes as box_sources
 from dfgc2022 import eval as evaluation
-from dfgc2022 import export, extract, model, predict, train, vra
+from dfgc2022 import export, extract, model, pipeline, predict, train, vra
 from dfgc2022.datasets import dfgc2022 as read_release
 from dfgc2022.protocol import FUSION, write_submission
 from dfgc2022.recipe import of_the_contest
+from dfgc2022.video import read_frames, write_clips
 from dfgc2022.world import Size, build_world
 from shared.published import load_published
 from shared.runtime import REPOSITORY, UserError, parse, parse_presets
@@ -86,6 +88,25 @@ def test_predict_on_a_folder_with_a_bad_file(trained, tmp_path, capsys):
     alone = predict.Config(source / "cut.mp4", tmp_path / "alone", run=trained, every=1, device="cpu")
     predict.main(alone)
     assert json.loads((tmp_path / "alone" / "cut.mp4.json").read_text())["frames"] == cut["frames"]
+
+
+def test_a_timeline_looks_for_faces_in_eight_frames_and_is_drawn_once(trained, tmp_path, monkeypatch):
+    clip = tmp_path / "a.mp4"
+    write_clips([clip], [np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), np.uint8)], 10)
+    looked, read = [], []
+    monkeypatch.setattr(box_sources.WholeFrame, "__call__", lambda self, name, indices, frames: (
+        looked.append(list(indices)) or [[(0, 0, 32, 32, 1.0)] for _ in frames]))  # fmt: skip
+    monkeypatch.setattr(
+        pipeline, "read_frames", lambda path, every: read.append(path) or read_frames(path, every)
+    )
+    config = predict.Config(clip, tmp_path / "out", run=trained, boxes="crops", every=1, device="cpu")
+    predict.main(config)
+    assert [len(indices) for indices in looked] == [32, 8, 8] and looked[-1][::7] == [0, 39]
+    predict.main(config)
+    assert len(read) == 2  # for the scores and for the picture of the first call
+    (tmp_path / "out" / "a.mp4.png").unlink()
+    predict.main(config)
+    assert len(read) == 3 and (tmp_path / "out" / "a.mp4.png").is_file()
 
 
 def test_the_timeline_of_a_single_frame_can_be_read(trained, tmp_path, monkeypatch):

@@ -158,3 +158,4 @@ def test_agreement_of_a_line_and_of_a_curve():
     }
     bent = np.log(mos / (6 - mos))
     assert agreement(bent, mos, logistic=True)["RMSE"] < agreement(bent, mos)["RMSE"]
+    assert agreement(mos[:3], mos[:3], logistic=True) == {}

@@ -49,6 +49,8 @@ def test_realism_that_is_in_the_features_is_found():
     for name in ("test-1", "test-2"):
         what = vra.TESTS[name]
         assert found[f"{name}, {what}, per clip", "PLCC"] > 0.8
+        fitted = found[f"{name}, {what}, per clip", "RMSE after a logistic fit"]
+        assert fitted <= found[f"{name}, {what}, per clip", "RMSE"] + 1e-3
         assert found[f"{name}, {what}, per submission", "PLCC"] > 0.95
     pairs = [found[f"{n}, {w}, per clip", k] for n, w in vra.TESTS.items() for k in ("PLCC", "SRCC")]
     assert found["final score", "mean of PLCC and SRCC"] == pytest.approx(np.mean(pairs))
