@@ -319,6 +319,8 @@ def train_member(
     model, optimizer = accelerator.prepare(maybe_compile(network, config.compile), optimizer)
     loader = training_loader(config, folders, size, seed, steps, position.step, accelerator)
     total, loss_of = torch.zeros((), device=device), LOSSES[config.loss]
+    if position.state is not None:
+        total += position.state["total"]
     model.train()
     bar = progress(loader, name, len(loader))
     for step, (crops, labels) in enumerate(bar, position.step + 1):
@@ -351,6 +353,7 @@ def train_member(
                 "network": network.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
+                "total": means({"total": total})["total"],  # each process goes on from the mean
             }
             run.save({}, {"position": position}, {"member": name, "step": step})
     if run.is_main and position.best == float("inf"):

@@ -138,6 +138,43 @@ def test_sources_that_are_absent_say_so(monkeypatch, capsys):
         box_source("absent.onnx")
 
 
+def test_opencvs_detectors_are_read_as_corners_the_most_probable_first(tmp_path, monkeypatch):
+    """Stand-ins with what YuNet (x, y, w, h, ten landmarks, score) and OpenCV 4's cascade return."""
+    frame = np.zeros((30, 50, 3), np.uint8)
+    frame[..., 0] = 200  # red in RGB
+
+    class Yunet:
+        def setInputSize(self, size):
+            assert size == (50, 30)
+
+        def detect(self, image):
+            assert image[0, 0].tolist() == [0, 0, 200]  # OpenCV's order
+            rows = np.zeros((2, 15), np.float32)
+            rows[:, :4], rows[:, -1] = [[1, 2, 3, 4], [10, 5, 8, 6]], [0.7, 0.9]
+            return 1, rows
+
+    class Cascade:
+        def __init__(self, path):
+            assert path == "folder/haarcascade_frontalface_default.xml"
+
+        def detectMultiScale3(self, grey, scale, neighbours, outputRejectLevels):
+            assert grey.shape == (30, 50) and outputRejectLevels
+            return np.array([[1, 2, 3, 4], [10, 5, 8, 6]]), np.array([9, 9]), np.array([[1.5], [2.5]])
+
+    (tmp_path / "yunet.onnx").touch()
+    create = types.SimpleNamespace(create=lambda *given: Yunet())
+    monkeypatch.setattr(cv2, "FaceDetectorYN", create)
+    monkeypatch.setattr(cv2, "CascadeClassifier", Cascade, raising=False)
+    monkeypatch.setattr(cv2, "data", types.SimpleNamespace(haarcascades="folder/"), raising=False)
+    for source, scores in (
+        (box_sources.YunetBoxes(tmp_path / "yunet.onnx"), (0.9, 0.7)),
+        (box_sources.HaarBoxes(), (2.5, 1.5)),
+    ):
+        found = source("a", [0], [frame])
+        assert [box[:4] for box in found[0]] == [(10, 5, 18, 11), (1, 2, 4, 6)]
+        assert [box[4] for box in found[0]] == pytest.approx(scores)
+
+
 def test_skin_finds_a_face_coloured_ellipse_and_nothing_in_a_grey_frame():
     frame = np.full((90, 121, 3), 90, np.uint8)
     cv2.ellipse(frame, (60, 40), (20, 26), 0, 0, 360, (222, 170, 140), -1)

@@ -137,8 +137,8 @@ def test_extract_and_train_on_lists_then_export(trained, tmp_path, capsys):
         detector="convnext_micro",
         init="none",
         batch_size=4,
-        epochs=2,
-        keep_every=1,
+        epochs=3,
+        keep_every=2,
         val_share=0.3,
         val_every=2,
         competition_rules=True,
@@ -147,7 +147,7 @@ def test_extract_and_train_on_lists_then_export(trained, tmp_path, capsys):
     )
     folder = train.train(config)
     names = sorted(path.stem for path in (folder / "members").iterdir())
-    assert names == ["convnext_micro", "convnext_micro-epoch0", "convnext_micro-epoch1"]
+    assert names == ["convnext_micro", "convnext_micro-epoch0", "convnext_micro-epoch2"]
     for member in (None, "convnext_micro-epoch0"):
         export.main(export.Config(tmp_path / "d.onnx", run=folder, member=member))
         assert "largest difference" in capsys.readouterr().out and (tmp_path / "d.onnx").is_file()
@@ -323,13 +323,13 @@ def test_killed_training_ends_with_the_same_numbers(tmp_path, one_thread):
         world=Size(train=6, test=4, keys=2),
         steps=4,
         batch_size=8,
-        log_every=2,
+        log_every=3,  # a checkpoint between two log lines
         checkpoint_every=2,
         device="cpu",
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.train(dataclasses.replace(config, out=whole))
-    arguments = ["demo", *TINY, "--members", *names, "--device", "cpu", "--out", killed]
+    arguments = ["demo", *TINY, "--log-every", "3", "--members", *names, "--device", "cpu", "--out", killed]
     helpers.kill_when((killed / "checkpoint").exists, "dfgc2022", *arguments)
     train.train(dataclasses.replace(config, out=killed))
     helpers.assert_same_runs(killed, whole)

@@ -1,5 +1,6 @@
 """DFGC 2022: the embedded contest, losses, recipes."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -16,7 +17,7 @@ from dfgc2022.model import Detector
 from dfgc2022.pipeline import Scorer
 from dfgc2022.recipe import add_adversarial, build_schedule, split_people
 from dfgc2022.robustness import attack
-from dfgc2022.train import Config, plan
+from dfgc2022.train import PRESETS, Config, plan
 from dfgc2022.video import read_frames
 from dfgc2022.world import CREATORS, Size, build_world, record, scenes, swap
 from shared.runtime import UserError
@@ -114,6 +115,33 @@ def test_the_paper_presets_are_the_winners():
     config = Config()
     assert (config.lr, config.weight_decay, config.batch_size, config.epochs) == (5e-5, 0.01, 96, 50)
     assert (config.decay, config.decay_steps, config.keep_every) == (0.9, 10_000, 10)
+    assert (config.optimizer, config.schedule, config.augment, config.balance) == (
+        "adamw", "decay", "winner", False
+    )  # fmt: skip
+    assert config.detector == "convnext_xlarge_384_in22ft1k" and config.loss == "cross_entropy"
+    swin = {"detector": "swin_large_patch4_window12_384_in22k", "batch_size": 24, "epochs": 60}
+    swin |= {"decay_steps": 30_000, "keep_every": 20}
+    assert PRESETS["paper"] == config and PRESETS["paper-swin"] == dataclasses.replace(config, **swin)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("xception21", {
+            "detector": "xception_dfgc21_baseline", "classes": 1, "loss": "binary_cross_entropy",
+            "optimizer": "adam", "lr": 1e-4, "weight_decay": 1e-3, "schedule": "epochs", "decay": 0.5,
+            "decay_steps": 2, "batch_size": 32, "epochs": 5, "frames_per_video": 10, "balance": True,
+            "val_share": 0.2, "val_every": 500,
+        }),
+        ("winner21", {
+            "detector": "timm/efficientnet_b3", "size": 300, "classes": 3, "loss": "smoothed",
+            "optimizer": "sgd", "lr": 1e-3, "schedule": "epochs", "decay": 0.9, "decay_steps": 2,
+            "batch_size": 8, "epochs": 85, "balance": True, "adversarial": 0.75, "blending": 0.5,
+        }),
+    ],
+)  # fmt: skip
+def test_the_presets_of_2021(name, values):
+    assert {field: getattr(PRESETS[name], field) for field in values} == values
 
 
 @pytest.mark.parametrize(
