@@ -26,6 +26,7 @@ from dfgc2022.pipeline import NO_FACE, Scorer, Settings, score_videos
 from dfgc2022.video import batched, read_frames, write_clips
 from shared.bench import count_macs, count_parameters, peak_memory, report, throughput
 from shared.faces import draw, sample
+from shared.ranges import Count, Natural, Positive
 from shared.runtime import parse, pick_device, run_main, seed_everything
 
 GPU_BATCH = 24
@@ -38,17 +39,17 @@ class Config:
 
     detectors: tuple[str, ...] = (*OFFICIAL, "convnext_tiny")
     """Detectors to measure."""
-    batch: int | None = None
+    batch: Count | None = None
     """Batch of the detectors. None: 1 on the CPU, on a GPU the 24 images that each GPU of the winner had."""
-    seconds: float = 3.0
+    seconds: Positive = 3.0
     """Seconds per throughput measurement."""
-    clips: int | None = None
+    clips: Natural | None = None
     """10-second 720p clips for the pipeline, 0 to leave it out. None: 2 on the CPU, none on a GPU, because
     reading videos is the processor's work.
     """
     pipeline_detector: str = "convnext_micro"
     """Detector of the pipeline measurement; a small one, so that the pipeline is timed, not the network."""
-    workers: int = 0
+    workers: Natural = 0
     """Processes that read videos in the pipeline."""
     device: str = "auto"
     """auto, cpu or cuda."""

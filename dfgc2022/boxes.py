@@ -8,6 +8,7 @@ import csv
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Literal
 
@@ -57,7 +58,7 @@ class TableBoxes:
     video,frame,x1,y1,x2,y2[,probability]: pixels, one line per face and frame. video_name,x,y,w,h: relative
     centre and size, for all frames of the video (VRA release). file,X_left-top,...: relative corners, already
     enlarged (VRA starter kit; use it with the crop rule "box"). Videos are found with or without ending.
-    Raises UserError on a missing file, another header or a value that is no number.
+    Raises UserError on a missing or empty file, another header or a value that is no number.
     """
 
     def __init__(self, path: Path):
@@ -78,6 +79,8 @@ class TableBoxes:
             except (ValueError, IndexError) as error:
                 raise UserError(f"{path}, line {line}: {error}") from None
             self.boxes.setdefault(_stem(name), {}).setdefault(frame, []).append((relative, box))
+        if not self.boxes:
+            raise UserError(f"{path}: holds no boxes")
 
     @staticmethod
     def _parse(header: list[str], row: list[str]) -> tuple[str, int | None, bool, Box]:
@@ -223,23 +226,47 @@ class WholeFrame:
         return [[(0.0, 0.0, float(frame.shape[1]), float(frame.shape[0]), 1.0)] for frame in frames]
 
 
-@functools.cache
+NAMED = {"mtcnn": MtcnnBoxes, "haar": HaarBoxes, "skin": SkinBoxes, "crops": WholeFrame}
+READERS = {".csv": TableBoxes, ".onnx": YunetBoxes}
+
+
 def box_source(choice: str) -> Callable[..., list[list[Box]]]:
     """auto, mtcnn, haar, skin, crops, or the path of a .csv (boxes) or .onnx (YuNet) file -> source of boxes.
 
-    auto: MTCNN when installed, otherwise the skin-coloured region. Raises UserError on anything else.
+    auto: MTCNN when installed, otherwise, with a warning, the skin-coloured region. Raises UserError on
+    anything else.
+    """
+    return _opened(choice, source_mark(choice))
+
+
+def source_mark(choice: str) -> str:
+    """What a choice stands for now, to tell boxes that have changed under the same name: mtcnn or skin for
+    auto, and a file's size and time of change with its name.
     """
     if choice == "auto":
-        return MtcnnBoxes() if importlib.util.find_spec("facenet_pytorch") else SkinBoxes()
-    named = {"mtcnn": MtcnnBoxes, "haar": HaarBoxes, "skin": SkinBoxes, "crops": WholeFrame}
-    if choice in named:
-        return named[choice]()
-    readers = {".csv": TableBoxes, ".onnx": YunetBoxes}
-    if Path(choice).suffix not in readers:
-        raise UserError(
-            f"--boxes {choice}: give auto, {', '.join(named)}, or the path of a .csv or .onnx file"
+        return "mtcnn" if importlib.util.find_spec("facenet_pytorch") else "skin"
+    path = Path(choice)
+    if choice in NAMED or not path.is_file():
+        return choice
+    return f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
+
+
+@functools.cache
+def _opened(choice: str, mark: str) -> Callable[..., list[list[Box]]]:
+    name = mark if choice == "auto" else choice
+    if name == "skin" != choice and parent_process() is None:  # once, not by every worker
+        print(
+            "warning: --boxes auto: facenet-pytorch is not installed, faces are looked for by skin colour: "
+            "good for a trial, not for a contest"
         )
-    return readers[Path(choice).suffix](Path(choice))
+    if name in NAMED:
+        return NAMED[name]()
+    path = Path(choice)
+    if path.suffix.lower() not in READERS:
+        raise UserError(
+            f"--boxes {choice}: give auto, {', '.join(NAMED)}, or the path of a .csv or .onnx file"
+        )
+    return READERS[path.suffix.lower()](path)
 
 
 def _stem(name: str) -> str:

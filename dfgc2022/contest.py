@@ -52,7 +52,9 @@ class Contest:
     submissions: dict[str, dict[str, float]]
     dataset: str
     comparable: bool = False
-    """True only for the released DFGC 2022 clips, complete."""
+    """True only for the released DFGC 2022 clips, complete: Public and Private-1 are then those of the
+    published table. Private-2 was never released, whoever's clips stand in for it.
+    """
 
 
 def read_submissions(paths: Sequence[Path], clips: Sequence[Clip]) -> dict[str, dict[str, float]]:
@@ -78,7 +80,8 @@ def read_submissions(paths: Sequence[Path], clips: Sequence[Clip]) -> dict[str, 
 def score_detection(contest: Contest, draws: int = 1000) -> tuple[list[Metric], Matrix | None]:
     """Print the leaderboard, the winner's auxiliary metrics, break-downs and the matrix; return them.
 
-    No matrix, and a warning, where the creator of no fake is known.
+    Creators whose fakes lie in parts without real clips are named in a warning and left out of the matrix;
+    there is none, and a warning says so, where no creator of a fake is known.
     """
     metrics = []
     board = leaderboard(contest.clips, contest.submissions, draws)
@@ -99,7 +102,7 @@ def score_detection(contest: Contest, draws: int = 1000) -> tuple[list[Metric], 
                     "fraction",
                     found.value,
                     _part(contest, part),
-                    contest.comparable,
+                    _is_released(contest, part),
                     name,
                 )
             )
@@ -112,12 +115,12 @@ def score_detection(contest: Contest, draws: int = 1000) -> tuple[list[Metric], 
             ["detector", *next(iter(aux.values()))], [[name, *m.values()] for name, m in aux.items()]
         )
     )
-    for by in ("compression", "round", "identity group"):
+    for by in ("compression", "round", "identity group", "creator and part"):
         table = {
             name: breakdown(contest.clips, scores, by, draws) for name, scores in contest.submissions.items()
         }
         keys = list(dict.fromkeys(key for areas in table.values() for key in areas))
-        if keys and by != "identity group":  # some twenty columns; results.json holds them
+        if keys and by in ("compression", "round"):  # the others have twenty columns or more: results.json
             print(f"\nAUC by {by}, [95 % bootstrap interval]")
             rows = [[name, *(_interval(areas.get(key)) for key in keys)] for name, areas in table.items()]
             print(format_table(["detector", *keys], rows))
@@ -126,12 +129,17 @@ def score_detection(contest: Contest, draws: int = 1000) -> tuple[list[Metric], 
             for name, areas in table.items()
             for key, found in areas.items()
         ]
-    if not any(clip.label and clip.creator for clip in contest.clips):
-        print("\nwarning: no fake has a creator ('face-swap method' in the table of clips): no matrix")
+    creators = sorted({clip.creator for clip in contest.clips if clip.label == 1 and clip.creator})
+    alone = [creator for creator in creators if not opponents(contest.clips, creator)[1]]
+    if alone:
+        print(f"\nwarning: no real clips beside the fakes of {', '.join(alone)}: not in the matrix")
+    if len(alone) == len(creators):
+        print("\nwarning: no fake with real clips beside it has a creator ('face-swap method' in the table): "
+              "no matrix")  # fmt: skip
         return metrics, None
     crossed = matrix(contest.clips, contest.submissions, draws)
-    print("\ncreators x detectors: AUC against all real clips (mean width of the 95 % intervals "
-          f"{float((crossed.high - crossed.low).mean()):.3f})")  # fmt: skip
+    print("\ncreators x detectors: AUC against all real clips of the parts with a creator's fakes (mean "
+          f"width of the 95 % intervals {float((crossed.high - crossed.low).mean()):.3f})")  # fmt: skip
     rows = [
         [name, *map(float, crossed.auc[row]), float(crossed.evasion[row])]
         for row, name in enumerate(crossed.creators)
@@ -297,5 +305,9 @@ def _interval(found: Area | None) -> str:
     return "-" if found is None else f"{found.value:.4f} [{found.low:.3f}, {found.high:.3f}]"
 
 
+def _is_released(contest: Contest, part: str) -> bool:
+    return contest.comparable and part in ("Public", "Private-1")
+
+
 def _part(contest: Contest, part: str) -> str:
-    return part if contest.comparable else f"{contest.dataset} {part}"
+    return part if _is_released(contest, part) else f"{contest.dataset} {part}"

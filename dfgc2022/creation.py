@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
-from dfgc2022.protocol import Clip, arrays
+from dfgc2022.protocol import Clip, arrays, reals_beside
 from shared.metrics import auc
 from shared.runtime import UserError
 
@@ -77,8 +77,7 @@ def anti_detection(
 def opponents(clips: Sequence[Clip], creator: str) -> tuple[list[Clip], list[Clip]]:
     """(fakes of a creator, real clips of the parts that these lie in)."""
     fakes = [clip for clip in clips if clip.label == 1 and clip.creator == creator]
-    parts = {clip.part for clip in fakes}
-    return fakes, [clip for clip in clips if clip.label == 0 and clip.part in parts]
+    return fakes, reals_beside(clips, fakes)
 
 
 def read_ratings(path: Path) -> dict[str, dict[str, float]]:
@@ -161,9 +160,3 @@ def published_rows(published: dict, table: str) -> tuple[list[Row], dict[str, fl
         for name, cell in cells.items()
     ]
     return rows, {name: cell["sum"] for name, cell in cells.items()}
-
-
-def objective_2021(id_score: float, ssim: float, aucs: Sequence[float], noise: float = 0.0) -> float:
-    """Creation score of 2021: S_ID + S_SSIM + S_noise + 2 mean(1 - AUC). The noise term (<= 0) came with the
-    second phase; its definition was not published."""
-    return id_score + ssim + noise + 2 * (1 - float(np.mean(aucs)))

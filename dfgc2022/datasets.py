@@ -156,8 +156,9 @@ def dfgc2022(root: Path, parts: Sequence[str] = PARTS) -> TestSet:
     `Detection Dataset Meta.csv`, and `Result Clips/metadata_C{1,2,3}.txt`, whose targets tell a fake's round.
 
     Private-2 was not released; clips that someone has under `Private-2/` with `Private-2 Label.json` are
-    read too. Labelled clips that the table lacks are counted in a warning; their creators are unknown. Raises
-    UserError on a missing file or label, and when table and labels contradict each other.
+    read too. In place of a video may stand the folder of its crops. Labelled clips that the table lacks are
+    counted in a warning; their creators are unknown. Raises UserError on a missing file or label, and when
+    table and labels contradict each other.
     """
     base = root / "Detection Dataset" if (root / "Detection Dataset").is_dir() else root
     if not (base / "Detection Dataset Meta.csv").is_file():
@@ -180,7 +181,7 @@ def dfgc2022(root: Path, parts: Sequence[str] = PARTS) -> TestSet:
                 raise UserError(f"{base / name} Label.json: label {label!r} of {video} is neither 0 nor 1")
             if row.get("label", str(label)) != str(label):
                 raise UserError(f"{video}: label {label} in {name} Label.json, {row['label']} in the table")
-            if not path.is_file():
+            if not path.exists():  # a file, or a folder of its crops
                 raise UserError(f"{path}: labelled but not there")
             clip = Clip(
                 video,

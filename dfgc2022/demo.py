@@ -20,13 +20,13 @@ from dfgc2022.protocol import (
     fuse,
     write_submission,
 )
-from dfgc2022.realism import RealismModel, agreement, clip_crops, clip_features
-from dfgc2022.robustness import CHANGES, attack, change_videos
+from dfgc2022.realism import RealismModel, agreement, clip_features
+from dfgc2022.robustness import CHANGES, attacked_score, change_videos
 from dfgc2022.train import TEAMS, load_members
 from dfgc2022.train import Config as TrainConfig
 from dfgc2022.video import read_frames
 from dfgc2022.world import CREATORS
-from shared.io import image_grid, write_image
+from shared.io import image_grid, progress, write_image
 from shared.metrics import auc
 from shared.published import Claim, Metric, load_published
 from shared.runtime import UserError, pick_device
@@ -190,10 +190,7 @@ def predict_realism(
     }
     features = {
         part: np.stack(
-            [
-                clip_features(scorer, crops)
-                for crops in clip_crops([found.paths[c.name] for c in group], scorer, pipeline)
-            ]
+            [clip_features(found.paths[c.name], scorer, pipeline) for c in progress(group, "features")]
         )
         for part, group in groups.items()
     }
@@ -242,11 +239,9 @@ def robustness(
         members = [{clip.name: clip.score[name] for clip in made} for name in team.networks]
         results[change] = auc(*arrays(clips, fuse(members, weights)[0]))
     name = TEAMS["diverse"][1]
-    size = team.networks[name][2]
-    crops = clip_crops(paths, team, pipeline)
     attacked = {
-        clip.name: float(attack(team, name, images[size], clip.label).mean())
-        for clip, images in zip(clips, crops, strict=True)
+        clip.name: attacked_score(team, name, path, clip.label, pipeline)
+        for clip, path in zip(clips, progress(paths, "attack"), strict=True)
     }
     metrics = [
         Metric("robustness", change, "AUC", "fraction", value, f"{DATA} Private-1", False, "diverse-ensemble")

@@ -4,20 +4,22 @@
     python eval.py --dfgc /datasets/DFGC-2022 --preds a.txt b.txt c.txt --weights 0.2 0.3 0.5
     python eval.py --dfgc /datasets/DFGC-2022 --run ../runs/dfgc2022/paper-0 --boxes mtcnn
 
-Prints the tables and writes results.json and pictures into the run folder, or --out.
+Prints the tables and writes results.json and pictures into the run folder or, with --dfgc, --out.
 """
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from dfgc2022 import contest as scoring
+from dfgc2022.boxes import Rule
 from dfgc2022.creation import Definition, clip_realism, published_rows, read_ratings
 from dfgc2022.datasets import dfgc2022
 from dfgc2022.demo import evaluate_demo
-from dfgc2022.pipeline import Scorer, Settings, score_videos
+from dfgc2022.pipeline import Average, Scorer, Settings, score_videos
 from dfgc2022.protocol import fuse, require_weights, write_submission
 from dfgc2022.realism import predict_unrated
 from dfgc2022.train import Config as TrainConfig
@@ -31,6 +33,7 @@ from shared.published import (
     print_metrics,
     write_results,
 )
+from shared.ranges import Count, Natural
 from shared.runtime import RunConfig, UserError, parse, pick_device, run_main
 
 RELEASED = {"Public": (829, 1399), "Private-1": (766, 1400)}
@@ -60,23 +63,36 @@ class Config:
     """Definition of the anti-detection term; the one that was run is not documented."""
     boxes: str = "auto"
     """Face boxes for --dfgc with --run: auto, mtcnn, haar, skin, or the path of a .csv or .onnx file."""
-    every: int = 10
+    every: Count = 10
     """Frames whose index is divisible by this are scored."""
-    draws: int = 500
+    crop: Rule = "winner"
+    """Crop arithmetic, that of the crops which the run was trained on; see extract.py."""
+    faces: Literal["best", "max", "mean"] = "best"
+    """Several faces in a frame: the most probable one, or the largest or mean score."""
+    average: Average = "mean"
+    """Frames to video: the contest's mean, or weighted by how sure each frame is."""
+    draws: Count = 500
     """Bootstrap draws of the confidence intervals."""
-    workers: int = 0
+    workers: Natural = 0
     """Processes that read videos."""
     device: str = "auto"
     """auto, cpu or cuda."""
     out: Path | None = None
-    """Folder of the results. None: the run's, or runs/dfgc2022-contest for --preds alone."""
+    """Folder of the results on --dfgc. None: the run's, or runs/dfgc2022-contest for --preds alone."""
+
+
+OF_A_RELEASE = ("preds", "ratings", "boxes", "every", "crop", "faces", "average", "out")
+"""Settings for --dfgc alone: an embedded contest has clips, ratings, boxes and a folder of its own."""
 
 
 def main(config: Config) -> None:
     begin = time.perf_counter()
     if config.dfgc is None:
-        if config.preds:
-            raise UserError("--preds are scored on --dfgc, the clips with their labels")
+        given = [name for name in OF_A_RELEASE if getattr(config, name) != getattr(Config(), name)]
+        if given:
+            raise UserError(
+                f"--{given[0]} needs --dfgc, the clips with their labels; leave it out or give both"
+            )
         folder = find_run("dfgc2022", config.run)
         settings = load_config(folder, TrainConfig)
         if not (folder / "world" / "world.json").exists():
@@ -95,6 +111,9 @@ def main(config: Config) -> None:
     if claims:
         print_claims(claims)
         print()
+    if any(metric.comparable for metric in metrics):  # the published ones of the same clips stand above
+        others = [row for row in published["rows"] if row["table"] != "detection top-3"]
+        published = {**published, "rows": others}
     print_metrics([metric for metric in metrics if metric.table in SHOWN or metric.comparable], published)
     write_results(
         folder, claims, metrics, environment(settings, time.perf_counter() - begin, config.device), extra
@@ -112,11 +131,13 @@ def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
     terms = read_ratings(config.ratings) if config.ratings else {}  # before any video is read
     folder.mkdir(parents=True, exist_ok=True)
     submissions = scoring.read_submissions(config.preds, found.clips)
-    scorer, pipeline = None, Settings(config.boxes, config.every)
+    scorer, pipeline = None, Settings(config.boxes, config.every, config.crop, config.faces, config.average)
     networks = load_members(find_run("dfgc2022", config.run), settings) if config.run is not None else {}
     twice = sorted(networks.keys() & submissions.keys())
     if twice:
         raise UserError(f"--preds: {twice[0]} is also the name of a detector of the run; rename the file")
+    if config.weights and "fusion" in submissions:
+        raise UserError("--preds: fusion is the name of the weighted mean of the others; rename the file")
     if not networks and not submissions:
         raise UserError("nothing to score: give --run, or --preds that can be read")
     weights = fusion_weights(config, len(submissions), len(networks))
@@ -159,6 +180,8 @@ def evaluate_contest(folder: Path, settings: RunConfig, config: Config):
     if 2 <= len(members) <= 5:  # the grid of weights grows as 11^(members - 1)
         even = (1 / len(members),) * len(members)
         metrics += scoring.fusion_choices(contest, members, weights or even)
+    elif len(members) > 5:
+        print(f"\nfusion weights are not searched for {len(members)} detectors, only for up to 5")
     if complete:
         print_published()
     if config.ratings:

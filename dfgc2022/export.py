@@ -71,6 +71,9 @@ def export(network: nn.Module, normalise: tuple, size: int, path: Path) -> float
 
 
 def main(config: Config) -> None:
+    if config.out.is_dir():
+        raise UserError(f"{config.out}: a folder; --out is the file to write")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
     if config.official:
         if config.weights is None:
             raise UserError(f"--official {config.official}: give its file with --weights")

@@ -5,7 +5,7 @@
         --boxes mtcnn
 
 <video> is the file's name or, with --dataset, its path in the set, where names may repeat. A video whose
-crops are there is not read again.
+crops are there is not read again; what was wrong with it is said again.
 """
 
 import shutil
@@ -17,11 +17,16 @@ from typing import Literal
 
 import cv2
 
-from dfgc2022.boxes import Rule, box_source, crop_face
+from dfgc2022.boxes import Rule, box_source, crop_face, source_mark
 from dfgc2022.datasets import DATASETS
-from dfgc2022.video import VideoError, batched, list_videos, read_frames, require_every
+from dfgc2022.video import VideoError, batched, list_videos, read_frames
 from shared.io import progress
+from shared.ranges import Count
+from shared.records import read_json, write_json
 from shared.runtime import UserError, parse, run_main
+
+RECORD = "extraction.json"
+"""In a folder of crops: what they were made by, and what is wrong with the video."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,18 @@ class Config:
     dataset: Literal[tuple(DATASETS)] | None = None
     """Read `videos` as this public set and write its labels to the list."""
     split: str | None = None
-    """Only this split of the set: train, val or test."""
+    """Only this split of the set: train, val or test. Videos that the release puts in none (the real ones of
+    DeeperForensics, all of DeepFakeDetection) are left out, with a warning.
+    """
     label: Literal[0, 1] | None = None
     """Label of all videos when no data set gives them. None writes no list."""
     boxes: str = "auto"
     """Face boxes: auto, mtcnn, haar, skin, crops, or the path of a .csv or .onnx (YuNet) file."""
-    every: int = 1
+    every: Count = 1
     """Keep frames whose index is divisible by this. The winner kept all and scored every 10th."""
     crop: Rule = "winner"
     """Crop arithmetic."""
-    workers: int = 1
+    workers: Count = 1
     """Videos that are read at once."""
 
 
@@ -52,10 +59,13 @@ def extract(video: tuple[Path, Path], boxes: str, every: int, crop: Rule) -> tup
     """Crops of one video (its file, their folder); (number of crops, what is wrong with the video or "").
 
     A finished folder is left as it is: crops are written under a temporary name that is renamed at the end.
+    What they were made by and the note stay beside them. Raises UserError on a folder made otherwise.
     """
     path, folder = video
+    made_by = {"boxes": source_mark(boxes), "every": every, "crop": crop}
     if folder.is_dir():
-        return sum(1 for _ in folder.glob("*.png")), ""
+        count = sum(1 for _ in folder.glob("*.png"))
+        return count, _note_of(folder, made_by) or ("" if count else f"{path}: no face found")
     part = folder.parent / f".{folder.name}.part"
     shutil.rmtree(part, ignore_errors=True)  # of a call that was killed, perhaps with other settings
     part.mkdir(parents=True)
@@ -72,8 +82,23 @@ def extract(video: tuple[Path, Path], boxes: str, every: int, crop: Rule) -> tup
                     count += 1
     except VideoError as error:
         note = str(error)
+    write_json(part / RECORD, {"made_by": made_by, "note": note})
     part.rename(folder)
     return count, note or ("" if count else f"{path}: no face found")
+
+
+def _note_of(folder: Path, made_by: dict) -> str:
+    """The note kept in a finished folder; crops of another origin than extract.py have none."""
+    if not (folder / RECORD).exists():
+        return ""
+    form, advice = lambda found: (found["made_by"], str(found["note"])), "delete its folder"
+    before, note = read_json(folder / RECORD, "a record of extract.py", form, advice)
+    if before != made_by:
+        raise UserError(
+            f"{folder}: holds crops made with other boxes or settings ({before}, now {made_by}); give "
+            "another --out or delete it"
+        )
+    return note
 
 
 def extract_all(
@@ -89,7 +114,6 @@ def extract_all(
 
     root: a folder whose structure the crops repeat; None: they lie side by side.
     """
-    require_every(every)
     box_source(boxes)  # reports a wrong choice once
     names = [path.relative_to(root).as_posix() if root else path.name for path, _ in videos]
     if len(set(names)) < len(names):
@@ -117,6 +141,12 @@ def main(config: Config) -> None:
     if config.dataset:
         found = DATASETS[config.dataset](config.videos)
         videos = [(v.path, v.label) for v in found if config.split in (None, v.split)]
+        loose = [v for v in found if not v.split]
+        if config.split and loose:
+            print(
+                f"warning: {len(loose)} videos stand in no split and are left out, "
+                f"{sum(v.label == 0 for v in loose)} of them real; without --split they are taken"
+            )
         if not videos:
             raise UserError(f"{config.videos}: no video of split {config.split}")
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from timm.models import convnext as timm_convnext
@@ -182,6 +183,20 @@ class Detector:
     """Mean and standard deviation per RGB channel of the input in [0, 1]."""
     imagenet: str = ""
     """timm's name of the ImageNet weights that fine-tuning starts from."""
+    fixed: bool = False
+    """Whether the network is built for one side of its input (`img_size`), as Swin and ViT are."""
+
+    def at(self, size: int | None, **options: Any) -> nn.Module:
+        """The network for inputs of another side; None: its own. Raises UserError where it takes no such."""
+        if size is None:
+            return self.build(**options)
+        try:
+            network = self.build(**options, **({"img_size": size} if self.fixed else {})).eval()
+            with torch.no_grad():
+                network(torch.zeros(1, 3, size, size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(f"--size {size}: the detector takes no such side ({error})") from None
+        return network
 
 
 def _convnext(size: int, imagenet: str, **options: Any) -> Detector:
@@ -189,7 +204,7 @@ def _convnext(size: int, imagenet: str, **options: Any) -> Detector:
 
 
 def _swin(imagenet: str, **options: Any) -> Detector:
-    return Detector(partial(swin, **options), options["img_size"], imagenet=imagenet)
+    return Detector(partial(swin, **options), options["img_size"], imagenet=imagenet, fixed=True)
 
 
 _SWIN = {"patch_size": 4, "window_size": 12, "img_size": 384}
@@ -258,7 +273,8 @@ def detector(name: str) -> Detector:
         )
     config = timm.get_pretrained_cfg(known)
     build = partial(_timm_model, known)
-    return Detector(build, config.input_size[-1], (tuple(config.mean), tuple(config.std)), known)
+    norm = tuple(config.mean), tuple(config.std)
+    return Detector(build, config.input_size[-1], norm, known, fixed=config.fixed_input_size)
 
 
 def _timm_model(name: str, num_classes: int = 2, **options: Any) -> nn.Module:

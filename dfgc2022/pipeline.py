@@ -10,7 +10,7 @@ process scores crops of many videos in one batch. A video that cannot be read is
 import itertools
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dfgc2022.boxes import Rule, box_source, crop_face
+from dfgc2022.boxes import Rule, WholeFrame, box_source, crop_face, source_mark
 from dfgc2022.model import Detector, fake_probability
-from dfgc2022.video import VideoError, batched, read_frames, require_every
-from shared.io import progress
+from dfgc2022.video import VideoError, batched, read_frames
+from shared.io import progress, read_utf8
 from shared.runtime import UserError
 
 NO_FACE = 0.5
@@ -35,7 +35,7 @@ Average = Literal["mean", "confident"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How videos become crops. Raises UserError when `every` is no positive number."""
+    """How videos become crops."""
 
     boxes: str = "auto"
     """Source of face boxes, see `dfgc2022.boxes.box_source`."""
@@ -47,9 +47,6 @@ class Settings:
     """Frames with several faces: the most probable one, or the largest or mean score of all of them."""
     average: Average = "mean"
     """Frames to video: the arithmetic mean (the contest's), or weighted by how sure each frame is."""
-
-    def __post_init__(self) -> None:
-        require_every(self.every)
 
 
 @dataclass
@@ -69,7 +66,9 @@ class ClipScore:
     note: str = ""
     """What is wrong with the video, empty when nothing is."""
     stamp: list[int] = field(default_factory=list)
-    """Size in bytes and time of change of the file, which tell another video of the same name."""
+    """Size in bytes and time of change of the file (or of all crops), which tell another video of the same
+    name.
+    """
 
 
 @dataclass
@@ -84,22 +83,34 @@ class Piece:
     note: str = ""
 
 
-def pieces(path: Path, clip: int, source, sizes: Sequence[int], settings: Settings) -> Iterator[Piece]:
+def pieces(
+    path: Path,
+    clip: int,
+    source,
+    sizes: Sequence[int],
+    settings: Settings,
+    wanted: Collection[int] | None = None,
+) -> Iterator[Piece]:
     """Crops of one video, RGB, resized with OpenCV's bilinear filter as the winner did.
 
     A bad video raises nothing: the last piece carries a note. A folder is read as crops saved under their
-    frame numbers.
+    frame numbers, which need neither boxes nor cropping. wanted: look at these frames alone, and read no
+    further than to the last of them.
     """
-    note = ""
+    note, rule, frames = "", settings.crop, read_frames(path, settings.every)
+    if path.is_dir():
+        source, rule, frames = WholeFrame(), "frame", read_crops(path, settings.every)
+    if wanted is not None:
+        read = itertools.takewhile(lambda pair: pair[0] <= max(wanted), frames)
+        frames = (pair for pair in read if pair[0] in wanted)
     try:
-        frames = read_crops(path, settings.every) if path.is_dir() else read_frames(path, settings.every)
         for group in batched(frames):
             indices, images = [index for index, _ in group], [image for _, image in group]
             found = source(path.name, indices, images)
             kept, crops = [], []
             for index, image, boxes in zip(indices, images, found, strict=True):
                 for box in boxes[:1] if settings.faces == "best" else boxes:
-                    crop = crop_face(image, box, settings.crop)
+                    crop = crop_face(image, box, rule)
                     if crop is not None:
                         kept.append(index)
                         crops.append(crop)
@@ -207,9 +218,9 @@ def score_videos(
 ) -> list[ClipScore]:
     """Score every video, in the order given.
 
-    out: a .jsonl file to which each finished video is written at once; a later call with the same settings
-    and weights goes on after them, and scores a video anew that has changed. Raises UserError when two videos
-    share a name or `out` was written otherwise.
+    out: a .jsonl file to which each finished video is written at once; a later call with the same settings,
+    boxes and weights goes on after them, and scores a video anew that has changed. Raises UserError when two
+    videos share a name or `out` was written otherwise.
     """
     names = [path.name for path in videos]
     repeated = (
@@ -274,12 +285,15 @@ def _flush(
 
 def _finish(clip: ClipScore, settings: Settings, note: str) -> None:
     """Faces of a frame to one value, frames to the video's score."""
-    frames = np.array(clip.frames, dtype=int)
-    merge = np.max if settings.faces == "max" else np.mean
-    clip.frames = sorted(set(clip.frames))
+    frames, frame_of = np.unique(np.array(clip.frames, dtype=int), return_inverse=True)
+    clip.frames = frames.tolist()
     for name, values in clip.probabilities.items():
-        per_frame = [float(merge(np.array(values)[frames == index])) for index in clip.frames]
-        clip.probabilities[name] = per_frame
+        if settings.faces == "max":
+            merged = np.zeros(len(frames))
+            np.maximum.at(merged, frame_of, values)
+        else:
+            merged = np.bincount(frame_of, values) / np.bincount(frame_of)
+        clip.probabilities[name] = per_frame = merged.tolist()
         clip.score[name] = frames_to_video(per_frame, settings.average)
     clip.note = note
     if not clip.frames and not note:
@@ -308,7 +322,8 @@ def fingerprint(network: nn.Module) -> str:
 
 
 def _stamp(path: Path) -> list[int]:
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
+    found = [file.stat() for file in (path.glob("*.png") if path.is_dir() else [path]) if file.exists()]
+    return [sum(file.st_size for file in found), max(file.st_mtime_ns for file in found)] if found else []
 
 
 def _resume(
@@ -317,9 +332,9 @@ def _resume(
     if out is None:
         return {}
     detectors = {name: fingerprint(network) for name, (network, _, _) in sorted(scorer.networks.items())}
-    header = {"detectors": detectors, "settings": asdict(settings)}
+    header = {"detectors": detectors, "settings": asdict(settings) | {"boxes": source_mark(settings.boxes)}}
     out.parent.mkdir(parents=True, exist_ok=True)
-    lines = out.read_text().splitlines(keepends=True) if out.exists() else []
+    lines = read_utf8(out, "scores of videos").splitlines(keepends=True) if out.exists() else []
     if not lines:
         out.write_text(json.dumps(header) + "\n")
         return {}
@@ -331,7 +346,7 @@ def _resume(
         raise UserError(f"{out}: not a file of scores ({error}); give another --out") from None
     if found != header:
         raise UserError(
-            f"{out}: was written with other detectors or settings; give another --out or delete it"
+            f"{out}: was written with other detectors, boxes or settings; give another --out or delete it"
         )
     stamps = {path.name: _stamp(path) for path in videos}
     kept = [clip.stamp == stamps.get(clip.name, clip.stamp) for clip in clips]

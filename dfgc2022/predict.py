@@ -1,6 +1,7 @@
 """Score your own videos: a number per video, a timeline with face thumbnails, JSON beside it.
 
     python predict.py --input clip.mp4                          the newest run
+    python predict.py --input crops/                            what extract.py cut out
     python predict.py --input folder/ --run ../runs/dfgc2022/paper-0 --boxes mtcnn
     python predict.py --input clip.mp4 --official convnext_xlarge_384_in22ft1k --weights convnext_30.pth
     python predict.py --input clip.mp4 --weights swin_40.pth convnext_10.pth convnext_30.pth --official \\
@@ -22,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch import nn
 
-from dfgc2022.boxes import Rule, box_source
+from dfgc2022.boxes import Rule, box_source, source_mark
 from dfgc2022.model import OFFICIAL, Detector, detector, load_official
 from dfgc2022.pipeline import Average, ClipScore, Scorer, Settings, pieces, score_videos
 from dfgc2022.protocol import FUSION, write_submission
@@ -30,6 +31,7 @@ from dfgc2022.train import TEAMS, load_members, plan
 from dfgc2022.train import Config as TrainConfig
 from dfgc2022.video import list_videos
 from shared.io import find_run, load_config
+from shared.ranges import Count, Natural
 from shared.runtime import UserError, parse, pick_device, run_main
 
 THUMBNAILS = 8
@@ -42,7 +44,7 @@ class Config:
     """Settings of the prediction."""
 
     input: Path
-    """A video, or a folder of videos."""
+    """A video, a folder of crops NNNN.png as extract.py writes them, or a folder of such."""
     out: Path = Path("predictions")
     """Where scores.jsonl, submission.txt and one .json and .png per video go."""
     run: Path | None = None
@@ -59,7 +61,7 @@ class Config:
     """
     boxes: str = "auto"
     """Face boxes: auto, mtcnn, haar, skin, crops, or the path of a .csv or .onnx (YuNet) file."""
-    every: int = 10
+    every: Count = 10
     """Frames whose index is divisible by this are scored."""
     crop: Rule = "winner"
     """Crop arithmetic: the winner's, the 2021 baseline's, the box as it is, or the whole frame."""
@@ -67,7 +69,7 @@ class Config:
     """Several faces in a frame: the most probable one, or the largest or mean score."""
     average: Average = "mean"
     """Frames to video: the contest's mean, or weighted by how sure each frame is."""
-    workers: int = 0
+    workers: Natural = 0
     """Processes that read videos."""
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -119,12 +121,9 @@ def draw_timeline(path: Path, video: Path, clip: ClipScore, settings: Settings) 
         np.array(clip.frames)[np.linspace(0, len(clip.frames) - 1, THUMBNAILS).round().astype(int)].tolist()
     )
     faces: dict[int, np.ndarray] = {}
-    for piece in pieces(video, 0, box_source(settings.boxes), [THUMBNAIL], settings):
-        faces |= {
-            index: piece.crops[THUMBNAIL][number]
-            for number, index in enumerate(piece.frames)
-            if index in wanted and index not in faces
-        }
+    for piece in pieces(video, 0, box_source(settings.boxes), [THUMBNAIL], settings, wanted):
+        for number, index in enumerate(piece.frames):
+            faces.setdefault(index, piece.crops[THUMBNAIL][number])
     figure = plt.figure(figsize=(10, 4))
     grid = figure.add_gridspec(2, THUMBNAILS, height_ratios=(1, 2))
     for column, (index, face) in enumerate(sorted(faces.items())):
@@ -147,12 +146,12 @@ def draw_timeline(path: Path, video: Path, clip: ClipScore, settings: Settings) 
 
 
 def main(config: Config) -> None:
-    videos = list_videos(config.input)
+    videos = list_videos(config.input, crops=True)
     settings = Settings(config.boxes, config.every, config.crop, config.faces, config.average)
+    config.out.mkdir(parents=True, exist_ok=True)
     device = pick_device(config.device)
     networks = load_detectors(config.run, config.members, config.official, config.weights)
     scorer = Scorer(networks, device, bf16=device.type == "cuda")
-    config.out.mkdir(parents=True, exist_ok=True)
     clips = score_videos(videos, scorer, settings, config.out / "scores.jsonl", workers=config.workers)
     scores = {}
     for video, clip in zip(videos, clips, strict=True):
@@ -164,11 +163,15 @@ def main(config: Config) -> None:
             "frames": clip.frames,
             "frame_scores": frames.tolist(),
             "detectors": {"score": clip.score, "frame_scores": clip.probabilities},
+            "boxes": source_mark(config.boxes),
             "note": clip.note,
         }
-        (config.out / f"{clip.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        if clip.frames:
-            draw_timeline(config.out / f"{clip.name}.png", video, clip, settings)
+        said, picture = config.out / f"{clip.name}.json", config.out / f"{clip.name}.png"
+        text = json.dumps(record, indent=1) + "\n"
+        drawn = picture.exists() and said.exists() and said.read_text() == text  # by an earlier call
+        if clip.frames and not drawn:
+            draw_timeline(picture, video, clip, settings)
+        said.write_text(text)
         note = f"  ({clip.note})" if clip.note else ""
         print(f"{clip.name}  {scores[clip.name]:.4f}{note}")
     write_submission(config.out / "submission.txt", scores)

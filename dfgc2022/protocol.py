@@ -229,7 +229,14 @@ BREAKDOWNS: dict[str, Callable[[Clip], str]] = {
     "compression": lambda clip: clip.compression,
     "round": lambda clip: clip.round,
     "identity group": lambda clip: clip.target.split("/")[0],
+    "creator and part": lambda clip: f"{clip.creator}, {clip.part}" if clip.creator else "",
 }
+
+
+def reals_beside(clips: Sequence[Clip], fakes: Sequence[Clip]) -> list[Clip]:
+    """The real clips of the parts that some fakes lie in."""
+    parts = {clip.part for clip in fakes}
+    return [clip for clip in clips if clip.label == 0 and clip.part in parts]
 
 
 def breakdown(
@@ -237,14 +244,16 @@ def breakdown(
 ) -> dict[str, Area]:
     """AUC per creator, compression, round or identity group (`by`, a key of `BREAKDOWNS`).
 
-    Fakes of a creator or round are set against all real clips; compressions and groups against their own.
+    Fakes of a creator or round are set against all real clips of the parts that they lie in; compressions and
+    groups against their own. A value without real clips is left out.
     """
     key = BREAKDOWNS[by]
     values = sorted({key(clip) for clip in clips if clip.label == 1} - {""})
     areas = {}
     for value in values:
-        against_all = by in ("creator", "round")
-        chosen = [clip for clip in clips if key(clip) == value or (against_all and clip.label == 0)]
+        chosen = [clip for clip in clips if key(clip) == value]
+        if by not in ("compression", "identity group"):  # which real clips have of their own
+            chosen += reals_beside(clips, chosen)
         found = area(chosen, scores, draws)
         if found:
             areas[value] = found
@@ -256,7 +265,7 @@ def breakdown(
 
 @dataclass(frozen=True)
 class Matrix:
-    """AUC of each creator's fakes against all real clips, per detector, and the margins."""
+    """AUC of each creator's fakes against all real clips of their parts, per detector, and the margins."""
 
     creators: list[str]
     detectors: list[str]
@@ -282,11 +291,13 @@ class Matrix:
 def matrix(
     clips: Sequence[Clip], submissions: Mapping[str, Mapping[str, float]], draws: int = 1000
 ) -> Matrix:
-    """Cross-evaluation of all creators with all detectors. UserError without fakes of a creator, or reals."""
-    creators = sorted({clip.creator for clip in clips if clip.label == 1 and clip.creator})
-    if not creators or not _has_both(clips):
-        raise UserError("a matrix needs real clips and fakes whose creator is known")
+    """Cross-evaluation of all creators with all detectors. Creators whose fakes lie in parts without real
+    clips are left out; UserError when that leaves none.
+    """
     table = [breakdown(clips, scores, "creator", draws) for scores in submissions.values()]
+    creators = list(table[0]) if table else []
+    if not creators:
+        raise UserError("a matrix needs fakes whose creator is known, and real clips beside them")
     cells = [[column[creator] for column in table] for creator in creators]
     value, low, high = (
         np.array([[getattr(cell, end) for cell in row] for row in cells]) for end in ("value", "low", "high")

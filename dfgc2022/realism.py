@@ -6,12 +6,12 @@ predicted value is never shown as a rating.
 """
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import curve_fit
+from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import kendalltau, pearsonr, spearmanr
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
@@ -34,40 +34,39 @@ class NoFaceError(UserError):
     """A video that shows no face: there is none, or it cannot be read. The message names the video."""
 
 
-def clip_crops(videos: Sequence[Path], scorer: Scorer, settings: Settings) -> Iterator[dict[int, np.ndarray]]:
-    """Crops of each video in memory: side -> (n, S, S, 3). Raises NoFaceError on a video without any face;
-    one that can be read in part is named in a warning.
+def clip_features(video: Path, scorer: Scorer, settings: Settings, vra_compat: bool = False) -> np.ndarray:
+    """Features (2 D,) of a video: mean and deviation (n - 1; 0 for one frame) over its frames of the members'
+    pooled features, concatenated. Crops of 32 frames at a time are in memory.
+
+    vra_compat: as the releases did it: pixels in [0, 1] without ImageNet normalisation, ConvNeXt before its
+    last norm. Raises NoFaceError on a video without any face; one that can be read in part is named in a
+    warning.
     """
-    for video in progress(videos, "crops"):
-        yield _crops(video, scorer, settings)
-
-
-def _crops(video: Path, scorer: Scorer, settings: Settings) -> dict[int, np.ndarray]:
-    found = list(pieces(video, 0, box_source(settings.boxes), scorer.sizes, settings))
-    parts, note = [piece.crops for piece in found if piece.frames], found[-1].note
-    if not parts:
+    rows, note = [], ""
+    for piece in pieces(video, 0, box_source(settings.boxes), scorer.sizes, settings):
+        note = piece.note
+        if piece.frames:
+            rows.append(_frame_features(scorer, piece.crops, vra_compat))
+    if not rows:
         raise NoFaceError(note or f"{video}: no face found")
     if note:
         print(f"warning: {note}; realism is judged by the frames before")
-    return {size: np.concatenate([part[size] for part in parts]) for size in scorer.sizes}
+    joined = np.concatenate(rows)
+    deviation = joined.std(0, ddof=1) if len(joined) > 1 else np.zeros(joined.shape[1], joined.dtype)
+    return np.concatenate([joined.mean(0), deviation])
 
 
 @torch.inference_mode()
-def clip_features(scorer: Scorer, crops: dict[int, np.ndarray], vra_compat: bool = False) -> np.ndarray:
-    """Crops (n, S, S, 3) uint8 per side of one clip -> (2 D,): mean and deviation (n - 1; 0 for one frame)
-    over the frames of the members' pooled features, concatenated.
-
-    vra_compat: as the releases did it: pixels in [0, 1] without ImageNet normalisation, ConvNeXt before its
-    last norm.
-    """
+def _frame_features(scorer: Scorer, crops: dict[int, np.ndarray], vra_compat: bool) -> np.ndarray:
+    """Crops (n, S, S, 3) uint8 per side -> (n, D)."""
     features = []
     for network, entry, size in scorer.networks.values():
         images = torch.from_numpy(crops[size]).to(scorer.device)
         images = images.permute(0, 3, 1, 2).float() / 255 if vra_compat else normalise(images, entry)
-        features.append(pooled_features(network, images, vra_compat).float().cpu().numpy())
-    joined = np.concatenate(features, 1)
-    deviation = joined.std(0, ddof=1) if len(joined) > 1 else np.zeros(joined.shape[1], joined.dtype)
-    return np.concatenate([joined.mean(0), deviation])
+        with torch.autocast(scorer.device.type, torch.bfloat16, enabled=scorer.bf16):
+            pooled = pooled_features(network, images, vra_compat)
+        features.append(pooled.float().cpu().numpy())
+    return np.concatenate(features, 1)
 
 
 def features_with_faces(
@@ -79,7 +78,7 @@ def features_with_faces(
     kept, rows = [], []
     for number, video in enumerate(progress(videos, "features")):
         try:
-            rows.append(clip_features(scorer, _crops(video, scorer, settings)))
+            rows.append(clip_features(video, scorer, settings))
             kept.append(number)
         except NoFaceError as error:
             print(f"warning: {video.name} takes no part in predicted realism: {error}")
@@ -174,10 +173,15 @@ def agreement(predicted: np.ndarray, mos: np.ndarray, logistic: bool = False) ->
     """PLCC, SRCC, KRCC and RMSE between predicted and human scores.
 
     logistic: fit y = b2 + (b1 - b2) / (1 + exp(-(x - b3) / |b4|)) before PLCC and RMSE, on the test scores
-    themselves, as the VRA code does: an optimistic habit. Raises RuntimeError when that fit does not
-    converge.
+    themselves, as the VRA code does: an optimistic habit. Empty where that fit does not converge or there are
+    fewer values than its four parameters.
     """
-    fitted = _logistic_fit(predicted, mos) if logistic else predicted
+    fitted = predicted
+    if logistic:
+        try:
+            fitted = _logistic_fit(predicted, mos)
+        except (RuntimeError, TypeError):  # no convergence, too few values
+            return {}
     return {
         "PLCC": float(pearsonr(fitted, mos).statistic),
         "SRCC": float(spearmanr(predicted, mos).statistic),
@@ -191,4 +195,6 @@ def _logistic_fit(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return b2 + (b1 - b2) / (1 + np.exp(-(x - b3) / abs(b4)))
 
     start = (y.max(), y.min(), float(np.median(x)), float(x.std()) or 1.0)
-    return curve(x, *curve_fit(curve, x, y, p0=start, maxfev=20_000)[0])
+    with warnings.catch_warnings(), np.errstate(over="ignore"):  # a steep curve
+        warnings.simplefilter("ignore", OptimizeWarning)  # the parameters' covariance is not asked for
+        return curve(x, *curve_fit(curve, x, y, p0=start, maxfev=20_000)[0])

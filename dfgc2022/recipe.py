@@ -122,8 +122,10 @@ def training_loader(
 
 
 def build(config: "Config", entry: Detector) -> nn.Module:
-    """A fresh detector with the weights that training starts from."""
-    network = entry.build(num_classes=config.classes)
+    """A fresh detector with the weights that training starts from. Raises UserError on a --size that it does
+    not take.
+    """
+    network = entry.at(config.size, num_classes=config.classes)
     if config.init == "imagenet":
         load_imagenet(network, config.detector, config.imagenet)
     elif config.init != "none":
@@ -201,7 +203,7 @@ def split_people(
     folders: list[CropFolder], share: float, seed: int
 ) -> tuple[list[CropFolder], list[CropFolder]]:
     """(training, validation) folders without a common person, told from the first part of the folder's
-    name.
+    name. Raises UserError when that leaves one of them empty, or only real or only fake videos to train on.
     """
     person = [re.split(r"[-_.]", folder.folder.name)[0] for folder in folders]
     names = np.random.default_rng((seed, 1)).permutation(sorted(set(person)))
@@ -209,4 +211,6 @@ def split_people(
     parts = ([], [])
     for folder, name in zip(folders, person, strict=True):
         parts[name in held_out].append(folder)
+    if not parts[1] or len({folder.label for folder in parts[0]}) < 2:
+        raise UserError(f"--val-share {share}: {len(names)} people cannot be divided so; give another share")
     return parts

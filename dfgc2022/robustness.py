@@ -12,8 +12,9 @@ import cv2
 import numpy as np
 import torch
 
+from dfgc2022.boxes import box_source
 from dfgc2022.model import fake_logit
-from dfgc2022.pipeline import Scorer, normalise, per_channel
+from dfgc2022.pipeline import NO_FACE, Scorer, Settings, normalise, per_channel, pieces
 from dfgc2022.video import read_frames, write_clips
 
 
@@ -68,3 +69,11 @@ def attack(scorer: Scorer, name: str, crops: np.ndarray, label: int, epsilon: fl
     with torch.no_grad():
         moved = images + gradient.sign() * epsilon / 255 / std
         return fake_logit(network(moved)).sigmoid().cpu().numpy()
+
+
+def attacked_score(scorer: Scorer, name: str, video: Path, label: int, settings: Settings) -> float:
+    """Score of a video whose crops are attacked, see `attack`: the mean over its frames, 0.5 without any."""
+    size, source = scorer.networks[name][2], box_source(settings.boxes)
+    found = pieces(video, 0, source, [size], settings)
+    parts = [attack(scorer, name, piece.crops[size], label) for piece in found if piece.frames]
+    return float(np.concatenate(parts).mean()) if parts else NO_FACE

@@ -10,7 +10,7 @@ method; `study` trains every member. `paper` and `paper-swin` are the winner's r
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +36,7 @@ from dfgc2022.world import Size
 from shared.io import Run, image_grid, load_safetensors, progress, save_safetensors
 from shared.loop import Standing
 from shared.processes import as_one, means
+from shared.ranges import Count, Natural, Positive, Share, Weight, Within
 from shared.runtime import (
     LoaderConfig,
     UserError,
@@ -79,13 +80,15 @@ class Config(LoaderConfig):
     world: Size = Size()
     """Size of the embedded contest."""
     members: tuple[str, ...] = ()
-    """Members of the embedded contest to train, by their names in MEMBERS. None: one detector, `detector`."""
+    """Members of the embedded contest to train, by their names in MEMBERS, which set some of the fields below
+    themselves. None: one detector, `detector`, with the fields as they are.
+    """
     train_creators: Literal["diverse", "single"] = "diverse"
-    """Embedded contest: fakes of three creators, or of one."""
+    """Embedded contest: fakes of three creators, or of one. The members' names say theirs."""
 
     detector: str = "convnext_xlarge_384_in22ft1k"
     """Detector to train: a name of model.DETECTORS, or timm/NAME."""
-    size: int | None = None
+    size: Count | None = None
     """Side of the input. None: the detector's own."""
     classes: Literal[1, 2, 3] = 2
     """Logits: 1 (fake), 2 (real, fake) or 3 (real, fake, adversarial fake)."""
@@ -95,22 +98,22 @@ class Config(LoaderConfig):
     """File of the ImageNet weights; without it timm downloads them."""
     grad_checkpointing: bool = False
     """Compute activations twice to save memory (timm's networks)."""
-    member_seed: int = 0
+    member_seed: Natural = 0
     """Added to the seed for initialisation and order."""
 
     augment: Literal["winner", "flips"] = "winner"
     """Flip, noise and blur with the winner's probabilities, or flips alone."""
-    frames_per_video: int | None = None
+    frames_per_video: Count | None = None
     """Use so many evenly spaced crops of each video; None: all."""
-    samples_per_video: int = 1
+    samples_per_video: Count = 1
     """Samples that an epoch draws from each video."""
     balance: bool = False
     """Draw real and fake with equal chance instead of every video in turn."""
-    blending: float = 0.0
+    blending: Share = 0.0
     """Share of real crops that are turned into self-blended fakes. The contest forbids it."""
-    adversarial: float = 0.0
+    adversarial: Share = 0.0
     """Share of fakes that get adversarial noise against the detector itself, class 2 of three classes."""
-    epsilon: float = 4.0
+    epsilon: Weight = 4.0
     """Largest change of a pixel by adversarial noise, of 255."""
     shuffle_labels: bool = False
     """Control: labels in random order."""
@@ -121,33 +124,33 @@ class Config(LoaderConfig):
     """Objective; `smoothed`: label smoothing 0.05."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """Optimiser; SGD has momentum 0.9."""
-    lr: float = 5e-5
+    lr: Positive = 5e-5
     """Learning rate (one-cycle: its largest)."""
-    weight_decay: float = 0.01
+    weight_decay: Weight = 0.01
     """Weight decay, on all parameters."""
     schedule: Literal["decay", "epochs", "onecycle"] = "decay"
     """decay: x decay every decay_steps iterations. epochs: x decay every decay_steps epochs, stepped before
     each epoch. onecycle: PyTorch's default shape.
     """
-    decay: float = 0.9
+    decay: Positive = 0.9
     """Factor of the schedule."""
-    decay_steps: int = 10_000
+    decay_steps: Count = 10_000
     """Iterations (or epochs) between two factors."""
-    batch_size: int = 96
+    batch_size: Count = 96
     """Batch of all processes together."""
-    epochs: int = 50
+    epochs: Count = 50
     """Passes over the training videos, when steps is not given."""
-    steps: int | None = None
+    steps: Count | None = None
     """Iterations; None: from epochs."""
-    keep_every: int = 10
+    keep_every: Natural = 10
     """Keep the weights of every epoch whose index is divisible by this. 0: only the last."""
-    val_share: float = 0.0
+    val_share: Annotated[float, Within(0, 0.9)] = 0.0
     """Share of the people (first part of a folder's name) held out for validation."""
-    val_every: int = 500
+    val_every: Count = 500
     """Iterations between validations; the weights with the lowest validation loss become the member's."""
-    log_every: int = 50
+    log_every: Count = 50
     """Iterations between log lines."""
-    checkpoint_every: int = 250
+    checkpoint_every: Count = 250
     """Iterations between checkpoints."""
 
 
@@ -198,6 +201,26 @@ def plan(config: Config) -> list[tuple[str, Config]]:
     return members
 
 
+def require_effect(config: Config) -> None:
+    """Raises UserError on a setting that a member sets otherwise, which would have no effect, and on a recipe
+    of the paper's scale without data.
+    """
+    given = PRESETS.get(config.preset, Config())
+    for name in config.members:
+        for field, value in MEMBERS[name].items() if name in MEMBERS else ():
+            if getattr(config, field) not in (getattr(given, field), value):
+                raise UserError(
+                    f"--{field.replace('_', '-')}: {name} sets it to {value}; choose other --members, or "
+                    "none, which trains one --detector"
+                )
+    needs_lists = config.preset not in ("demo", "study", "custom")
+    if needs_lists and not (config.members or config.lists or config.dfdc):
+        raise UserError(
+            f"{config.preset} trains on public sets: give --lists (extract.py writes them) or --dfdc; the "
+            "README has where to get them, `train.py demo` has data of its own"
+        )
+
+
 class Position(Standing):
     """Where a run stands, for its checkpoint: the member in training, its step and all that it needs to go
     on.
@@ -220,6 +243,7 @@ def member_path(folder: Path, name: str) -> Path:
 
 def train(config: Config) -> Path:
     """Train all members of `config`; returns the run folder. Continues a run that was interrupted."""
+    require_effect(config)
     members = plan(config)
     accelerator = start(config)
     run = Run("dfgc2022", config, accelerator.is_main_process)
@@ -252,7 +276,7 @@ def load_members(folder: Path, config: Config) -> dict[str, tuple[nn.Module, Det
         if not member_path(folder, name).exists():
             raise UserError(f"{folder}: {name} is not trained yet; run the same train.py command again")
         for path in (member_path(folder, name), *epochs):
-            network = entry.build(num_classes=settings.classes)
+            network = entry.at(settings.size, num_classes=settings.classes)
             load_safetensors(path, network)
             found[path.stem] = (network, entry, settings.size or entry.size)
     return found
@@ -295,6 +319,8 @@ def train_member(
     model, optimizer = accelerator.prepare(maybe_compile(network, config.compile), optimizer)
     loader = training_loader(config, folders, size, seed, steps, position.step, accelerator)
     total, loss_of = torch.zeros((), device=device), LOSSES[config.loss]
+    if position.state is not None:
+        total += position.state["total"]
     model.train()
     bar = progress(loader, name, len(loader))
     for step, (crops, labels) in enumerate(bar, position.step + 1):
@@ -327,6 +353,7 @@ def train_member(
                 "network": network.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
+                "total": means({"total": total})["total"],  # each process goes on from the mean
             }
             run.save({}, {"position": position}, {"member": name, "step": step})
     if run.is_main and position.best == float("inf"):

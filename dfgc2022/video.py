@@ -25,12 +25,6 @@ class VideoError(UserError):
     """A video that cannot be read, or not to its end. The message names it."""
 
 
-def require_every(every: int) -> None:
-    """Raises UserError when frames cannot be `every` apart."""
-    if every < 1:
-        raise UserError(f"--every {every}: must be at least 1")
-
-
 def read_frames(path: Path, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
     """Frames 0, every, 2 every, ... of a video as (index, (H, W, 3) uint8 RGB), one at a time.
 
@@ -132,16 +126,27 @@ def write_clips(
         Path(str(pattern) % number).replace(path)
 
 
-def list_videos(path: Path) -> list[Path]:
-    """A video, or all videos below a folder in the order of their names. UserError when there is none."""
+def list_videos(path: Path, crops: bool = False) -> list[Path]:
+    """A video, or all videos below a folder in the order of their names. crops: folders of crops `NNNN.png`,
+    as extract.py writes them, are videos as well. UserError when there is none.
+    """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such video or folder")
+    if crops and _holds_crops(path):
+        return [path.resolve()]  # for its name, also where the path is "."
     videos = find_images(path, endings=VIDEO_ENDINGS)
+    if crops:
+        videos = sorted([*videos, *(inside for inside in path.rglob("*") if _holds_crops(inside))])
     if not videos:
-        raise UserError(f"{path}: holds no video ({', '.join(VIDEO_ENDINGS)})")
+        also = " or folder of crops (NNNN.png)" if crops else ""
+        raise UserError(f"{path}: holds no video ({', '.join(VIDEO_ENDINGS)}){also}")
     return videos
+
+
+def _holds_crops(folder: Path) -> bool:
+    return folder.is_dir() and any(path.stem.isdigit() for path in folder.glob("*.png"))
 
 
 def batched(frames: Iterator[tuple[int, np.ndarray]], budget: int = 2**28) -> Iterator[list]:

@@ -18,12 +18,14 @@ from typing import Literal
 
 import numpy as np
 
+from dfgc2022.boxes import source_mark
 from dfgc2022.model import OFFICIAL
 from dfgc2022.pipeline import Scorer, Settings, fingerprint
 from dfgc2022.predict import load_detectors
-from dfgc2022.realism import NoFaceError, RealismModel, agreement, clip_crops, clip_features
+from dfgc2022.realism import NoFaceError, RealismModel, agreement, clip_features
 from shared.io import runs_root
 from shared.published import Metric, environment, load_published, print_metrics, write_results
+from shared.ranges import Count
 from shared.records import replacing
 from shared.runtime import RunConfig, UserError, parse, pick_device, run_main
 
@@ -50,7 +52,7 @@ class Config:
     """Released files of the official networks."""
     boxes: str | None = None
     """Face boxes, see predict.py. None: crop/C1_crop_video.csv ... of the release."""
-    every: int = 10
+    every: Count = 10
     """Frames whose index is divisible by this are used."""
     vra_compat: bool = False
     """Features as the release took them: without ImageNet normalisation, ConvNeXt before its last norm."""
@@ -118,21 +120,20 @@ def features_of(clips: Sequence[RatedClip], scorer: Scorer, config: Config, out:
     """
     rows: list[np.ndarray | None] = []
     networks = [fingerprint(network) for network, _, _ in scorer.networks.values()]
-    choice = "release" if config.boxes is None else f"{zlib.crc32(config.boxes.encode()):08x}"
-    header = "-".join([*networks, choice, str(config.every), *["compat"] * config.vra_compat])
     for number in (1, 2, 3):
         boxes = config.boxes or str(config.root / "crop" / f"C{number}_crop_video.csv")
         settings = Settings(boxes, config.every)
+        mark = f"{zlib.crc32(source_mark(boxes).encode()):08x}"
+        header = "-".join([*networks, mark, str(config.every), *["compat"] * config.vra_compat])
         for clip in (clip for clip in clips if clip.round == number):
             kept = out / "features" / header / f"C{number}-{clip.path.stem}.npy"
             if not kept.exists():
                 try:
-                    (crops,) = clip_crops([clip.path], scorer, settings)
+                    features = clip_features(clip.path, scorer, settings, config.vra_compat)
                 except NoFaceError as error:
                     print(f"warning: {clip.path.name} is left out: {error}")
                     rows.append(None)
                     continue
-                features = clip_features(scorer, crops, config.vra_compat)
                 with replacing(kept) as temporary, open(temporary, "wb") as file:
                     np.save(file, features)
             rows.append(np.load(kept))
@@ -143,8 +144,9 @@ def features_of(clips: Sequence[RatedClip], scorer: Scorer, config: Config, out:
 
 
 def assess(clips: Sequence[RatedClip], features: np.ndarray, wide: bool = False) -> list[Metric]:
-    """Train on the training clips; agreement on each test set per clip and per submission, and the mean of
-    PLCC and SRCC over the three tests (the 2023 competition's score). Clips and rows correspond.
+    """Train on the training clips; agreement on each test set per clip and per submission, with the VRA
+    code's logistic fit beside it, and the mean of PLCC and SRCC over the three tests (the 2023 competition's
+    score). Clips and rows correspond.
     """
     splits, mos = np.array([clip.split for clip in clips]), np.array([clip.mos for clip in clips])
     missing = [name for name in ("train", *TESTS) if not (splits == name).any()]
@@ -165,6 +167,8 @@ def assess(clips: Sequence[RatedClip], features: np.ndarray, wide: bool = False)
             levels["submission"] = tuple(means)
         for level, pair in levels.items():
             found = agreement(*pair)
+            fitted = agreement(*pair, logistic=True)
+            found |= {f"{key} after a logistic fit": fitted[key] for key in ("PLCC", "RMSE") if key in fitted}
             if level == "clip":
                 correlations += [found["PLCC"], found["SRCC"]]
             metrics += [
@@ -183,10 +187,11 @@ def assess(clips: Sequence[RatedClip], features: np.ndarray, wide: bool = False)
 def main(config: Config) -> None:
     begin = time.perf_counter()
     clips = sorted(read_vra(config.root), key=lambda clip: clip.round)
+    out = config.out or runs_root() / "dfgc2022-vra"
+    out.mkdir(parents=True, exist_ok=True)
     device = pick_device(config.device)
     networks = load_detectors(config.run, config.members, config.official, config.weights)
     scorer = Scorer(networks, device, bf16=device.type == "cuda")
-    out = config.out or runs_root() / "dfgc2022-vra"
     features = features_of(clips, scorer, config, out)
     found = np.isfinite(features).all(1)
     metrics = assess(list(itertools.compress(clips, found)), features[found], config.wide)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import cv2
 import numpy as np
@@ -22,7 +22,9 @@ from dfgc2022.creation import TERMS
 from dfgc2022.video import write_clips
 from shared.faces import IDENTITY, Params, draw, sample
 from shared.io import progress
+from shared.ranges import Count, Natural, Within
 from shared.records import read_json, write_json
+from shared.runtime import UserError
 
 CREATORS = ("lowres", "smooth", "seam", "sharp", "checker")
 POSTS = {"none": 10, "c23": 23, "c40": 40, "noise": 10, "blur": 10}
@@ -36,16 +38,16 @@ HAIR = (*(name for name in IDENTITY if name.startswith("hair")), "fringe", "part
 class Size:
     """How large the embedded contest is."""
 
-    train: int = 300
+    train: Count = 300
     """Training people, one real and one fake clip each per creator set."""
-    test: int = 60
+    test: Count = 60
     """People of each test part, two real clips and one fake per creator each."""
-    keys: int = 4
+    keys: Count = 4
     """Drawn frames of a clip; these are the ones that are scored."""
-    gap: int = 2
+    gap: Natural = 2
     """Blended frames between two drawn ones; the pipeline skips them."""
-    pixels: int = 64
-    """Side of a frame."""
+    pixels: Annotated[int, Within(16)] = 64
+    """Side of a frame, an even number, as the encoder wants it."""
 
     @property
     def every(self) -> int:
@@ -71,8 +73,11 @@ class Recording(NamedTuple):
 
 def build_world(folder: Path, seed: int, size: Size) -> Path:
     """Write the contest below `folder` unless it is there: `Train/` with lists, and the test parts in the
-    layout of the public DFGC 2022 release, with boxes.csv and ratings.csv. Returns the folder.
+    layout of the public DFGC 2022 release, with boxes.csv and ratings.csv. Returns the folder. Raises
+    UserError on an odd side of the frames.
     """
+    if size.pixels % 2:
+        raise UserError(f"--world.pixels {size.pixels}: give an even number")
     done = folder / "world.json"
     record = {"seed": seed, **vars(size)}
     if done.exists() and read_json(done, "a drawn contest", advice="delete its folder") == record:

@@ -55,6 +55,9 @@ def test_table_of_boxes_in_all_layouts(tmp_path):
     frames = [np.zeros((100, 200, 3), np.uint8)] * 2
     own = tmp_path / "own.csv"
     own.write_text("video,frame,x1,y1,x2,y2,probability\na.mp4,10,1,2,3,4,0.5\na.mp4,10,5,6,7,8,0.9\n")
+    capitals = tmp_path / "OWN.CSV"
+    capitals.write_bytes(own.read_bytes())
+    assert box_source(str(capitals)).boxes == TableBoxes(own).boxes
     assert TableBoxes(own)("a.mp4", [0, 10], frames) == [
         [],
         [(5, 6, 7, 8, 0.9), (1, 2, 3, 4, 0.5)],
@@ -78,6 +81,8 @@ def test_tables_of_spreadsheets_begin_with_a_mark(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("", "b.csv: holds no boxes"),
+        ("video,frame,x1,y1,x2,y2\n", "b.csv: holds no boxes"),
         ("a,b\n1,2\n", "unknown header"),
         ("video,frame,x1,y1,x2,y2\na,0,1,2,x,4\n", "line 2: could not convert"),
         (
@@ -116,11 +121,14 @@ def test_mtcnn_gets_half_size_frames_and_the_winners_thresholds(monkeypatch):
     assert [box[:4] for box in found[0]] == [(0, 0, 10, 10), (2.5, 4.5, 19.5, 19.5)] and found[1] == []
 
 
-def test_sources_that_are_absent_say_so(monkeypatch):
+def test_sources_that_are_absent_say_so(monkeypatch, capsys):
+    box_sources._opened.cache_clear()
     monkeypatch.setattr(box_sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs facenet-pytorch"):
-        box_source.__wrapped__("mtcnn")
-    assert type(box_source.__wrapped__("auto")).__name__ == "SkinBoxes"
+        box_source("mtcnn")
+    assert type(box_source("auto")).__name__ == "SkinBoxes"
+    assert "warning: --boxes auto: facenet-pytorch is not installed" in capsys.readouterr().out
+    assert box_source("skin") and not capsys.readouterr().out
     with pytest.raises(UserError, match="give auto"):
         box_source("nonsense")
     if not hasattr(cv2, "CascadeClassifier"):
@@ -128,6 +136,43 @@ def test_sources_that_are_absent_say_so(monkeypatch):
             box_source("haar")
     with pytest.raises(UserError, match="no such file"):
         box_source("absent.onnx")
+
+
+def test_opencvs_detectors_are_read_as_corners_the_most_probable_first(tmp_path, monkeypatch):
+    """Stand-ins with what YuNet (x, y, w, h, ten landmarks, score) and OpenCV 4's cascade return."""
+    frame = np.zeros((30, 50, 3), np.uint8)
+    frame[..., 0] = 200  # red in RGB
+
+    class Yunet:
+        def setInputSize(self, size):
+            assert size == (50, 30)
+
+        def detect(self, image):
+            assert image[0, 0].tolist() == [0, 0, 200]  # OpenCV's order
+            rows = np.zeros((2, 15), np.float32)
+            rows[:, :4], rows[:, -1] = [[1, 2, 3, 4], [10, 5, 8, 6]], [0.7, 0.9]
+            return 1, rows
+
+    class Cascade:
+        def __init__(self, path):
+            assert path == "folder/haarcascade_frontalface_default.xml"
+
+        def detectMultiScale3(self, grey, scale, neighbours, outputRejectLevels):
+            assert grey.shape == (30, 50) and outputRejectLevels
+            return np.array([[1, 2, 3, 4], [10, 5, 8, 6]]), np.array([9, 9]), np.array([[1.5], [2.5]])
+
+    (tmp_path / "yunet.onnx").touch()
+    create = types.SimpleNamespace(create=lambda *given: Yunet())
+    monkeypatch.setattr(cv2, "FaceDetectorYN", create)
+    monkeypatch.setattr(cv2, "CascadeClassifier", Cascade, raising=False)
+    monkeypatch.setattr(cv2, "data", types.SimpleNamespace(haarcascades="folder/"), raising=False)
+    for source, scores in (
+        (box_sources.YunetBoxes(tmp_path / "yunet.onnx"), (0.9, 0.7)),
+        (box_sources.HaarBoxes(), (2.5, 1.5)),
+    ):
+        found = source("a", [0], [frame])
+        assert [box[:4] for box in found[0]] == [(10, 5, 18, 11), (1, 2, 4, 6)]
+        assert [box[4] for box in found[0]] == pytest.approx(scores)
 
 
 def test_skin_finds_a_face_coloured_ellipse_and_nothing_in_a_grey_frame():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import helpers
@@ -11,13 +12,16 @@ import torch
 from curves import assert_same_curves, furthest_weights, run_one, run_two
 
 import dfgc2022
+from dfgc2022 import boxes as box_sources
 from dfgc2022 import eval as evaluation
-from dfgc2022 import export, extract, model, predict, train
+from dfgc2022 import export, extract, model, pipeline, predict, train, vra
 from dfgc2022.datasets import dfgc2022 as read_release
 from dfgc2022.protocol import FUSION, write_submission
 from dfgc2022.recipe import of_the_contest
+from dfgc2022.video import read_frames, write_clips
 from dfgc2022.world import Size, build_world
-from shared.runtime import REPOSITORY, UserError
+from shared.published import load_published
+from shared.runtime import REPOSITORY, UserError, parse, parse_presets
 
 FOLDER = Path(dfgc2022.__file__).parent
 TINY = helpers.TINY["dfgc2022"]
@@ -67,6 +71,8 @@ def test_predict_on_a_folder_with_a_bad_file(trained, tmp_path, capsys):
     for clip in clips:
         (source / clip.name).write_bytes(clip.read_bytes())
     (source / "broken.mp4").write_text("nothing")
+    extract.main(extract.Config(clips[0], tmp_path, boxes=str(trained / "world" / "boxes.csv")))
+    (tmp_path / clips[0].name).rename(source / "cut.mp4")
     boxes = str(trained / "world" / "boxes.csv")
     predict.main(predict.Config(source, out, run=trained, boxes=boxes, every=1, device="cpu"))
     assert "not a video" in capsys.readouterr().out
@@ -75,7 +81,32 @@ def test_predict_on_a_folder_with_a_bad_file(trained, tmp_path, capsys):
     assert not record["abstains"] and (out / f"{clips[0].name}.png").is_file()
     broken = json.loads((out / "broken.mp4.json").read_text())
     assert broken["score"] == 0.5 and broken["abstains"]
-    assert len((out / "submission.txt").read_text().splitlines()) == 3
+    assert len((out / "submission.txt").read_text().splitlines()) == 4
+    assert record["boxes"].startswith("boxes.csv ")
+    cut = json.loads((out / "cut.mp4.json").read_text())  # the folder of the first clip's crops
+    assert cut["frames"] == record["frames"] and cut["score"] == pytest.approx(record["score"], abs=1e-5)
+    alone = predict.Config(source / "cut.mp4", tmp_path / "alone", run=trained, every=1, device="cpu")
+    predict.main(alone)
+    assert json.loads((tmp_path / "alone" / "cut.mp4.json").read_text())["frames"] == cut["frames"]
+
+
+def test_a_timeline_looks_for_faces_in_eight_frames_and_is_drawn_once(trained, tmp_path, monkeypatch):
+    clip = tmp_path / "a.mp4"
+    write_clips([clip], [np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), np.uint8)], 10)
+    looked, read = [], []
+    monkeypatch.setattr(box_sources.WholeFrame, "__call__", lambda self, name, indices, frames: (
+        looked.append(list(indices)) or [[(0, 0, 32, 32, 1.0)] for _ in frames]))  # fmt: skip
+    monkeypatch.setattr(
+        pipeline, "read_frames", lambda path, every: read.append(path) or read_frames(path, every)
+    )
+    config = predict.Config(clip, tmp_path / "out", run=trained, boxes="crops", every=1, device="cpu")
+    predict.main(config)
+    assert [len(indices) for indices in looked] == [32, 8, 8] and looked[-1][::7] == [0, 39]
+    predict.main(config)
+    assert len(read) == 2  # for the scores and for the picture of the first call
+    (tmp_path / "out" / "a.mp4.png").unlink()
+    predict.main(config)
+    assert len(read) == 3 and (tmp_path / "out" / "a.mp4.png").is_file()
 
 
 def test_the_timeline_of_a_single_frame_can_be_read(trained, tmp_path, monkeypatch):
@@ -106,8 +137,8 @@ def test_extract_and_train_on_lists_then_export(trained, tmp_path, capsys):
         detector="convnext_micro",
         init="none",
         batch_size=4,
-        epochs=2,
-        keep_every=1,
+        epochs=3,
+        keep_every=2,
         val_share=0.3,
         val_every=2,
         competition_rules=True,
@@ -116,7 +147,7 @@ def test_extract_and_train_on_lists_then_export(trained, tmp_path, capsys):
     )
     folder = train.train(config)
     names = sorted(path.stem for path in (folder / "members").iterdir())
-    assert names == ["convnext_micro", "convnext_micro-epoch0", "convnext_micro-epoch1"]
+    assert names == ["convnext_micro", "convnext_micro-epoch0", "convnext_micro-epoch2"]
     for member in (None, "convnext_micro-epoch0"):
         export.main(export.Config(tmp_path / "d.onnx", run=folder, member=member))
         assert "largest difference" in capsys.readouterr().out and (tmp_path / "d.onnx").is_file()
@@ -172,6 +203,30 @@ def test_contest_from_submission_files(tmp_path, capsys):
     assert by_group == set(board)
 
 
+def test_a_complete_release_stands_beside_the_published_numbers(tmp_path, capsys, monkeypatch):
+    """With the counts of a tiny contest in place of the paper's Table 1."""
+    build_world(tmp_path, 0, Size(train=2, test=4, keys=2))
+    clips = read_release(tmp_path).clips
+    monkeypatch.setattr(evaluation, "RELEASED", {"Public": (8, 16), "Private-1": (8, 16)})
+    preds = tuple(tmp_path / f"{name}.txt" for name in "abcdef")
+    for path in preds:
+        write_submission(path, {clip.name: clip.label / 2 for clip in clips})
+    config = evaluation.Config(dfgc=tmp_path, preds=preds, draws=20, out=tmp_path / "o")
+    evaluation.main(config)
+    said = capsys.readouterr().out
+    assert "published AUC on the same clips" in said and "HanChen" in said
+    assert "fusion weights are not searched for 6 detectors" in said
+    others = sum(row["table"] != "detection top-3" for row in load_published("dfgc2022")["rows"])
+    assert f"{others} published or context rows stand" in said
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    comparable = {m["dataset"] for m in results["metrics"] if m["comparable"]}
+    assert comparable == {"Public", "Private-1"}  # whatever stands in for Private-2, which nobody has
+    monkeypatch.setattr(evaluation, "RELEASED", {"Public": (8, 16), "Private-1": (9, 16)})
+    evaluation.main(config)
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert not any(m["comparable"] for m in results["metrics"])
+
+
 def test_a_bad_submission_ends_neither_the_contest_nor_the_fusion_of_the_others(tmp_path, capsys):
     build_world(tmp_path, 0, Size(train=2, test=4, keys=2))
     clips = read_release(tmp_path).clips
@@ -185,8 +240,11 @@ def test_a_bad_submission_ends_neither_the_contest_nor_the_fusion_of_the_others(
     assert "c.txt, line 1: score 1.5" in said and "no fusion: 1 of its 3 members could not be read" in said
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     assert {m["method"] for m in results["metrics"] if m["table"] == "detection top-3"} == {"a", "b"}
+    own = tmp_path / "fusion.txt"  # the name that the weighted mean gets
+    own.write_bytes(preds[0].read_bytes())
     for change, message in (
         ({"weights": (0.5, 0.6)}, "2 members need as many weights"),
+        ({"preds": (own, preds[1]), "weights": (0.5, 0.5)}, "fusion is the name of the weighted mean"),
         ({"preds": preds[2:], "weights": ()}, "nothing to score"),
     ):
         with pytest.raises(UserError, match=message):
@@ -208,7 +266,7 @@ def test_a_contest_without_known_creators_is_scored_all_the_same(tmp_path, capsy
             out=tmp_path / "o",
         )
     )
-    assert "warning: no fake has a creator" in capsys.readouterr().out
+    assert "warning: no fake with real clips beside it has a creator" in capsys.readouterr().out
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     assert results["matrix"] is None and any(m["table"] == "detection top-3" for m in results["metrics"])
     assert (tmp_path / "o/samples/roc.png").is_file() and not (tmp_path / "o/samples/matrix.png").exists()
@@ -221,12 +279,15 @@ def test_a_run_scores_a_release_and_predicts_what_nobody_rated(trained, tmp_path
         run=trained,
         boxes=str(world / "boxes.csv"),
         every=3,
+        crop="box",
         ratings=world / "ratings.csv",
         draws=20,
         device="cpu",
         out=tmp_path / "o",
     )
     evaluation.main(config)
+    header = json.loads((tmp_path / "o" / "scores.jsonl").read_text().splitlines()[0])
+    assert (header["settings"]["every"], header["settings"]["crop"]) == (3, "box")
     said = capsys.readouterr().out
     assert "checker (realism predicted)" in said and "smooth (realism predicted)" not in said
     results = json.loads((tmp_path / "o" / "results.json").read_text())
@@ -262,13 +323,13 @@ def test_killed_training_ends_with_the_same_numbers(tmp_path, one_thread):
         world=Size(train=6, test=4, keys=2),
         steps=4,
         batch_size=8,
-        log_every=2,
+        log_every=3,  # a checkpoint between two log lines
         checkpoint_every=2,
         device="cpu",
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.train(dataclasses.replace(config, out=whole))
-    arguments = ["demo", *TINY, "--members", *names, "--device", "cpu", "--out", killed]
+    arguments = ["demo", *TINY, "--log-every", "3", "--members", *names, "--device", "cpu", "--out", killed]
     helpers.kill_when((killed / "checkpoint").exists, "dfgc2022", *arguments)
     train.train(dataclasses.replace(config, out=killed))
     helpers.assert_same_runs(killed, whole)
@@ -279,16 +340,91 @@ def test_killed_training_ends_with_the_same_numbers(tmp_path, one_thread):
     [
         (lambda out: train.train(train.Config(lists=(Path("absent.txt"),), out=out)), "absent.txt"),
         (lambda out: train.train(train.Config(members=("nobody",), out=out)), "unknown member"),
-        (lambda out: evaluation.main(evaluation.Config(preds=(Path("a.txt"),))), "--dfgc"),
+        *(
+            (lambda out, change=change: train.train(demo(out, **change)), message)
+            for change, message in (
+                ({"train_creators": "single"}, "--train-creators: diverse-swin sets it to diverse"),
+                ({"detector": "convnext_tiny"}, "--detector: diverse-swin sets it to swin_micro"),
+                ({"lr": 9.0}, "--lr: diverse-swin sets it to 0.001"),
+                ({"preset": "study", "members": ("one-frame",), "frames_per_video": 2}, "sets it to 1"),
+            )
+        ),
+        *(
+            (
+                lambda out, name=name: train.train(
+                    dataclasses.replace(train.PRESETS[name], preset=name, out=out)
+                ),
+                f"{name} trains on public sets: give --lists",
+            )
+            for name in ("paper", "paper-swin", "xception21", "winner21")
+        ),
+        *(
+            (lambda out, given=given: evaluation.main(evaluation.Config(**given)), "needs --dfgc")
+            for given in ({"preds": (Path("a.txt"),)}, {"out": Path("o")}, {"boxes": "skin"}, {"every": 5})
+        ),
         (lambda out: evaluation.main(evaluation.Config(dfgc=out, preds=(Path("a.txt"),))), "Meta.csv"),
         (lambda out: predict.main(predict.Config(out / "absent.mp4")), "absent.mp4"),
         (lambda out: extract.main(extract.Config(out / "absent", out)), "absent"),
         (lambda out: export.main(export.Config(out, official="xception_dfgc21_baseline")), "--weights"),
+        (lambda out: export.main(export.Config(out.parent)), "a folder; --out is the file to write"),
+        (lambda out: build_world(out, 0, Size(pixels=33)), "--world.pixels 33: give an even number"),
     ],
 )
 def test_mistakes_get_one_message(call, message, tmp_path):
     with pytest.raises(UserError, match=message):
         call(tmp_path / "run")
+
+
+def demo(out, **change):
+    return dataclasses.replace(train.PRESETS["demo"], **{"preset": "demo", "out": out, **change})
+
+
+@pytest.mark.parametrize(
+    ("script", "given"),
+    [
+        *((train, f"demo --{name} 0") for name in (
+            "log-every", "checkpoint-every", "val-every", "batch-size", "decay-steps", "frames-per-video",
+            "steps", "epochs", "samples-per-video", "size", "world.train", "world.test", "world.keys", "lr",
+        )),
+        *((train, f"demo --{name} -1") for name in (
+            "batch-size", "frames-per-video", "keep-every", "blending", "weight-decay", "world.gap",
+        )),
+        (train, "demo --lr nan"),
+        (train, "demo --val-share 1"),
+        (train, "demo --adversarial 2"),
+        (train, "demo --world.pixels 8"),
+        *((evaluation, f"--{name} -1") for name in ("draws", "every", "workers")),
+        (evaluation, "--draws 0"),
+        (predict, "--input a --every 0"),
+        (predict, "--input a --workers -1"),
+        (extract, "--videos a --out b --every 0"),
+        (vra, "--root a --every 0"),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_their_range(script, given):
+    *_, name, value = given.split()
+    read = parse_presets if script is train else parse
+    settings = train.PRESETS if script is train else script.Config
+    with pytest.raises(UserError, match=f"^{re.escape(name)} {re.escape(value)}.*: give "):
+        read(settings, "", given.split())
+
+
+@pytest.mark.parametrize(
+    ("detector", "size", "fits"),
+    [
+        ("swin_micro", 48, True),
+        ("timm/vit_tiny_patch16_224", 32, True),
+        ("convnext_micro", 7, False),
+        ("timm/vit_tiny_patch16_224", 7, False),
+    ],
+)
+def test_another_side_of_the_input(detector, size, fits):
+    entry = model.detector(detector)
+    if fits:
+        assert entry.at(size)(torch.zeros(1, 3, size, size)).shape == (1, 2)
+    else:
+        with pytest.raises(UserError, match=f"--size {size}: the detector takes no such side"):
+            entry.at(size)
 
 
 def test_a_mistake_on_the_command_line_exits_with_2(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 
 import cv2
 import imageio_ffmpeg
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from dfgc2022 import boxes as box_sources
+from dfgc2022 import pipeline
 from dfgc2022.bench import reference_path
 from dfgc2022.boxes import crop_square
-from dfgc2022.extract import extract_all
 from dfgc2022.model import Detector
 from dfgc2022.pipeline import Scorer, Settings, frames_to_video, score_videos
 from dfgc2022.video import VideoError, batched, list_videos, read_frames, write_clips
@@ -215,11 +217,16 @@ def test_an_interrupted_contest_goes_on(contest, tmp_path, monkeypatch):
     again = score_videos(videos, scorer(), Settings(boxes), out)
     assert again == whole and len(seen) == len(videos) - 3
     assert sorted(out.read_text().splitlines()) == sorted(line.strip() for line in lines)
-    with pytest.raises(UserError, match="other detectors or settings"):
+    with pytest.raises(UserError, match="other detectors, boxes or settings"):
         score_videos(videos, scorer(), Settings(boxes, every=5), out)
     out.write_text("hello\n")
     with pytest.raises(UserError, match="not a file of scores"):
         score_videos(videos, scorer(), Settings(boxes), out)
+    out.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="scores.jsonl: not readable as scores of videos"):
+        score_videos(videos, scorer(), Settings(boxes), out)
+    with pytest.raises(UserError, match="not readable as scores of videos"):
+        score_videos(videos, scorer(), Settings(boxes), tmp_path)
 
 
 def test_scores_of_another_video_or_other_weights_are_not_taken_over(tmp_path):
@@ -235,8 +242,26 @@ def test_scores_of_another_video_or_other_weights_are_not_taken_over(tmp_path):
     trained_on = scorer()
     for network, _, _ in trained_on.networks.values():
         network.register_buffer("bias", torch.ones(1))
-    with pytest.raises(UserError, match="other detectors or settings"):
+    with pytest.raises(UserError, match="other detectors, boxes or settings"):
         score_videos(two, trained_on, Settings(boxes), out)
+
+
+def test_scores_of_other_boxes_are_not_taken_over(tmp_path, monkeypatch):
+    videos = [tmp_path / "a.mp4"]
+    write_clips(videos, [film(1)], 10)
+    found = []
+    for number, corner in enumerate((40, 20)):  # the table is corrected under its own name
+        boxes = table(tmp_path / "b.csv", [("a", 0, 0, 0, corner, corner, 0.9)])
+        found.append(score_videos(videos, scorer(), Settings(boxes), tmp_path / f"{number}.jsonl")[0].score)
+    assert found[0] != found[1]
+    with pytest.raises(UserError, match="other detectors, boxes or settings"):
+        score_videos(videos, scorer(), Settings(boxes), tmp_path / "0.jsonl")
+    score_videos(videos, scorer(), Settings("auto"), tmp_path / "auto.jsonl")
+    monkeypatch.setattr(box_sources, "source_mark", lambda choice: "mtcnn")  # installed since
+    monkeypatch.setattr(pipeline, "source_mark", lambda choice: "mtcnn")
+    monkeypatch.setitem(box_sources.NAMED, "mtcnn", box_sources.SkinBoxes)
+    with pytest.raises(UserError, match="other detectors, boxes or settings"):
+        score_videos(videos, scorer(), Settings("auto"), tmp_path / "auto.jsonl")
 
 
 def test_several_faces(tmp_path):
@@ -247,6 +272,18 @@ def test_several_faces(tmp_path):
         for faces in ("best", "max", "mean")
     )
     assert largest > best and mean == pytest.approx((best + largest) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("faces", ["max", "mean"])
+def test_an_hour_of_frames_with_two_faces_each_is_merged_at_once(faces):
+    values = np.random.default_rng(0).random(2 * 30_000)
+    frames = np.repeat(np.arange(30_000), 2)
+    clip = pipeline.ClipScore("a.mp4", frames.tolist(), {"a": values.tolist()})
+    start = time.perf_counter()
+    pipeline._finish(clip, Settings("crops", faces=faces), "")
+    assert time.perf_counter() - start < 10  # work per pair of frames takes minutes
+    assert clip.frames == list(range(30_000))
+    assert np.allclose(clip.probabilities["a"], getattr(values.reshape(-1, 2), faces)(1))
 
 
 def test_frames_to_video():
@@ -261,10 +298,17 @@ def test_folders_of_saved_crops_use_every_tenth_number(tmp_path):
     folder.mkdir()
     for index in (0, 5, 10, 10_000):
         cv2.imwrite(str(folder / f"{index:04d}.png"), np.full((20, 20, 3), 100, np.uint8))
-    (clip,) = score_videos([folder], scorer(), Settings("crops", crop="frame"))
+    assert list_videos(folder, crops=True) == list_videos(tmp_path, crops=True) == [folder]
+    with pytest.raises(UserError, match="holds no video"):
+        list_videos(folder)
+    out = tmp_path / "scores.jsonl"
+    (clip,) = score_videos([folder], scorer(), Settings("skin"), out)  # crops need no boxes
     assert clip.frames == [0, 10, 10_000]
+    cv2.imwrite(str(folder / "0010.png"), np.full((20, 20, 3), 200, np.uint8))
+    (again,) = score_videos([folder], scorer(), Settings("skin"), out)
+    assert again.score["brightness"] > clip.score["brightness"]
     (folder / "0020.png").write_text("x")
-    (clip,) = score_videos([folder], scorer(), Settings("crops", crop="frame"))
+    (clip,) = score_videos([folder], scorer(), Settings())
     assert "0020.png: not a readable image" in clip.note
     (folder / "face.png").write_text("x")
     assert "frame number" in score_videos([folder], scorer(), Settings("crops"))[0].note
@@ -284,16 +328,6 @@ def test_mistakes_of_the_user(tmp_path, contest):
         score_videos([folder / "good0.mp4"] * 2, scorer(), Settings(boxes))
     with pytest.raises(VideoError, match="no such video"):
         list(read_frames(tmp_path / "absent.mp4"))
-
-
-def test_frames_are_at_least_one_apart(tmp_path):
-    write_clips([tmp_path / "a.mp4"], [film(2)], 10)
-    for call in (
-        lambda: Settings(every=0),
-        lambda: extract_all([(tmp_path / "a.mp4", 0)], tmp_path / "out", "crops", every=0),
-    ):
-        with pytest.raises(UserError, match="--every 0: must be at least 1"):
-            call()
 
 
 def test_4k(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dfgc2022 import pipeline, realism, vra
 from dfgc2022.model import detector
@@ -48,6 +49,8 @@ def test_realism_that_is_in_the_features_is_found():
     for name in ("test-1", "test-2"):
         what = vra.TESTS[name]
         assert found[f"{name}, {what}, per clip", "PLCC"] > 0.8
+        fitted = found[f"{name}, {what}, per clip", "RMSE after a logistic fit"]
+        assert fitted <= found[f"{name}, {what}, per clip", "RMSE"] + 1e-3
         assert found[f"{name}, {what}, per submission", "PLCC"] > 0.95
     pairs = [found[f"{n}, {w}, per clip", k] for n, w in vra.TESTS.items() for k in ("PLCC", "SRCC")]
     assert found["final score", "mean of PLCC and SRCC"] == pytest.approx(np.mean(pairs))
@@ -99,6 +102,10 @@ def test_features_of_other_weights_or_boxes_are_computed_anew(release):
     settings = [(first, config), (second, config), (second, vra.Config(release, every=1, boxes="crops"))]
     found = [vra.features_of(clips, scorer, config, release / "out") for scorer, config in settings]
     assert not np.allclose(found[0], found[1]) and not np.allclose(found[1], found[2])
+    table = release / "crop" / "C1_crop_video.csv"
+    table.write_text(table.read_text().replace("0.6,0.6", "0.3,0.3"))
+    corrected = vra.features_of(clips, second, config, release / "out")
+    assert not np.allclose(corrected[0], found[1][0]) and np.array_equal(corrected[1:], found[1][1:])
 
 
 @pytest.mark.parametrize(
@@ -178,6 +185,27 @@ def test_only_a_missing_face_leaves_a_clip_out_of_predicted_realism(tmp_path, mo
     kept, found = features_with_faces([tmp_path / "a.mp4"], scorer, Settings("crops", every=1, crop="frame"))
     assert kept == [0] and found.shape == (1, 2 * 96)
     assert "warning: a.mp4: truncated; realism is judged by the frames before" in capsys.readouterr().out
+
+
+def test_the_features_of_a_long_clip_take_the_memory_of_a_short_one(tmp_path, monkeypatch):
+    entry, seen, whole = detector("convnext_micro"), [], realism.pooled_features
+    scorer = Scorer({"a": (entry.build(), entry, entry.size)})
+    clip = np.random.default_rng(0).integers(0, 255, (70, 48, 48, 3), np.uint8)
+    write_clips([tmp_path / "a.mp4"], [clip], 10)
+
+    def pooled(network, images, vra_compat):
+        seen.append(whole(network, images, vra_compat))
+        return seen[-1]
+
+    monkeypatch.setattr(realism, "pooled_features", pooled)
+    settings = Settings("crops", every=1, crop="frame")
+    found = realism.clip_features(tmp_path / "a.mp4", scorer, settings)
+    assert [len(part) for part in seen] == [32, 32, 6]
+    joined = torch.cat(seen).numpy()
+    assert np.allclose(found, np.concatenate([joined.mean(0), joined.std(0, ddof=1)]), atol=1e-5)
+    scorer.bf16 = True
+    rough = realism.clip_features(tmp_path / "a.mp4", scorer, settings)
+    assert not np.array_equal(rough, found) and np.allclose(rough, found, atol=0.1)
 
 
 def broken_off(path, every):
