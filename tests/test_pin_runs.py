@@ -20,6 +20,7 @@ from pin.eval import Options as Evaluation
 from pin.eval import evaluate, open_lab
 from pin.export import Options as Export
 from pin.export import export
+from pin.figures import eigenface_picture, picture_row
 from pin.immune import identity_cost
 from pin.model import official
 from pin.predict import Options as Purify
@@ -179,15 +180,46 @@ def test_the_follow_ups_file_purifies(tmp_path):
         predict(Purify(images=(tmp_path / "a.png",), **paths))
 
 
-@pytest.mark.parametrize("options", [{"mode": "topk"}, {"k": 5}, {"mode": "topk", "k": 0}])
+@pytest.mark.parametrize("options", [{"mode": "topk"}, {"k": 5}])
 def test_top_k_and_its_k_belong_together(run, options):
     with pytest.raises(UserError, match="--mode topk and --k"):
-        predict(Purify(images=(), run=run, device="cpu", **options))
+        load_defense(Purify(images=(), run=run, **options), torch.device("cpu"))
 
 
 def test_no_more_eigenfaces_are_kept_than_there_are(run):
     with pytest.raises(UserError, match="--k 21: the basis holds 20 eigenfaces"):
-        predict(Purify(images=(), run=run, device="cpu", mode="topk", k=21))
+        load_defense(Purify(images=(), run=run, mode="topk", k=21), torch.device("cpu"))
+
+
+def test_large_folders_are_scored_whole_and_shown_in_part(run, tmp_path, monkeypatch):
+    for number in range(7):
+        write_image(tmp_path / "faces" / f"{number}.png", torch.rand(3, 16, 16))
+    monkeypatch.setattr(predict_script, "BATCH", 3)
+    monkeypatch.setattr(predict_script, "SHOWN", 2)
+    drawn = []
+    whole = predict_script.picture_row
+    monkeypatch.setattr(predict_script, "picture_row", lambda *parts: drawn.append(parts) or whole(*parts))
+    out = predict(Purify(images=(tmp_path / "faces",), output=tmp_path / "out", run=run, device="cpu"))
+    scores = json.loads((out / "scores.json").read_text())["images"]
+    assert [score["purified"] for score in scores] == [f"{number}.png" for number in range(7)]
+    assert all((out / score["purified"]).is_file() for score in scores) and len(drawn) == 2
+    one = tmp_path / "faces/5.png"
+    alone = predict(Purify(images=(one,), output=tmp_path / "one", run=run, device="cpu"))
+    (score,) = json.loads((alone / "scores.json").read_text())["images"]
+    assert score["distance"] == pytest.approx(scores[5]["distance"], rel=1e-4)
+    assert score["kept"] == scores[5]["kept"]
+    with pytest.raises(UserError, match="--images: give image files or folders"):
+        predict(Purify(images=(), output=tmp_path / "none", run=run))
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_was_not_kept_is_not_shown(run):
+    basis = load_basis(run / "basis.safetensors")
+    q = torch.zeros(20)
+    q[7] = 1
+    faces = picture_row(basis, None, torch.rand(1, 16, 16), torch.rand(1, 16, 16), q)[3:]
+    torch.testing.assert_close(faces[0], eigenface_picture(basis.eig_vec[:, 7:8], 16)[0])
+    assert len(faces) == 4 and all((face == 1).all() for face in faces[1:])
 
 
 def test_images_of_one_name_are_all_written(run, tmp_path):
