@@ -42,7 +42,8 @@ class Remembered(nn.Module):
 class Lab:
     """What is evaluated: recognisers (frozen), basis, DAE, ESNs by variant, faces and pairs on one device.
 
-    prices: lambda of each ESN. sees_dae: whether it looks at the DAE's output or at the image itself.
+    dae: None where no ESN sees one. prices: lambda of each ESN. sees_dae: whether it looks at the DAE's
+    output or at the image itself.
     first, second: (P, 1, H, W), the images of the pairs. train: images that baselines may look at (quilting).
     authors: attacks as the authors' later code has them, 0.04 in [-1, 1] (5.1 grey levels) and 40 steps of
     1/255, for public sets; otherwise the demo's, 8 and 16 grey levels in ten steps.
@@ -50,7 +51,7 @@ class Lab:
 
     recognizers: dict[str, nn.Module]
     basis: Basis
-    dae: nn.Module
+    dae: nn.Module | None
     esns: dict[str, nn.Module]
     prices: dict[str, float]
     sees_dae: dict[str, bool]
@@ -150,7 +151,7 @@ def classical_defenses(lab: Lab, kept: int, slow: bool) -> dict:
         "median 3x3": defenses.median,
         "random resize and pad": partial(defenses.random_resize_pad, generator=lab.generator(4)),
         "quilting": defenses.Quilting(patches, width, max(width - 2, 1)),
-        "DAE alone": lambda x: lab.dae(x)[1],
+        **({"DAE alone": lambda x: lab.dae(x)[1]} if lab.dae is not None else {}),
         "all eigenfaces": defenses.top_components(basis, basis.size[1]),
         "fixed top-K": defenses.top_components(basis, kept),
         "random K": defenses.random_components(basis, kept, lab.generator(5)),

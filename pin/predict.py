@@ -114,11 +114,12 @@ def load_defense(options: Options, device: torch.device) -> tuple[PIN, torch.nn.
             )
         facts = load_weights(folder, {})["facts"]
         networks = build_networks(config, facts["classes"])
-        wanted = ["dae", f"esn-{options.variant}", *config.recognizers[:1]]
+        sees_dae = variant_config(config, options.variant).dae
+        wanted = [*["dae"] * sees_dae, f"esn-{options.variant}", *config.recognizers[:1]]
         load_weights(folder, {name: networks[name] for name in wanted})
         basis = load_basis(folder / "basis.safetensors", config.components)
         basis.check(facts["basis"], f"the checkpoint in {folder}")
-        dae = networks["dae"] if variant_config(config, options.variant).dae else None
+        dae = networks["dae"] if sees_dae else None
         esn = networks[f"esn-{options.variant}"]
         recognizer = networks[config.recognizers[0]] if config.recognizers else None
     if options.recognizer is not None:

@@ -16,8 +16,10 @@ from pin import eval as evaluation
 from pin import predict as predict_script
 from pin.ais import AISEncoder, AISSelection
 from pin.basis import load_basis
+from pin.bench import Options as Bench
 from pin.eval import Options as Evaluation
 from pin.eval import evaluate, open_lab
+from pin.experiments import classical_defenses
 from pin.export import Options as Export
 from pin.export import export
 from pin.figures import eigenface_picture, picture_row
@@ -28,7 +30,7 @@ from pin.predict import load_defense, predict
 from pin.recognizers import OnnxRecognizer
 from pin.train import PRESETS, Config, train
 from shared.io import load_config, write_image
-from shared.runtime import UserError, parse_presets
+from shared.runtime import UserError, parse, parse_presets
 
 TINY = helpers.TINY["pin"]
 
@@ -132,8 +134,14 @@ def test_public_pairs_are_attacked_as_the_authors_do_and_judge_no_claim(run, tmp
     (tmp_path / "lfw/pairs.txt").write_text("1\nA 1 2\nA 1 B 1\n")
     with pytest.raises(UserError, match="1 pairs of the same person and 1 of two people in 1 folds"):
         evaluate(options)
-    with pytest.raises(UserError, match="--lfw and --bin are two sets"):
-        evaluate(replace(options, bin=tmp_path / "x.bin"))
+    for changes, message in (
+        ({"bin": tmp_path / "x.bin"}, "--lfw and --bin are two sets"),
+        ({"lfw": None, "landmarks": tmp_path / "list.txt"}, "--landmarks belong to --lfw"),
+        ({"lfw": None, "pair_list": tmp_path / "list.txt"}, "--landmarks belong to --lfw"),
+        ({"recognizer": None, "surrogate": None, "legacy": True}, "--legacy is about official weights"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(replace(options, **changes))
 
 
 def test_prediction(run, tmp_path):
@@ -279,19 +287,56 @@ def parsed(tmp_path, *arguments):
     [
         (["--components", 60], "60 eigenfaces cannot be had from 48 images"),
         (["--keep", 21], r"--keep 21: it must lie in 1..20"),
-        (["--keep", 0], r"--keep 0: it must lie in 1..20"),
         (["--size", 18], "--size 18: the DAE of 2 levels needs multiples of 4"),
-        (["--samples", 0], "--samples 0: it must be at least 1"),
+        (["--esn-widths"], "--dae-widths and --esn-widths: give the channels of at least one level"),
+        (["--dae-widths"], "--dae-widths and --esn-widths: give the channels of at least one level"),
+        (["--variants", "pin", "pin"], "--variants: one of them is named twice"),
+        (["--basis", "a.pth", "--basis-root", "b"], "--basis and --basis-root: .* give one of them"),
         (["--variants", "best"], "no variant 'best'"),
         (["--data", "folder"], "needs --data-root"),
         (["--data", "folder", "--data-root", "/nowhere"], "/nowhere: no such folder"),
         (["--basis", "/nowhere/eig.pth"], "/nowhere/eig.pth: no such file"),
-        (["--variants", "ais", "--recognizers"], "needs a recogniser"),
+        (["--variants", "pin", "ais", "--recognizers"], "needs a recogniser"),
     ],
 )
 def test_mistakes_get_one_message(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         train(parsed(tmp_path, *arguments))
+    assert not (tmp_path / "run/checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    """--people 0, --images-per-person 0, --test-people 0, --test-images 0, --transposed 2, --transposed -1
+    --size 0, --components 0, --basis-batch 0, --dae-widths 4 0, --esn-widths 0, --hidden 0, --noise -0.1
+    --noise nan, --samples 0, --lamb-sparse -1, --lamb-sparse nan, --keep 0, --entropy -1, --dae-steps -1
+    --dae-batch 0, --dae-rate 0, --dae-epochs -1, --esn-steps -1, --esn-batch 0, --esn-epochs -1, --esn-rate 0
+    --halve-epochs -1, --clip -1, --save-every 0, --log-every 0, --recognizer-epochs -1, --workers -1
+    --adversarial-eps -1, --adversarial-steps -1, --seed -1""".replace("\n", ",").split(","),
+)
+def test_numbers_out_of_range_are_refused(tmp_path, given):
+    option, *values = given.split()
+    with pytest.raises(UserError, match=rf"{option} {float(values[-1]):g}\S*: give "):
+        parsed(tmp_path, option, *values)
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        *((Evaluation, f"--{name} 0") for name in ("pairs", "repeats", "queries")),
+        *((Purify, given) for given in ("--images a.png --k 0", "--images a.png --seed -1")),
+        *((Bench, f"--{name} 0") for name in ("batch", "seconds", "pairs", "attack-batches")),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_the_other_scripts(options, given):
+    with pytest.raises(UserError, match=f"--{given.rpartition('--')[2]}\\S*: give "):
+        parse(options, "", given.split())
+
+
+def test_recognisers_have_the_names_that_the_evaluation_knows(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parsed(tmp_path, "--recognizers", "recogniser")
+    assert "surrogate" in capsys.readouterr().err
 
 
 def test_mistakes_end_with_code_2(tmp_path):
@@ -324,12 +369,15 @@ def test_switches_change_what_is_trained(tmp_path):
 
 
 def test_an_esn_sees_what_it_was_trained_on(run, tmp_path):
-    """--no-dae holds for evaluation and prediction too."""
+    """--no-dae holds for evaluation and prediction too, and nothing is trained that no ESN sees."""
     bare = train(parsed(tmp_path, "--no-dae", "--variants", "pin", "--recognizers", "recognizer"))
+    assert not (bare / "checkpoint/dae.safetensors").exists()
+    assert "dae/loss" not in (bare / "log.jsonl").read_text()
     for folder, seen in ((run, True), (bare, False)):
         defense, _ = load_defense(Purify(images=(), run=folder), torch.device("cpu"))
         lab, _ = open_lab(Evaluation(run=folder, pairs=10), folder, load_config(folder, Config))
         assert [part.dae is not None for part in (defense, lab.pin())] == [seen, seen]
+        assert ("DAE alone" in classical_defenses(lab, 3, slow=False)) == seen
 
 
 def test_ready_eigenfaces_and_an_image_folder(tmp_path, run):
