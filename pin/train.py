@@ -253,6 +253,7 @@ def make_basis(job: Job, faces: Dataset) -> Basis:
     if not job.done("basis") and job.accelerator.is_main_process:
         if config.basis is not None:
             basis = load_basis(config.basis, config.components, config.size)
+            basis.require_orthonormal()
         else:
             if config.basis_root is not None:
                 faces = identity_folder(config.basis_root, config.size, config.landmarks)

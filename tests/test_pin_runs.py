@@ -14,9 +14,7 @@ from safetensors.torch import load_file
 
 from pin import eval as evaluation
 from pin import predict as predict_script
-from pin.ais import AISEncoder, AISSelection
 from pin.basis import load_basis
-from pin.bench import Options as Bench
 from pin.eval import Options as Evaluation
 from pin.eval import evaluate, open_lab
 from pin.experiments import classical_defenses
@@ -24,13 +22,13 @@ from pin.export import Options as Export
 from pin.export import export
 from pin.figures import eigenface_picture, picture_row
 from pin.immune import identity_cost
-from pin.model import official
 from pin.predict import Options as Purify
 from pin.predict import load_defense, predict
 from pin.recognizers import OnnxRecognizer
 from pin.train import PRESETS, Config, train
 from shared.io import load_config, write_image
-from shared.runtime import UserError, parse, parse_presets
+from shared.onnxfile import write_onnx
+from shared.runtime import UserError, parse_presets
 
 TINY = helpers.TINY["pin"]
 
@@ -168,26 +166,6 @@ def test_clean_pictures_are_aligned_like_the_attacked_ones(run, tmp_path, monkey
     assert torch.equal(clean, attacked)
 
 
-def test_the_follow_ups_file_purifies(tmp_path):
-    torch.manual_seed(0)
-    parts = {part: official(f"ais_{part}").state_dict() for part in ("encoder", "pca_layer")}
-    torch.save(parts, tmp_path / "ais.pth")
-    vectors = torch.eye(112 * 112, 1500)
-    torch.save({"eig_vec": vectors, "avg_face": torch.zeros(112 * 112)}, tmp_path / "eig.pth")
-    write_image(tmp_path / "a.png", torch.rand(3, 120, 100))
-    paths = {"ais": tmp_path / "ais.pth", "eigenfaces": tmp_path / "eig.pth"}
-    predict(Purify(images=(tmp_path / "a.png",), output=tmp_path / "out", device="cpu", **paths))
-    (score,) = json.loads((tmp_path / "out/scores.json").read_text())["images"]
-    assert 0 < score["kept"] < 1500 and (tmp_path / "out/a.png").is_file()
-    with pytest.raises(UserError, match="--ais goes with --eigenfaces"):
-        predict(Purify(images=(tmp_path / "a.png",), ais=tmp_path / "ais.pth"))
-    torch.save({"eig_vec": torch.eye(64 * 64, 1500), "avg_face": torch.zeros(64 * 64)}, tmp_path / "eig.pth")
-    with pytest.raises(
-        UserError, match="eig.pth: eigenfaces of 4096 pixels, and the networks take 112 x 112"
-    ):
-        predict(Purify(images=(tmp_path / "a.png",), **paths))
-
-
 @pytest.mark.parametrize("options", [{"mode": "topk"}, {"k": 5}])
 def test_top_k_and_its_k_belong_together(run, options):
     with pytest.raises(UserError, match="--mode topk and --k"):
@@ -282,63 +260,6 @@ def parsed(tmp_path, *arguments):
     return parse_presets(PRESETS, "", ["demo", *TINY, *map(str, arguments), "--out", str(tmp_path / "run")])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--components", 60], "60 eigenfaces cannot be had from 48 images"),
-        (["--keep", 21], r"--keep 21: it must lie in 1..20"),
-        (["--size", 18], "--size 18: the DAE of 2 levels needs multiples of 4"),
-        (["--esn-widths"], "--dae-widths and --esn-widths: give the channels of at least one level"),
-        (["--dae-widths"], "--dae-widths and --esn-widths: give the channels of at least one level"),
-        (["--variants", "pin", "pin"], "--variants: one of them is named twice"),
-        (["--basis", "a.pth", "--basis-root", "b"], "--basis and --basis-root: .* give one of them"),
-        (["--variants", "best"], "no variant 'best'"),
-        (["--data", "folder"], "needs --data-root"),
-        (["--data", "folder", "--data-root", "/nowhere"], "/nowhere: no such folder"),
-        (["--basis", "/nowhere/eig.pth"], "/nowhere/eig.pth: no such file"),
-        (["--variants", "pin", "ais", "--recognizers"], "needs a recogniser"),
-    ],
-)
-def test_mistakes_get_one_message(tmp_path, arguments, message):
-    with pytest.raises(UserError, match=message):
-        train(parsed(tmp_path, *arguments))
-    assert not (tmp_path / "run/checkpoint").exists()
-
-
-@pytest.mark.parametrize(
-    "given",
-    """--people 0, --images-per-person 0, --test-people 0, --test-images 0, --transposed 2, --transposed -1
-    --size 0, --components 0, --basis-batch 0, --dae-widths 4 0, --esn-widths 0, --hidden 0, --noise -0.1
-    --noise nan, --samples 0, --lamb-sparse -1, --lamb-sparse nan, --keep 0, --entropy -1, --dae-steps -1
-    --dae-batch 0, --dae-rate 0, --dae-epochs -1, --esn-steps -1, --esn-batch 0, --esn-epochs -1, --esn-rate 0
-    --halve-epochs -1, --clip -1, --save-every 0, --log-every 0, --recognizer-epochs -1, --workers -1
-    --adversarial-eps -1, --adversarial-steps -1, --seed -1""".replace("\n", ",").split(","),
-)
-def test_numbers_out_of_range_are_refused(tmp_path, given):
-    option, *values = given.split()
-    with pytest.raises(UserError, match=rf"{option} {float(values[-1]):g}\S*: give "):
-        parsed(tmp_path, option, *values)
-
-
-@pytest.mark.parametrize(
-    ("options", "given"),
-    [
-        *((Evaluation, f"--{name} 0") for name in ("pairs", "repeats", "queries")),
-        *((Purify, given) for given in ("--images a.png --k 0", "--images a.png --seed -1")),
-        *((Bench, f"--{name} 0") for name in ("batch", "seconds", "pairs", "attack-batches")),
-    ],
-)
-def test_numbers_out_of_range_are_refused_by_the_other_scripts(options, given):
-    with pytest.raises(UserError, match=f"--{given.rpartition('--')[2]}\\S*: give "):
-        parse(options, "", given.split())
-
-
-def test_recognisers_have_the_names_that_the_evaluation_knows(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        parsed(tmp_path, "--recognizers", "recogniser")
-    assert "surrogate" in capsys.readouterr().err
-
-
 def test_mistakes_end_with_code_2(tmp_path):
     error = script("train", "demo", *TINY, "--data", "folder", "--out", tmp_path / "run", check=2)
     assert error.startswith("error: --data folder needs --data-root")
@@ -396,6 +317,11 @@ def test_ready_eigenfaces_and_an_image_folder(tmp_path, run):
         )
     )
     assert (folder / "basis.safetensors").read_bytes() == (run / "basis.safetensors").read_bytes()
+    skew = load_basis(run / "basis.safetensors")
+    skew.eig_vec[:, 1] = skew.eig_vec[:, 0]
+    skew.save(tmp_path / "skew.safetensors")
+    with pytest.raises(UserError, match="not orthonormal"):
+        train(parsed(tmp_path / "skew", "--basis", tmp_path / "skew.safetensors"))
     other = parsed(tmp_path / "other", "--size", 32, "--basis", run / "basis.safetensors")
     with pytest.raises(UserError, match="eigenfaces of 256 pixels, and the networks take 32 x 32 = 1024"):
         train(other)
@@ -413,6 +339,9 @@ def test_onnx_file_does_what_the_defence_does(run, tmp_path):
         OnnxRecognizer(run / "config.json")
     with pytest.raises(UserError, match="absent.onnx: no such file; an ONNX network belongs there"):
         OnnxRecognizer(tmp_path / "absent.onnx")
+    write_onnx(torch.nn.Flatten(), (torch.zeros(2, 16, 16, 3),), tmp_path / "last.onnx", ["x"], ["y"])
+    with pytest.raises(UserError, match=r"last.onnx: takes \[2, 16, 16, 3\], not images \(N, C, H, W\)"):
+        OnnxRecognizer(tmp_path / "last.onnx")
     assert recognizer(x).norm(dim=1).mean().item() == pytest.approx(1, abs=1e-4)
 
 
@@ -425,30 +354,6 @@ def test_identity_cost_of_ais(run):
         features = recognizer(defense.project(x, masks[s]))
         expected = 8 * (1 - torch.nn.functional.cosine_similarity(features, recognizer(x)))
         torch.testing.assert_close(costs[s], expected, atol=1e-4, rtol=1e-4)
-
-
-def test_ais_memory_follows_and_replaces():
-    torch.manual_seed(0)
-    head = AISSelection(64, 16, 10, items=4)
-    encoder = AISEncoder((4, 8))
-    features = encoder(torch.randn(6, 1, 8, 8))
-    assert features.shape == (6, 8, 2, 2)
-    memory = head.memory
-    z = torch.randn(6, 16)
-    before = memory.units.weight.clone()
-    output = memory(z)
-    cosine = torch.nn.functional.cosine_similarity(z[:, None], before[None], dim=2)
-    nearest = cosine.argmax(1)
-    expected = before.clone()
-    for item in nearest.unique():
-        expected[item] = 0.999 * before[item] + 0.001 * z[nearest == item].mean(0)
-    torch.testing.assert_close(memory.units.weight, expected)
-    weights = torch.nn.functional.cosine_similarity(z[:, None], expected[None], dim=2).softmax(1)
-    torch.testing.assert_close(output, weights @ expected)
-    memory.decay_unused = True
-    untouched = [item for item in range(4) if item not in nearest.tolist()]
-    memory(z)
-    torch.testing.assert_close(memory.units.weight[untouched], 0.999 * expected[untouched])
 
 
 def test_two_processes_give_the_curves_of_one(tmp_path):
