@@ -219,9 +219,11 @@ def evaluate(options: Options) -> Path:
     untrained = make_esn(config.size, config.components, config.esn_widths, config.hidden).to(lab.device)
     quality = {variant: selection_quality(lab, variant, untrained) for variant in lab.esns}
     lab.attacked = craft(lab, full=full)
+    if "surrogate" in lab.recognizers:
+        lab.transferred = craft(lab, "surrogate", (lab.main,))
     kept = {variant: max(round(numbers["kept"]), 1) for variant, numbers in quality.items()}
     table = defence_table(lab, kept, options.repeats, slow=full)
-    other = plug_and_play(lab, options.repeats) if "surrogate" in lab.recognizers else {}
+    other = plug_and_play(lab, options.repeats) if lab.transferred else {}
     adaptive = adaptive_attacks(lab, full)
     shift = premise(lab, min(60, lab.basis.size[1] // 2))
     queries = query_attack(lab, options.queries * (10 if full else 1), 50)
