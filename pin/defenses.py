@@ -147,6 +147,14 @@ def random_components(basis: Basis, k: int, generator: torch.Generator) -> Defen
     return partial(fixed_components, basis=basis, kept=_kept(basis, chosen))
 
 
+def large_components(x: Tensor, basis: Basis, price: float) -> Tensor:
+    """Projection on the eigenfaces whose coefficients in the image pay the price lambda: c^2 > lambda D. The
+    attack makes large ones of its own."""
+    coefficients = basis.coefficients(x)
+    pays = coefficients.square() > price * basis.size[0]
+    return basis.reconstruct(coefficients * pays, x.shape)
+
+
 def _kept(basis: Basis, chosen: Tensor) -> Tensor:
     kept = torch.zeros(basis.size[1], device=basis.eig_vec.device)
     kept[chosen] = 1.0

@@ -186,6 +186,7 @@ def defence_table(lab: Lab, kept: dict[str, int], repeats: int, slow: bool) -> d
     for name, defense in progress(classical_defenses(lab, kept["pin"], slow).items(), "defences"):
         count = repeats if name == "random resize and pad" else 1  # each goes on drawing
         rows[name] = outcomes([lab.verifier(defense) for _ in range(count)], images)
+    rows |= selection_bounds(lab, images)
     for variant in progress(lab.esns, "PIN"):
         modes = (
             ("sample", "threshold", "mean", "expected", "topk")
@@ -210,6 +211,31 @@ def defence_table(lab: Lab, kept: dict[str, int], repeats: int, slow: bool) -> d
             [lab.verifier(defenses.identity, "robust")], own
         )
     return rows
+
+
+@torch.no_grad()
+def selection_bounds(lab: Lab, images: dict[str, Tensor]) -> dict[str, dict[str, Outcome]]:
+    """What choosing for each image could give: the best mask of the clean face (known to its owner alone)
+    beside as many leading eigenfaces for all, and the choice by the size of the coefficients seen."""
+    basis, price = lab.basis, lab.prices["pin"]
+
+    def best(x: Tensor) -> Tensor:
+        return mask_cost(basis, x, add_noise(x, lab.noise, lab.generator(13)), price).oracle()
+
+    def project(x: Tensor, q: Tensor) -> Tensor:
+        return basis.reconstruct(basis.coefficients(x) * q, x.shape)
+
+    q, other = best(lab.first), best(lab.second)
+    parts = project(lab.first, q), project(lab.second, other)
+    verifier = Verifier(lab.recognizer, defenses.identity, *parts, lab.pairs)
+    verifier.plain = in_batches(lab.recognizer, lab.first)
+    leading = defenses.top_components(basis, max(round(q.sum(1).mean().item()), 1))
+    large = partial(defenses.large_components, basis=basis, price=price)
+    return {
+        "oracle of the clean face": {name: verifier.outcome(project(x, q)) for name, x in images.items()},
+        "leading, as many as the oracle": outcomes([lab.verifier(leading)], images),
+        "large coefficients": outcomes([lab.verifier(large)], images),
+    }
 
 
 def plug_and_play(lab: Lab, repeats: int) -> dict[str, dict[str, Outcome]]:

@@ -21,9 +21,11 @@ from pin.experiments import (
     defence_table,
     gradient_attacks,
     premise,
+    selection_bounds,
     selection_quality,
     smallest_changes,
 )
+from pin.losses import add_noise, mask_cost
 from pin.model import DAE, make_esn
 from pin.pairs import random_pairs
 from pin.protocol import Outcome, Verifier
@@ -164,6 +166,27 @@ def test_every_attack_of_the_full_table_keeps_its_ball(lab):
     table = defence_table(lab, {"pin": 8}, 2, slow=True)
     assert set(table["none"]) == {"clean", *lab.attacked, "PGD 8 from a surrogate"}
     assert "total variation" in table and "PIN topk" in table
+    bounds = ("oracle of the clean face", "leading, as many as the oracle", "large coefficients")
+    assert set(bounds) < set(table) and all(set(table[name]) == set(table["none"]) for name in bounds)
+
+
+def test_the_oracle_keeps_its_mask_under_attack(lab):
+    """Judged by hand: what lies outside the clean face's own mask is taken from the attacked one."""
+    clean = lab.first
+    price = lab.prices["pin"]
+    noisy = add_noise(clean, lab.noise, lab.generator(13))
+    q = mask_cost(lab.basis, clean, noisy, price).oracle()
+    coefficients = (clean.flatten(1) - lab.basis.avg_face) @ lab.basis.eig_vec
+    outside = 3 * ((1 - q) @ lab.basis.eig_vec.T)
+    images = {"clean": clean, "outside": clean + outside.view_as(clean)}
+    rows = selection_bounds(lab, images)
+    assert rows["oracle of the clean face"]["outside"].drift == pytest.approx(
+        rows["oracle of the clean face"]["clean"].drift, abs=1e-4
+    )
+    assert rows["large coefficients"]["outside"].drift != rows["large coefficients"]["clean"].drift
+    kept = defenses.large_components(clean, lab.basis, price) - lab.basis.avg_face.view(1, 1, 16, 16)
+    expected = (coefficients * (coefficients.square() > price * 256)) @ lab.basis.eig_vec.T
+    torch.testing.assert_close(kept.flatten(1), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_authors_full_table_has_printed_glasses(lab):
