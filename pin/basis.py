@@ -20,7 +20,7 @@ class Basis(nn.Module):
 
     All images are grey (B, 1, H, W) in [-1, 1], D = H * W, flattened row by row. Raises UserError when there
     are fewer vectors than `components` asks for, when the mean has another size than they, or when they are
-    not of unit length.
+    not of unit length or the mean not finite.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Basis(nn.Module):
         self.register_buffer("eig_vec", vectors[:, :components].float().contiguous())
         self.register_buffer("eig_val", values.float().contiguous())
         norms = self.eig_vec.norm(dim=0)
-        if (norms - 1).abs().max() > 1e-2:
+        if not ((norms - 1).abs().max() <= 1e-2 and self.avg_face.isfinite().all()):  # nan is in no range
             raise UserError("the columns of the basis are not of unit length: is it a file of eigenfaces?")
 
     @property
@@ -65,6 +65,18 @@ class Basis(nn.Module):
                 f"{what} was trained with another basis (hash {fingerprint}, this basis "
                 f"{self.fingerprint()}): "
                 f"eigenface k means something else there, so load the basis that came with it"
+            )
+
+    def require_orthonormal(self) -> None:
+        """UserError when U^T U is not the identity, which the cost of a mask (`losses.py`) rests on; judged
+        by four random vectors."""
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(self.size[1], 4, generator=generator).to(self.eig_vec.device)
+        error = (self.eig_vec.T @ (self.eig_vec @ probe) - probe).norm(dim=0) / probe.norm(dim=0)
+        if error.max() > 1e-2:
+            raise UserError(
+                "the eigenfaces of --basis are not orthonormal, so no network can be trained on them: "
+                "compute them here, from the images of --basis-root"
             )
 
     def require_fit(self, x: Tensor) -> None:
@@ -99,8 +111,8 @@ class Basis(nn.Module):
 def load_basis(path: Path, components: int | None = None, size: int | None = None) -> Basis:
     """Read our `.safetensors` or the official `lfw_eig.pth` (`eig_vec` D x C, `avg_face` D).
 
-    Raises UserError when the file is absent, foreign, holds fewer than `components` vectors, or is not of
-    images of `size` x `size` pixels.
+    Raises UserError when the file is absent, foreign, holds fewer than `components` vectors, others than real
+    ones, or is not of images of `size` x `size` pixels.
     """
     state = load_torch(path)
     if not isinstance(state, dict):
@@ -108,7 +120,11 @@ def load_basis(path: Path, components: int | None = None, size: int | None = Non
     missing = {"eig_vec", "avg_face"} - state.keys()
     if missing:
         raise UserError(f"{path}: no eigenfaces, {sorted(missing)} missing among {sorted(state)[:8]}")
-    basis = Basis(state["avg_face"].flatten(), state["eig_vec"], state.get("eig_val"), components)
+    vectors, mean = state["eig_vec"], state["avg_face"]
+    tensors = isinstance(vectors, Tensor) and isinstance(mean, Tensor)
+    if not tensors or vectors.ndim != 2 or vectors.is_complex() or mean.is_complex():
+        raise UserError(f"{path}: eig_vec must be a real matrix (pixels, eigenfaces) and avg_face real too")
+    basis = Basis(mean.flatten(), vectors, state.get("eig_val"), components)
     if size is not None and basis.size[0] != size**2:
         raise UserError(
             f"{path}: eigenfaces of {basis.size[0]} pixels, and the networks take {size} x {size} = {size**2}"
@@ -171,19 +187,22 @@ class CovarianceSolver(_Moments):
 
 
 class GramSolver(_Moments):
-    """N x N inner products instead of D x D: the cheaper side when there are fewer images than pixels."""
+    """N x N inner products instead of D x D: the cheaper side when there are fewer images than pixels.
 
-    def __init__(self, dim: int, components: int, device: torch.device | str = "cpu"):
+    Memory: the N images, and about three times N x N numbers in the solver; never over 3 GB at 112 x 112.
+    """
+
+    def __init__(self, dim: int, components: int, device: torch.device | str = "cpu", *, images: int):
         super().__init__(dim, components, device)
-        self.tensors["rows"] = torch.empty(0, dim, device=device)
+        self.tensors["rows"] = torch.zeros(images, dim, device=device)
 
     def _add(self, rows: Tensor, pass_index: int) -> None:
-        self.tensors["rows"] = torch.cat([self.tensors["rows"], rows])
+        self.tensors["rows"][self.count - len(rows) : self.count] = rows
 
     def solve(self) -> Basis:
         """u_k = X^T v_k / sqrt(N l_k) from the eigenvectors v_k of X X^T / N."""
-        rows = self.tensors["rows"] - self.mean.float()
-        values, vectors = _leading_eigenpairs(rows @ rows.T / self.count, self.components)
+        rows = self.tensors.pop("rows").sub_(self.mean.float())
+        values, vectors = _leading_eigenpairs((rows @ rows.T).div_(self.count), self.components)
         eigenfaces = rows.T @ vectors.float()  # (D, K)
         # Rounding leaves columns of tiny eigenvalues slightly skew; one QR restores U^T U = I.
         eigenfaces = torch.linalg.qr(eigenfaces / eigenfaces.norm(dim=0).clamp_min(1e-12)).Q
@@ -257,8 +276,9 @@ def pick_solver(
         )
     if name == "auto":
         name = "gram" if images < dim else "covariance"
-    solvers = {"covariance": CovarianceSolver, "gram": GramSolver, "randomized": RandomizedSolver}
-    return solvers[name](dim, components, device)
+    if name == "gram":
+        return GramSolver(dim, components, device, images=images)
+    return {"covariance": CovarianceSolver, "randomized": RandomizedSolver}[name](dim, components, device)
 
 
 def fit_basis(

@@ -18,6 +18,7 @@ from pin.model import ESN, PIN, official
 from pin.protocol import attack_in_batches, in_batches
 from pin.recognizers import adapt
 from shared.bench import count_macs, count_parameters, peak_memory, report, synchronize, throughput
+from shared.ranges import Count, Positive
 from shared.runtime import UserError, parse, pick_device, run_main
 
 SIZE, COMPONENTS, SAMPLES = 112, 2500, 30
@@ -35,18 +36,18 @@ class Options:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
-    batch: int | None = None
+    batch: Count | None = None
     """Images per batch of the networks; default 2 on a CPU, 128 on a GPU."""
-    seconds: float = 2.0
+    seconds: Positive = 2.0
     """Time spent on each measurement."""
     parts: tuple[Part, ...] = ("defence", "training", "attack", "basis")
     """What to measure: formulas and networks; ESN training steps; on a GPU alone PGD-40, and all eigenfaces
     of as many images as LFW has."""
-    pairs: int = 6000
+    pairs: Count = 6000
     """Pairs attacked with PGD-40."""
     precisions: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
     """Arithmetic of the attacked recogniser. fp32 as PyTorch comes: convolutions in TF32."""
-    attack_batches: tuple[int, ...] = (128, 256, 512)
+    attack_batches: tuple[Count, ...] = (128, 256, 512)
     """Batches tried for the attack; the fastest is taken."""
     output: Path | None = None
     """Folder for bench.json; default runs/pin."""

@@ -52,18 +52,36 @@ def align(image: np.ndarray, landmarks: np.ndarray, size: int = 112) -> np.ndarr
 
 
 def read_landmarks(path: Path) -> dict[str, np.ndarray]:
-    """`file x1 y1 ... x5 y5` lines (CelebA's landmark lists, or your own) -> file -> (5, 2) pixels."""
+    """`file x1 y1 ... x5 y5` lines (CelebA's landmark lists, or your own) -> file -> (5, 2) pixels.
+
+    Lines of another form may stand before the first alone (CelebA's two). Raises UserError that names a line
+    that cannot be read, and one whose points are not finite or all the same.
+    """
     found = {}
-    for line in read_utf8(path, "a list of landmarks").splitlines():
+    for number, line in enumerate(read_utf8(path, "a list of landmarks").splitlines(), 1):
         fields = line.split()
-        if len(fields) == 11:
-            try:
-                found[fields[0]] = np.array(fields[1:], np.float32).reshape(5, 2)
-            except ValueError:
-                raise UserError(f"{path}: no ten numbers after {fields[0]}") from None
+        if len(fields) != 11 and (not found or not fields):
+            continue
+        try:
+            points = np.array(fields[1:], np.float32).reshape(5, 2)
+        except ValueError:
+            raise UserError(f"{path}, line {number}: no ten numbers after {fields[0]}") from None
+        if not np.isfinite(points).all() or (points == points[0]).all():
+            raise UserError(f"{path}, line {number}: the points of {fields[0]} are no face's")
+        found[fields[0]] = points
     if not found:
         raise UserError(f"{path}: no line of a file name and ten numbers (x y of eyes, nose, mouth corners)")
     return found
+
+
+def landmarks_of(path: Path, listed: dict[str, np.ndarray]) -> np.ndarray:
+    """The points (5, 2) of an image from a list that names it alone or with folders above it, the longer name
+    first. UserError when it is not in the list."""
+    tails = ("/".join(path.parts[begin:]) for begin in range(len(path.parts)))
+    points = next((listed[tail] for tail in tails if tail in listed), None)
+    if points is None:
+        raise UserError(f"no landmarks for {path}: add its line to the list")
+    return points
 
 
 class TensorFaces(Dataset):
@@ -82,23 +100,16 @@ class TensorFaces(Dataset):
 class ImageFiles(Dataset):
     """Image files, read when asked for: (1, size, size) in [-1, 1] and the label."""
 
-    def __init__(
-        self, paths: list[Path], labels: list[int], size: int, landmarks: dict | None = None, root=None
-    ):
+    def __init__(self, paths: list[Path], labels: list[int], size: int, landmarks: dict | None = None):
         self.paths, self.labels, self.size = paths, torch.tensor(labels), size
-        self.landmarks, self.root = landmarks, root
+        self.landmarks = landmarks
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         path = self.paths[index]
-        points = None
-        if self.landmarks is not None:
-            name = str(path.relative_to(self.root))
-            points = self.landmarks.get(name, self.landmarks.get(path.name))
-            if points is None:
-                raise UserError(f"no landmarks for {name}: add its line to the list")
+        points = None if self.landmarks is None else landmarks_of(path, self.landmarks)
         return preprocess(path, self.size, points), self.labels[index]
 
 
@@ -130,7 +141,8 @@ def _shaded_people(people: int, per_person: int, size: int, seed: int) -> tuple[
 
 
 def identity_folder(root: Path, size: int, landmarks: Path | None = None) -> ImageFiles:
-    """`root/<person>/<any>.jpg`: FaceScrub, LFW, CASIA-WebFace, AT&T, your own. Raises UserError if empty."""
+    """`root/<person>/<any>.jpg`: FaceScrub, LFW, CASIA-WebFace, AT&T, your own; folders below a person's are
+    his too, as in the official loader. Raises UserError if empty."""
     if not root.is_dir():
         raise UserError(
             f"{root}: no such folder; expected {root}/<person>/<image>.jpg, one folder per person"
@@ -138,12 +150,12 @@ def identity_folder(root: Path, size: int, landmarks: Path | None = None) -> Ima
     paths, labels = [], []
     people = sorted(entry for entry in root.iterdir() if entry.is_dir())
     for number, person in enumerate(people):
-        files = find_images(person, subfolders=False)
+        files = find_images(person)
         paths += files
         labels += [number] * len(files)
     if not paths:
         raise UserError(f"{root}: no images in subfolders; expected {root}/<person>/<image>.jpg")
-    return ImageFiles(paths, labels, size, landmarks and read_landmarks(landmarks), root)
+    return ImageFiles(paths, labels, size, landmarks and read_landmarks(landmarks))
 
 
 def celeba(root: Path, size: int, landmarks: Path | None = None) -> ImageFiles:
@@ -151,7 +163,7 @@ def celeba(root: Path, size: int, landmarks: Path | None = None) -> ImageFiles:
     beside.
 
     Without the identity file every label is -1: enough for basis, DAE and ESN, which need none. Raises
-    UserError when there are no images, or on a bad line of the identity file.
+    UserError when there are no images, on a bad line of the identity file, and when that lacks images.
     """
     folder = root / "img_align_celeba" if (root / "img_align_celeba").is_dir() else root
     paths = find_images(folder, subfolders=False)
@@ -167,8 +179,14 @@ def celeba(root: Path, size: int, landmarks: Path | None = None) -> ImageFiles:
         if not person.strip().isdigit():
             raise UserError(f"{record}, line {number}: {line!r} is not '<image> <number of the person>'")
         identities[name] = int(person)
+    unlisted = [path.name for path in paths if path.name not in identities]
+    if identities and unlisted:
+        raise UserError(
+            f"{record}: {len(unlisted)} of {len(paths)} images have no line, the first is {unlisted[0]}; "
+            "get the list anew, or take it away where no recogniser is trained"
+        )
     labels = [identities.get(path.name, -1) for path in paths]
-    return ImageFiles(paths, labels, size, landmarks and read_landmarks(landmarks), folder)
+    return ImageFiles(paths, labels, size, landmarks and read_landmarks(landmarks))
 
 
 def split_people(files: ImageFiles, share: float = 0.75) -> tuple[TensorFaces, TensorFaces]:

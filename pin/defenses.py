@@ -48,12 +48,16 @@ def median(x: Tensor, width: int = 3) -> Tensor:
 
 
 def random_resize_pad(x: Tensor, generator: torch.Generator | None = None, smallest: float = 0.85) -> Tensor:
-    """One random shrinking and zero padding for the batch (Xie et al. 2018, at constant output size)."""
-    size = x.shape[-1]
-    side = int(torch.randint(int(smallest * size), size, (), generator=generator))
-    left, top = (int(torch.randint(0, size - side + 1, (), generator=generator)) for _ in range(2))
-    small = F.interpolate(x, (side, side), mode="bilinear", align_corners=False)
-    return F.pad(small, (left, size - side - left, top, size - side - top))
+    """A random shrinking of each image, zero padding around it (Xie et al. 2018, at constant output size)."""
+    size, count = x.shape[-1], len(x)
+    side = torch.randint(int(smallest * size), size, (count, 1), generator=generator)
+    first = (torch.rand((count, 2), generator=generator) * (size - side + 1)).floor()  # left, top
+    # The pixel at u of the result comes from (u - first) * size / side, here on grid_sample's scale [-1, 1].
+    place = torch.zeros(count, 2, 3)
+    place[:, 0, 0] = place[:, 1, 1] = (size / side).squeeze(1)
+    place[:, :, 2] = (size - side - 2 * first) / side
+    grid = F.affine_grid(place.to(x), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
 
 
 def total_variation(
@@ -141,6 +145,14 @@ def random_components(basis: Basis, k: int, generator: torch.Generator) -> Defen
     """k eigenfaces drawn once."""
     chosen = torch.randperm(basis.size[1], generator=generator)[:k]
     return partial(fixed_components, basis=basis, kept=_kept(basis, chosen))
+
+
+def large_components(x: Tensor, basis: Basis, price: float) -> Tensor:
+    """Projection on the eigenfaces whose coefficients in the image pay the price lambda: c^2 > lambda D. The
+    attack makes large ones of its own."""
+    coefficients = basis.coefficients(x)
+    pays = coefficients.square() > price * basis.size[0]
+    return basis.reconstruct(coefficients * pays, x.shape)
 
 
 def _kept(basis: Basis, chosen: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ from shared.published import (
     print_metrics,
     write_results,
 )
+from shared.ranges import Count
 from shared.runtime import UserError, parse, pick_device, run_main
 
 
@@ -58,14 +59,14 @@ class Options:
     """Run folder; default: the newest."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
-    pairs: int = 200
+    pairs: Count = 200
     """Embedded data and folders without a pair list: pairs of the same person, and as many of different
     people."""
-    repeats: int = 5
+    repeats: Count = 5
     """Seeds of the random masks that are averaged."""
     full: bool = False
     """All attacks and defences; the `study` preset does so by itself. Minutes instead of one."""
-    queries: int = 100
+    queries: Count = 100
     """Queries of the Square attack (ten times as many with --full)."""
     lfw: Path | None = None
     """LFW folder: evaluate on its pairs instead of the run's own test people."""
@@ -92,6 +93,10 @@ def evaluation_pairs(options: Options, config: Config) -> tuple[Tensor, Tensor, 
     cannot be had from other folds."""
     if options.bin is not None and options.lfw is not None:
         raise UserError("--lfw and --bin are two sets: give one of them")
+    if options.lfw is None and (options.pair_list is not None or options.landmarks is not None):
+        raise UserError("--pair-list and --landmarks belong to --lfw: give its folder too")
+    if options.legacy and options.recognizer is None and options.surrogate is None:
+        raise UserError("--legacy is about official weights: give --recognizer or --surrogate too")
     if options.bin is not None:
         faces, pairs = insightface_bin(options.bin, config.size)
         name = options.bin.stem
@@ -148,7 +153,7 @@ def open_lab(options: Options, folder: Path, config: Config) -> tuple[Lab, str]:
     lab = Lab(
         recognizers=recognizers,
         basis=basis.to(device),
-        dae=networks["dae"],
+        dae=networks.get("dae"),
         esns={
             name.removeprefix("esn-"): network
             for name, network in networks.items()
@@ -214,9 +219,11 @@ def evaluate(options: Options) -> Path:
     untrained = make_esn(config.size, config.components, config.esn_widths, config.hidden).to(lab.device)
     quality = {variant: selection_quality(lab, variant, untrained) for variant in lab.esns}
     lab.attacked = craft(lab, full=full)
+    if "surrogate" in lab.recognizers:
+        lab.transferred = craft(lab, "surrogate", (lab.main,))
     kept = {variant: max(round(numbers["kept"]), 1) for variant, numbers in quality.items()}
     table = defence_table(lab, kept, options.repeats, slow=full)
-    other = plug_and_play(lab, options.repeats) if "surrogate" in lab.recognizers else {}
+    other = plug_and_play(lab, options.repeats) if lab.transferred else {}
     adaptive = adaptive_attacks(lab, full)
     shift = premise(lab, min(60, lab.basis.size[1] // 2))
     queries = query_attack(lab, options.queries * (10 if full else 1), 50)

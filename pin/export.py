@@ -25,11 +25,22 @@ class Options:
     """Which of the run's selection networks."""
     mode: Literal["threshold", "expected"] = "threshold"
     """Hard or soft mask; a random one cannot be exported."""
+    eigenfaces: Path | None = None
+    """Official eigenfaces; with --dae, --encoder and --pca-layer, or with --ais, instead of a run."""
+    dae: Path | None = None
+    """Official dae2_200.pth."""
+    encoder: Path | None = None
+    """Official encoder_*.pth."""
+    pca_layer: Path | None = None
+    """Official pca_layer_*.pth."""
+    ais: Path | None = None
+    """The follow-up's file of encoder and pca_layer."""
 
 
 def export(options: Options) -> Path:
     """Write the file and return its path. UserError when it does not do what the defence does."""
-    purify = Purify(images=(), run=options.run, variant=options.variant, mode=options.mode)
+    chosen = {name: value for name, value in vars(options).items() if name != "output"}
+    purify = Purify(images=(), **chosen)
     defense, _ = load_defense(purify, torch.device("cpu"))
     side = round(defense.basis.size[0] ** 0.5)
     # The check of the image's size becomes a constant, rightly.

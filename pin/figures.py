@@ -39,10 +39,12 @@ def picture_row(
     """One image (1, H, W), as ROW or, when its unattacked original is not known, UNKNOWN_ROW names its parts.
 
     clean: the original. purified: of x, the attacked image. q: (K,) its mask; `shown` eigenfaces that it kept
-    most of come last. All pictures are (1, H, W) in [0, 1], differences enlarged about 0.5.
+    most of come last, white where it kept fewer. All pictures are (1, H, W) in [0, 1], differences enlarged
+    about 0.5.
     """
     weight = (basis.coefficients(x[None])[0].abs() * q).topk(min(shown, len(q))).indices
     faces = eigenface_picture(basis.eig_vec[:, weight], x.shape[-1])
+    faces = torch.where(q[weight].view(-1, 1, 1, 1) > 0, faces, 1.0)
     if clean is None:
         return [to_unit(x), to_unit(purified), to_unit(10 * (x - purified)), *faces]
     change, left = to_unit(10 * (x - clean)), to_unit(10 * (purified - clean))

@@ -17,7 +17,7 @@ from pin.job import Job
 from pin.losses import mask_cost, reinforce
 from pin.model import ESN, PIN, Defended
 from shared.processes import drawn
-from shared.runtime import UserError, step_generator
+from shared.runtime import step_generator
 
 AIS_NOISE = 21  # a stream of randomness of its own
 SAMPLES, IDENTITY, STEP, FOLLOW = 25, 8.0, 0.04, 0.9
@@ -49,13 +49,9 @@ def train_ais(job: Job, faces, basis: Basis, lamb: float) -> None:
     itself.
 
     Policy gradient with each image's own baseline. The copy is refreshed ten times a run (officially every
-    20,000 steps). Needs the run's recogniser.
+    20,000 steps). Needs the run's recogniser, which `check_settings` asks for.
     """
     stage = "esn-ais"
-    if job.done(stage):
-        return
-    if "recognizer" not in job.networks:
-        raise UserError("the variant ais needs a recogniser for its identity term: --recognizers recognizer")
     config, esn = job.config, job.networks[stage]
     recognizer = job.networks["recognizer"].eval().requires_grad_(False).to(job.accelerator.device)
     model = job.accelerator.prepare(esn)

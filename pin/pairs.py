@@ -118,7 +118,7 @@ def lfw_pairs(
     fold = torch.arange(len(entries)) // (2 * each) if folds > 1 else deal(same)
     numbers = {name: number for number, name in enumerate(dict.fromkeys(people))}
     known = None if None in numbers else torch.tensor([numbers[name] for name in people])
-    files = ImageFiles(list(index), [-1] * len(index), size, landmarks and read_landmarks(landmarks), root)
+    files = ImageFiles(list(index), [-1] * len(index), size, landmarks and read_landmarks(landmarks))
     first = torch.tensor([index[entry[0]] for entry in entries])
     second = torch.tensor([index[entry[1]] for entry in entries])
     return files, Pairs(first, second, same, fold, known)

@@ -1,6 +1,7 @@
 """Purify your own face images with a trained PIN, and score how attacked each of them looks.
 
-Writes the purified images, rows.png (what was kept and what was taken away) and scores.csv / scores.json:
+Writes the purified images, scores.csv / scores.json, and rows.png: what was kept of the first images and what
+was taken away.
 `distance` is the length of what was taken away, `kept` the number of eigenfaces kept, and `cosine_distance`
 how far the recogniser's feature moved. The two distances are higher for attacked images; what is normal is
 learnt from clean images of the same camera.
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 
 from pin.basis import load_basis
-from pin.data import preprocess, read_landmarks
+from pin.data import landmarks_of, preprocess, read_landmarks
 from pin.figures import ROW, UNKNOWN_ROW, picture_row, to_unit
 from pin.model import ESN, PIN, load_official
 from pin.protocol import attack_scores
@@ -31,11 +32,16 @@ from shared.io import (
     progress,
     write_image,
 )
+from shared.ranges import Count, Seed
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
 OFFICIAL_SIZE = 112
 """Side of the images that the official networks are for."""
+BATCH = 64
+"""Images that are purified together."""
+SHOWN = 24
+"""Rows of rows.png: the sheet of a large folder would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,13 @@ class Options:
     """Which of the run's selection networks."""
     mode: Literal["sample", "threshold", "mean", "expected", "topk"] = "threshold"
     """How probabilities become a mask. sample is the official default."""
-    k: int | None = None
+    k: Count | None = None
     """Eigenfaces kept in mode topk, which needs it."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of mode sample."""
     landmarks: Path | None = None
-    """Five landmarks per image, for ArcFace alignment; those of --clean too."""
+    """Five landmarks per image, for ArcFace alignment; those of --clean too. A line names its image alone or
+    with the folders above it."""
     clean: Path | None = None
     """Folder with the unattacked images under the same names: the perturbation is then the true one."""
     eigenfaces: Path | None = None
@@ -80,8 +87,8 @@ class Options:
 
 def load_defense(options: Options, device: torch.device) -> tuple[PIN, torch.nn.Module | None]:
     """The defence and, where there is one, a recogniser. UserError when the parts are incomplete."""
-    if (options.mode == "topk") != (options.k is not None) or (options.k is not None and options.k < 1):
-        raise UserError("--mode topk and --k (at least 1) belong together")
+    if (options.mode == "topk") != (options.k is not None):
+        raise UserError("--mode topk and --k belong together")
     official = (options.eigenfaces, options.dae, options.encoder, options.pca_layer)
     recognizer = None
     if options.ais is not None:
@@ -107,11 +114,12 @@ def load_defense(options: Options, device: torch.device) -> tuple[PIN, torch.nn.
             )
         facts = load_weights(folder, {})["facts"]
         networks = build_networks(config, facts["classes"])
-        wanted = ["dae", f"esn-{options.variant}", *config.recognizers[:1]]
+        sees_dae = variant_config(config, options.variant).dae
+        wanted = [*["dae"] * sees_dae, f"esn-{options.variant}", *config.recognizers[:1]]
         load_weights(folder, {name: networks[name] for name in wanted})
         basis = load_basis(folder / "basis.safetensors", config.components)
         basis.check(facts["basis"], f"the checkpoint in {folder}")
-        dae = networks["dae"] if variant_config(config, options.variant).dae else None
+        dae = networks["dae"] if sees_dae else None
         esn = networks[f"esn-{options.variant}"]
         recognizer = networks[config.recognizers[0]] if config.recognizers else None
     if options.recognizer is not None:
@@ -138,42 +146,49 @@ def names_of(paths: list[Path]) -> list[str]:
 
 @torch.no_grad()
 def predict(options: Options) -> Path:
-    """Write purified images, a picture row for each, and scores.csv / scores.json; returns the folder."""
+    """Write purified images, scores.csv / scores.json and a sheet of picture rows; returns the folder.
+    UserError without images."""
     device = pick_device(options.device)
-    pin, recognizer = load_defense(options, device)
-    size = round(pin.basis.size[0] ** 0.5)
-    points = read_landmarks(options.landmarks) if options.landmarks else {}
-    records, tiles = [], []
     paths = [image for place in options.images for image in images_of(place, subfolders=False)]
+    if not paths:
+        raise UserError("--images: give image files or folders of them")
     names = names_of(paths)
     clean = [] if options.clean is None else [options.clean / path.name for path in paths]
     results = [options.output / f"{name}.png" for name in ("rows", *names)]
     keep_inputs([*paths, *clean], results, "--output")
-    for path, name in zip(progress(paths, "purify"), names, strict=True):
-        if options.landmarks and path.name not in points:
-            raise UserError(f"{options.landmarks}: no line for {path.name}")
-        x = preprocess(path, size, points.get(path.name))[None].to(device)
+    options.output.mkdir(parents=True, exist_ok=True)
+    pin, recognizer = load_defense(options, device)
+    size = round(pin.basis.size[0] ** 0.5)
+    listed = read_landmarks(options.landmarks) if options.landmarks else None
+    points = [landmarks_of(path, listed) if listed else None for path in paths]
+    records, tiles = [], []
+    for part in progress(torch.arange(len(paths)).split(BATCH), "purify"):
+        indices = part.tolist()
+        x = torch.stack([preprocess(paths[i], size, points[i]) for i in indices]).to(device)
         q = pin.mask(pin.probabilities(x))
         purified = pin.project(x, q)
-        scores = {"distance": (purified - x).norm().item(), "kept": q.sum().item()}
+        scores = {"distance": (purified - x).flatten(1).norm(dim=1), "kept": q.sum(1)}
         if recognizer is not None:
             both = attack_scores(recognizer, lambda _, result=purified: result, x)
-            scores["cosine_distance"] = both["cosine_distance"].item()
-        records.append({"image": str(path), "purified": f"{name}.png", **scores})
-        write_image(options.output / f"{name}.png", to_unit(purified[0]), synthetic="purified by PIN")
-        original = None
-        if options.clean is not None:
-            # The face lies where it lay before the attack.
-            original = preprocess(options.clean / path.name, size, points.get(path.name)).to(device)
-        tiles += picture_row(pin.basis, original, x[0], purified[0], q[0])
-    columns, labels = len(tiles) // len(records), UNKNOWN_ROW if options.clean is None else ROW
-    sheet = image_grid(tiles, columns=columns, column_labels=labels[:columns], scale=max(1, 96 // size))
-    write_image(options.output / "rows.png", sheet, synthetic="purified by PIN")
+            scores["cosine_distance"] = both["cosine_distance"]
+        columns = {name: values.tolist() for name, values in scores.items()}
+        for row, i in enumerate(indices):
+            result = f"{names[i]}.png"
+            numbers = {name: values[row] for name, values in columns.items()}
+            records.append({"image": str(paths[i]), "purified": result, **numbers})
+            write_image(options.output / result, to_unit(purified[row]), synthetic="purified by PIN")
+            if i < SHOWN:
+                # The face lies where it lay before the attack.
+                original = preprocess(clean[i], size, points[i]).to(device) if clean else None
+                tiles += picture_row(pin.basis, original, x[row], purified[row], q[row])
     write_json(options.output / "scores.json", {"mode": options.mode, "images": records})
     with open(options.output / "scores.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, records[0])
         writer.writeheader()
         writer.writerows(records)
+    width, labels = len(tiles) // min(len(records), SHOWN), UNKNOWN_ROW if options.clean is None else ROW
+    sheet = image_grid(tiles, columns=width, column_labels=labels[:width], scale=max(1, 96 // size))
+    write_image(options.output / "rows.png", sheet, synthetic="purified by PIN")
     return options.output
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.onnxfile import open_onnx
+from shared.runtime import UserError
 
 Recognizer = Literal["arcface_ir_se50", "arcface_ir50", "lightcnn9", "lightcnn29", "lightcnn29_v2"]
 """Official recognisers by their `official()` names."""
@@ -198,12 +199,17 @@ class OnnxRecognizer:
     """An ONNX face recogniser (for example InsightFace's) as a callable; no gradients, so query attacks only.
 
     path: model with one image input (N, C, H, W) in [-1, 1]; the grey channel is repeated when C = 3. Raises
-    UserError when it is missing or no ONNX file.
+    UserError when it is missing, no ONNX file, or takes images of another form, as (N, H, W, C).
     """
 
     def __init__(self, path: Path):
         self.session = open_onnx(path)
         self.input = self.session.get_inputs()[0]
+        shape = self.input.shape
+        if len(shape) != 4 or (isinstance(shape[1], int) and shape[1] not in (1, 3)):
+            raise UserError(
+                f"{path}: takes {shape}, not images (N, C, H, W) of 1 or 3 channels; export it so"
+            )
 
     def __call__(self, x: Tensor) -> Tensor:
         channels, side = self.input.shape[1], self.input.shape[2]

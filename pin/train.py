@@ -30,16 +30,11 @@ from pin.recognition import train_recognizer
 from pin.recognizers import SmallRecognizer
 from shared.io import Run
 from shared.processes import as_one, gathered
-from shared.runtime import (
-    LoaderConfig,
-    UserError,
-    maybe_compile,
-    run_training,
-    start,
-    step_generator,
-)
+from shared.ranges import Count, Natural, Positive, Share, Weight
+from shared.runtime import LoaderConfig, UserError, maybe_compile, run_training, start, step_generator
 
 DAE_NOISE, ESN_NOISE, LAMBDA_IMAGES, LAMBDA_NOISE = 1, 2, 3, 4  # streams of randomness of their own
+DemoRecognizer = Literal["recognizer", "surrogate", "robust"]
 
 
 @dataclass(frozen=True)
@@ -57,41 +52,41 @@ class Config(LoaderConfig):
     """Ready eigenfaces instead of computing them: our basis.safetensors or the official .pth."""
     landmarks: Path | None = None
     """List of five landmarks per image: crops are then moved to ArcFace's template."""
-    size: int = 32
+    size: Count = 32
     """Side of the square grey images, in pixels."""
-    people: int = 90
+    people: Count = 90
     """Embedded data: people to train on."""
-    images_per_person: int = 30
+    images_per_person: Count = 30
     """Embedded data: training images of each."""
-    test_people: int = 30
+    test_people: Count = 30
     """Embedded data: other people to test on."""
-    test_images: int = 16
+    test_images: Count = 16
     """Embedded data: test images of each."""
-    transposed: float = 0.0
+    transposed: Share = 0.0
     """Embedded data: share of people shown transposed, a second population with its own eigenfaces."""
 
     # --- eigenfaces ---
-    components: int = 256
+    components: Count = 256
     """Eigenfaces in the basis, K."""
     solver: Literal["auto", "covariance", "gram", "randomized"] = "auto"
     """How to compute them. auto: gram when there are fewer images than pixels, covariance otherwise."""
-    basis_batch: int = 256
+    basis_batch: Count = 256
     """Images per block of the pass over the data."""
 
     # --- networks ---
-    dae_widths: tuple[int, ...] = (8, 16)
+    dae_widths: tuple[Count, ...] = (8, 16)
     """Channels of the DAE's levels, each half the size of the one before."""
     second_stage: Literal["shared", "separate"] = "shared"
     """DAE: run the first stage twice (official), or train a second one."""
     dae: bool = True
     """Whether the ESN sees the DAE's output or the noisy image itself."""
-    esn_widths: tuple[int, ...] = (16, 32, 64)
+    esn_widths: tuple[Count, ...] = (16, 32, 64)
     """Channels of the ESN's levels, two blocks each."""
-    hidden: int = 128
+    hidden: Count = 128
     """Width of the ESN's hidden layer."""
 
     # --- noise and objective ---
-    noise: float = 0.04
+    noise: Weight = 0.04
     """Length of the noise as a share of the image's."""
     noise_norm: Literal["batch", "image"] = "batch"
     """Lengths taken over the whole batch (official) or over each image."""
@@ -99,57 +94,57 @@ class Config(LoaderConfig):
     """Sampled policy gradient (official), its closed form, or cross-entropy to the oracle's mask."""
     baseline: Literal["batch", "image"] = "batch"
     """Baseline of the policy gradient: one for the batch (official) or one for each image."""
-    samples: int = 30
+    samples: Count = 30
     """Masks per image, S."""
-    lamb_sparse: Literal["auto"] | float = "auto"
+    lamb_sparse: Literal["auto"] | Weight = "auto"
     """Price lambda of one kept eigenface (official 0.015). auto: so that about `keep` of them pay."""
-    keep: int = 48
+    keep: Count = 48
     """Eigenfaces to keep under `--lamb-sparse auto`, K*."""
-    entropy: float = 0.0
+    entropy: Weight = 0.0
     """Weight of an entropy bonus against saturated probabilities."""
 
     # --- optimisation ---
-    dae_steps: int = 400
+    dae_steps: Natural = 400
     """Training steps of the DAE."""
-    dae_batch: int = 64
+    dae_batch: Count = 64
     """Its batch size."""
-    dae_rate: float = 1e-3
+    dae_rate: Positive = 1e-3
     """Its learning rate (Adam, cosine to a hundredth)."""
-    dae_epochs: int = 0
+    dae_epochs: Natural = 0
     """Train the DAE for so many epochs instead of `dae_steps`."""
-    esn_steps: int = 600
+    esn_steps: Natural = 600
     """Training steps of each ESN."""
-    esn_batch: int = 32
+    esn_batch: Count = 32
     """Its batch size."""
-    esn_epochs: int = 0
+    esn_epochs: Natural = 0
     """Train the ESN for so many epochs instead of `esn_steps`."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Optimiser of the ESN: SGD with momentum 0.9 (official) or Adam."""
-    esn_rate: float = 0.01
+    esn_rate: Positive = 0.01
     """Its learning rate."""
-    halve_epochs: int = 0
+    halve_epochs: Natural = 0
     """Halve the ESN's rate every so many epochs, counted as the official code counts; 0 for never."""
-    clip: float = 0.0
+    clip: Weight = 0.0
     """Clip the ESN's gradient to this norm; 0 for never."""
     variants: tuple[str, ...] = ("pin", "exact", "distill", "official-lambda")
     """ESNs to train on the same basis and DAE: keys of VARIANTS, each a change of these settings."""
-    save_every: int = 200
+    save_every: Count = 200
     """Steps between checkpoints."""
-    log_every: int = 50
+    log_every: Count = 50
     """Steps between log lines."""
 
     # --- recognisers of the demo ---
-    recognizers: tuple[str, ...] = ("recognizer", "surrogate", "robust")
+    recognizers: tuple[DemoRecognizer, ...] = ("recognizer", "surrogate", "robust")
     """Recognisers to train: the attacked one, a second one, and one hardened by adversarial training."""
-    recognizer_epochs: int = 8
+    recognizer_epochs: Natural = 8
     """Epochs of each."""
     head: Literal["additive", "arcface"] = "additive"
     """Their margin softmax."""
     adversarial: Literal["pgd", "trades"] = "pgd"
     """How the robust one is trained."""
-    adversarial_eps: float = 16 / 255
+    adversarial_eps: Weight = 16 / 255
     """Its perturbations in [-1, 1]; 16/255 is 8 grey levels."""
-    adversarial_steps: int = 3
+    adversarial_steps: Natural = 3
     """Their PGD steps."""
 
 
@@ -215,25 +210,33 @@ def variant_config(config: Config, variant: str) -> Config:
 
 
 def check_settings(config: Config) -> None:
-    """UserError for numbers that no run can have."""
+    """UserError for settings that do not go together, before anything is computed."""
+    if not config.dae_widths or not config.esn_widths:
+        raise UserError("--dae-widths and --esn-widths: give the channels of at least one level")
     halved = 2 ** len(config.dae_widths)
-    if config.size < 1 or config.size % halved:
+    if config.size % halved:
         raise UserError(
             f"--size {config.size}: the DAE of {len(config.dae_widths)} levels needs multiples of {halved}"
         )
-    if config.lamb_sparse == "auto" and not 1 <= config.keep <= config.components:
+    if config.lamb_sparse == "auto" and config.keep > config.components:
         raise UserError(f"--keep {config.keep}: it must lie in 1..{config.components}, the --components")
-    for name in ("components", "samples", "basis_batch", "dae_batch", "esn_batch", "log_every", "save_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be at least 1")
+    for name in ("variants", "recognizers"):
+        if len(set(getattr(config, name))) < len(getattr(config, name)):
+            raise UserError(f"--{name}: one of them is named twice")
+    if "ais" in config.variants and "recognizer" not in config.recognizers:
+        raise UserError("the variant ais needs a recogniser for its identity term: --recognizers recognizer")
+    if config.basis is not None and config.basis_root is not None:
+        raise UserError("--basis and --basis-root: eigenfaces are ready or computed; give one of them")
 
 
 def build_networks(config: Config, classes: int) -> dict[str, nn.Module]:
-    """Every network of a run by its name in the checkpoint: dae, esn-<variant>, the recognisers."""
-    networks: dict[str, nn.Module] = {"dae": DAE(config.dae_widths, config.second_stage)}
+    """Networks of a run by name in the checkpoint: dae where an ESN sees it, esn-<variant>, recognisers."""
+    if unknown := [variant for variant in config.variants if variant not in VARIANTS]:
+        raise UserError(f"no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
+    networks: dict[str, nn.Module] = {}
+    if any(variant_config(config, variant).dae for variant in config.variants):
+        networks["dae"] = DAE(config.dae_widths, config.second_stage)
     for variant in config.variants:
-        if variant not in VARIANTS:
-            raise UserError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}")
         make = make_ais if variant == "ais" else make_esn
         networks[f"esn-{variant}"] = make(config.size, config.components, config.esn_widths, config.hidden)
     for name in config.recognizers:
@@ -250,6 +253,7 @@ def make_basis(job: Job, faces: Dataset) -> Basis:
     if not job.done("basis") and job.accelerator.is_main_process:
         if config.basis is not None:
             basis = load_basis(config.basis, config.components, config.size)
+            basis.require_orthonormal()
         else:
             if config.basis_root is not None:
                 faces = identity_folder(config.basis_root, config.size, config.landmarks)
@@ -275,7 +279,7 @@ def make_basis(job: Job, faces: Dataset) -> Basis:
 def train_dae(job: Job, faces: Dataset) -> None:
     """Stage `dae`: remove the ESN's own training noise, in both of the cascaded stages (our
     reconstruction)."""
-    if job.done("dae"):
+    if job.done("dae") or "dae" not in job.networks:
         return
     config, dae = job.config, job.networks["dae"]
     model = job.accelerator.prepare(maybe_compile(placed(dae, job.accelerator.device), config.compile))
@@ -295,15 +299,12 @@ def train_dae(job: Job, faces: Dataset) -> None:
     job.finish("dae", total)
 
 
-def train_esn(job: Job, variant: str, faces: Dataset, basis: Basis) -> None:
-    """Stage `esn-<variant>`: learn which eigenfaces to keep, from clean faces and Gaussian noise alone."""
-    stage = f"esn-{variant}"
-    if job.done(stage):
-        return
-    config = variant_config(job.config, variant)
-    lamb = choose_lambda(job, config, variant, faces, basis)
-    networks = job.networks[stage], job.networks["dae"].eval()
-    esn, dae = (placed(network, job.accelerator.device) for network in networks)
+def train_esn(job: Job, variant: str, faces: Dataset, basis: Basis, lamb: float) -> None:
+    """Stage `esn-<variant>`: learn which eigenfaces to keep, from clean faces and Gaussian noise alone. lamb:
+    price of one."""
+    stage, config = f"esn-{variant}", variant_config(job.config, variant)
+    esn = placed(job.networks[stage], job.accelerator.device)
+    dae = placed(job.networks["dae"].eval(), job.accelerator.device) if config.dae else None
     model = job.accelerator.prepare(maybe_compile(esn, config.compile))
     if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(esn.parameters(), config.esn_rate, momentum=0.9)
@@ -314,14 +315,13 @@ def train_esn(job: Job, variant: str, faces: Dataset, basis: Basis) -> None:
     for step, (x, _) in job.steps(stage, total, faces, config.esn_batch, optimizer=optimizer):
         if config.halve_epochs:
             # The official scheduler counts the epochs that have ended: each halving comes one later.
-            set_rate(
-                optimizer, config.esn_rate * 0.5 ** (max(step // per_epoch - 1, 0) // config.halve_epochs)
-            )
+            halvings = max(step // per_epoch - 1, 0) // config.halve_epochs
+            set_rate(optimizer, config.esn_rate * 0.5**halvings)
         generator = job.generator(step, ESN_NOISE)
         noisy = add_noise(x, config.noise, generator, config.noise_norm)
         with job.accelerator.autocast():
             with torch.no_grad():
-                seen = dae(noisy)[1] if config.dae else noisy
+                seen = dae(noisy)[1] if dae is not None else noisy
             p = model(seen)
         cost = mask_cost(basis, x, noisy, lamb)
         if config.estimator == "reinforce":
@@ -342,11 +342,11 @@ def train_esn(job: Job, variant: str, faces: Dataset, basis: Basis) -> None:
             kept, spread = everyone.sum(1).mean(), everyone.std(0).mean()
             values = {"cost": value, "oracle": best, "kept": kept, "sd": spread}
             job.log(step, total, **{f"{stage}/{name}": number for name, number in values.items()})
-            if step == total - 1 and kept < 0.02 * config.components:
+            if step == total - 1 and kept < 0.02 * config.components and job.accelerator.is_main_process:
                 few = f"{kept:.1f} of {config.components} eigenfaces"
                 print(f"warning: {stage} keeps only {few}: lambda {lamb:.3g} is too high", file=sys.stderr)
     job.finish(stage, total)
-    sheet = purification_sheet(PIN(basis, dae if config.dae else None, esn.eval(), "threshold"), faces)
+    sheet = purification_sheet(PIN(basis, dae, esn.eval(), "threshold"), faces)
     job.run.picture(stage, sheet, "faces purified by PIN")
 
 
@@ -377,19 +377,21 @@ def train(config: Config) -> Path:
     run = Run("pin", config, accelerator.is_main_process)
     classes = int(faces.labels.max()) + 1
     networks = build_networks(config, classes)
-    job = Job(
-        config, accelerator, run, {name: as_one(networks[name], accelerator.device) for name in networks}
-    )
+    whole = {name: as_one(network, accelerator.device) for name, network in networks.items()}
+    job = Job(config, accelerator, run, whole)
     job.facts["classes"] = classes
     basis = make_basis(job, faces)
     train_dae(job, faces)
     for number, name in enumerate(config.recognizers):
         train_recognizer(job, name, faces, seed=number)
     for variant in config.variants:
+        if job.done(f"esn-{variant}"):
+            continue
+        lamb = choose_lambda(job, variant_config(config, variant), variant, faces, basis)
         if variant == "ais":
-            train_ais(job, faces, basis, choose_lambda(job, config, variant, faces, basis))
+            train_ais(job, faces, basis, lamb)
         else:
-            train_esn(job, variant, faces, basis)
+            train_esn(job, variant, faces, basis, lamb)
     run.close()
     return run.folder
 

@@ -20,6 +20,7 @@ from pin.data import (
     align,
     celeba,
     identity_folder,
+    landmarks_of,
     preprocess,
     procedural,
     read_landmarks,
@@ -76,9 +77,24 @@ def test_landmark_lists(tmp_path):
     path = tmp_path / "list.txt"
     path.write_text("2\nlefteye_x lefteye_y\n000001.jpg 1 2 3 4 5 6 7 8 9 10\n")
     assert read_landmarks(path)["000001.jpg"].tolist() == [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]]
-    path.write_text("nothing\n")
-    with pytest.raises(UserError, match="no line of a file name and ten numbers"):
-        read_landmarks(path)
+    good = "1.jpg 1 2 3 4 5 6 7 8 9 10\n"
+    for text, message in {
+        "nothing\n": "no line of a file name and ten numbers",
+        f"{good}2.jpg 1 2 3 4 5 6 7 8 9\n": "line 2: no ten numbers after 2.jpg",
+        f"{good}2.jpg 1 2 3 4 5 6 7 8 9 x\n": "line 2: no ten numbers after 2.jpg",
+        f"{good}\n2.jpg 1 2 3 4 5 6 7 8 9 nan\n": "line 3: the points of 2.jpg are no face's",
+        "1.jpg 3 4 3 4 3 4 3 4 3 4\n": "line 1: the points of 1.jpg are no face's",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_landmarks(path)
+
+
+def test_landmarks_are_found_by_the_longest_name():
+    listed = {"a/1.jpg": 1, "1.jpg": 2, "2.jpg": 3}
+    assert [landmarks_of(Path(name), listed) for name in ("/x/a/1.jpg", "/x/b/1.jpg", "2.jpg")] == [1, 2, 3]
+    with pytest.raises(UserError, match=r"no landmarks for a/3\.jpg"):
+        landmarks_of(Path("a/3.jpg"), listed)
 
 
 def test_identity_folders_and_celeba(tmp_path):
@@ -87,6 +103,8 @@ def test_identity_folders_and_celeba(tmp_path):
             paint(tmp_path / "att" / person / f"{number}.pgm", number, "L")
     files = identity_folder(tmp_path / "att", 16)
     assert len(files) == 6 and sorted(set(files.labels.tolist())) == [0, 1, 2]
+    paint(tmp_path / "att/s1/below/2.pgm", 2, "L")
+    assert len(identity_folder(tmp_path / "att", 16)) == 7
     training, test = split_people(files)
     assert set(training.labels.tolist()).isdisjoint(test.labels.tolist()) and len(test) == 2
     paint(tmp_path / "celeba/img_align_celeba/000001.jpg")
@@ -96,6 +114,9 @@ def test_identity_folders_and_celeba(tmp_path):
     assert celeba(tmp_path / "celeba", 16).labels.tolist() == [5, 7]
     (tmp_path / "celeba/identity_CelebA.txt").write_text("000001.jpg 5\n000002.jpg\n")
     with pytest.raises(UserError, match="identity_CelebA.txt, line 2: '000002.jpg'"):
+        celeba(tmp_path / "celeba", 16)
+    (tmp_path / "celeba/identity_CelebA.txt").write_text("000001.jpg 5\n")
+    with pytest.raises(UserError, match=r"1 of 2 images have no line, the first is 000002\.jpg"):
         celeba(tmp_path / "celeba", 16)
     (tmp_path / "celeba/identity_CelebA.txt").unlink()
     for reader in (identity_folder, celeba):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pin.ais import AISEncoder, AISSelection
 from pin.model import official
 
 State = dict[str, Tensor]
@@ -208,3 +209,27 @@ def test_networks_compute_what_the_specification_says(case):
     for one, two in zip(ours, expected, strict=True):
         assert one.shape == two.shape and two.std() > 1e-3
         torch.testing.assert_close(one, two.to(one.dtype), atol=1e-5, rtol=1e-5)
+
+
+def test_ais_memory_follows_and_replaces():
+    torch.manual_seed(0)
+    head = AISSelection(64, 16, 10, items=4)
+    encoder = AISEncoder((4, 8))
+    features = encoder(torch.randn(6, 1, 8, 8))
+    assert features.shape == (6, 8, 2, 2)
+    memory = head.memory
+    z = torch.randn(6, 16)
+    before = memory.units.weight.clone()
+    output = memory(z)
+    cosine = torch.nn.functional.cosine_similarity(z[:, None], before[None], dim=2)
+    nearest = cosine.argmax(1)
+    expected = before.clone()
+    for item in nearest.unique():
+        expected[item] = 0.999 * before[item] + 0.001 * z[nearest == item].mean(0)
+    torch.testing.assert_close(memory.units.weight, expected)
+    weights = torch.nn.functional.cosine_similarity(z[:, None], expected[None], dim=2).softmax(1)
+    torch.testing.assert_close(output, weights @ expected)
+    memory.decay_unused = True
+    untouched = [item for item in range(4) if item not in nearest.tolist()]
+    memory(z)
+    torch.testing.assert_close(memory.units.weight[untouched], 0.999 * expected[untouched])

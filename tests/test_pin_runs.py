@@ -14,19 +14,20 @@ from safetensors.torch import load_file
 
 from pin import eval as evaluation
 from pin import predict as predict_script
-from pin.ais import AISEncoder, AISSelection
 from pin.basis import load_basis
 from pin.eval import Options as Evaluation
 from pin.eval import evaluate, open_lab
+from pin.experiments import classical_defenses
 from pin.export import Options as Export
 from pin.export import export
+from pin.figures import eigenface_picture, picture_row
 from pin.immune import identity_cost
-from pin.model import official
 from pin.predict import Options as Purify
 from pin.predict import load_defense, predict
 from pin.recognizers import OnnxRecognizer
 from pin.train import PRESETS, Config, train
 from shared.io import load_config, write_image
+from shared.onnxfile import write_onnx
 from shared.runtime import UserError, parse_presets
 
 TINY = helpers.TINY["pin"]
@@ -131,8 +132,14 @@ def test_public_pairs_are_attacked_as_the_authors_do_and_judge_no_claim(run, tmp
     (tmp_path / "lfw/pairs.txt").write_text("1\nA 1 2\nA 1 B 1\n")
     with pytest.raises(UserError, match="1 pairs of the same person and 1 of two people in 1 folds"):
         evaluate(options)
-    with pytest.raises(UserError, match="--lfw and --bin are two sets"):
-        evaluate(replace(options, bin=tmp_path / "x.bin"))
+    for changes, message in (
+        ({"bin": tmp_path / "x.bin"}, "--lfw and --bin are two sets"),
+        ({"lfw": None, "landmarks": tmp_path / "list.txt"}, "--landmarks belong to --lfw"),
+        ({"lfw": None, "pair_list": tmp_path / "list.txt"}, "--landmarks belong to --lfw"),
+        ({"recognizer": None, "surrogate": None, "legacy": True}, "--legacy is about official weights"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(replace(options, **changes))
 
 
 def test_prediction(run, tmp_path):
@@ -159,35 +166,46 @@ def test_clean_pictures_are_aligned_like_the_attacked_ones(run, tmp_path, monkey
     assert torch.equal(clean, attacked)
 
 
-def test_the_follow_ups_file_purifies(tmp_path):
-    torch.manual_seed(0)
-    parts = {part: official(f"ais_{part}").state_dict() for part in ("encoder", "pca_layer")}
-    torch.save(parts, tmp_path / "ais.pth")
-    vectors = torch.eye(112 * 112, 1500)
-    torch.save({"eig_vec": vectors, "avg_face": torch.zeros(112 * 112)}, tmp_path / "eig.pth")
-    write_image(tmp_path / "a.png", torch.rand(3, 120, 100))
-    paths = {"ais": tmp_path / "ais.pth", "eigenfaces": tmp_path / "eig.pth"}
-    predict(Purify(images=(tmp_path / "a.png",), output=tmp_path / "out", device="cpu", **paths))
-    (score,) = json.loads((tmp_path / "out/scores.json").read_text())["images"]
-    assert 0 < score["kept"] < 1500 and (tmp_path / "out/a.png").is_file()
-    with pytest.raises(UserError, match="--ais goes with --eigenfaces"):
-        predict(Purify(images=(tmp_path / "a.png",), ais=tmp_path / "ais.pth"))
-    torch.save({"eig_vec": torch.eye(64 * 64, 1500), "avg_face": torch.zeros(64 * 64)}, tmp_path / "eig.pth")
-    with pytest.raises(
-        UserError, match="eig.pth: eigenfaces of 4096 pixels, and the networks take 112 x 112"
-    ):
-        predict(Purify(images=(tmp_path / "a.png",), **paths))
-
-
-@pytest.mark.parametrize("options", [{"mode": "topk"}, {"k": 5}, {"mode": "topk", "k": 0}])
+@pytest.mark.parametrize("options", [{"mode": "topk"}, {"k": 5}])
 def test_top_k_and_its_k_belong_together(run, options):
     with pytest.raises(UserError, match="--mode topk and --k"):
-        predict(Purify(images=(), run=run, device="cpu", **options))
+        load_defense(Purify(images=(), run=run, **options), torch.device("cpu"))
 
 
 def test_no_more_eigenfaces_are_kept_than_there_are(run):
     with pytest.raises(UserError, match="--k 21: the basis holds 20 eigenfaces"):
-        predict(Purify(images=(), run=run, device="cpu", mode="topk", k=21))
+        load_defense(Purify(images=(), run=run, mode="topk", k=21), torch.device("cpu"))
+
+
+def test_large_folders_are_scored_whole_and_shown_in_part(run, tmp_path, monkeypatch):
+    for number in range(7):
+        write_image(tmp_path / "faces" / f"{number}.png", torch.rand(3, 16, 16))
+    monkeypatch.setattr(predict_script, "BATCH", 3)
+    monkeypatch.setattr(predict_script, "SHOWN", 2)
+    drawn = []
+    whole = predict_script.picture_row
+    monkeypatch.setattr(predict_script, "picture_row", lambda *parts: drawn.append(parts) or whole(*parts))
+    out = predict(Purify(images=(tmp_path / "faces",), output=tmp_path / "out", run=run, device="cpu"))
+    scores = json.loads((out / "scores.json").read_text())["images"]
+    assert [score["purified"] for score in scores] == [f"{number}.png" for number in range(7)]
+    assert all((out / score["purified"]).is_file() for score in scores) and len(drawn) == 2
+    one = tmp_path / "faces/5.png"
+    alone = predict(Purify(images=(one,), output=tmp_path / "one", run=run, device="cpu"))
+    (score,) = json.loads((alone / "scores.json").read_text())["images"]
+    assert score["distance"] == pytest.approx(scores[5]["distance"], rel=1e-4)
+    assert score["kept"] == scores[5]["kept"]
+    with pytest.raises(UserError, match="--images: give image files or folders"):
+        predict(Purify(images=(), output=tmp_path / "none", run=run))
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_was_not_kept_is_not_shown(run):
+    basis = load_basis(run / "basis.safetensors")
+    q = torch.zeros(20)
+    q[7] = 1
+    faces = picture_row(basis, None, torch.rand(1, 16, 16), torch.rand(1, 16, 16), q)[3:]
+    torch.testing.assert_close(faces[0], eigenface_picture(basis.eig_vec[:, 7:8], 16)[0])
+    assert len(faces) == 4 and all((face == 1).all() for face in faces[1:])
 
 
 def test_images_of_one_name_are_all_written(run, tmp_path):
@@ -242,26 +260,6 @@ def parsed(tmp_path, *arguments):
     return parse_presets(PRESETS, "", ["demo", *TINY, *map(str, arguments), "--out", str(tmp_path / "run")])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--components", 60], "60 eigenfaces cannot be had from 48 images"),
-        (["--keep", 21], r"--keep 21: it must lie in 1..20"),
-        (["--keep", 0], r"--keep 0: it must lie in 1..20"),
-        (["--size", 18], "--size 18: the DAE of 2 levels needs multiples of 4"),
-        (["--samples", 0], "--samples 0: it must be at least 1"),
-        (["--variants", "best"], "no variant 'best'"),
-        (["--data", "folder"], "needs --data-root"),
-        (["--data", "folder", "--data-root", "/nowhere"], "/nowhere: no such folder"),
-        (["--basis", "/nowhere/eig.pth"], "/nowhere/eig.pth: no such file"),
-        (["--variants", "ais", "--recognizers"], "needs a recogniser"),
-    ],
-)
-def test_mistakes_get_one_message(tmp_path, arguments, message):
-    with pytest.raises(UserError, match=message):
-        train(parsed(tmp_path, *arguments))
-
-
 def test_mistakes_end_with_code_2(tmp_path):
     error = script("train", "demo", *TINY, "--data", "folder", "--out", tmp_path / "run", check=2)
     assert error.startswith("error: --data folder needs --data-root")
@@ -292,12 +290,15 @@ def test_switches_change_what_is_trained(tmp_path):
 
 
 def test_an_esn_sees_what_it_was_trained_on(run, tmp_path):
-    """--no-dae holds for evaluation and prediction too."""
+    """--no-dae holds for evaluation and prediction too, and nothing is trained that no ESN sees."""
     bare = train(parsed(tmp_path, "--no-dae", "--variants", "pin", "--recognizers", "recognizer"))
+    assert not (bare / "checkpoint/dae.safetensors").exists()
+    assert "dae/loss" not in (bare / "log.jsonl").read_text()
     for folder, seen in ((run, True), (bare, False)):
         defense, _ = load_defense(Purify(images=(), run=folder), torch.device("cpu"))
         lab, _ = open_lab(Evaluation(run=folder, pairs=10), folder, load_config(folder, Config))
         assert [part.dae is not None for part in (defense, lab.pin())] == [seen, seen]
+        assert ("DAE alone" in classical_defenses(lab, 3, slow=False)) == seen
 
 
 def test_ready_eigenfaces_and_an_image_folder(tmp_path, run):
@@ -316,6 +317,11 @@ def test_ready_eigenfaces_and_an_image_folder(tmp_path, run):
         )
     )
     assert (folder / "basis.safetensors").read_bytes() == (run / "basis.safetensors").read_bytes()
+    skew = load_basis(run / "basis.safetensors")
+    skew.eig_vec[:, 1] = skew.eig_vec[:, 0]
+    skew.save(tmp_path / "skew.safetensors")
+    with pytest.raises(UserError, match="not orthonormal"):
+        train(parsed(tmp_path / "skew", "--basis", tmp_path / "skew.safetensors"))
     other = parsed(tmp_path / "other", "--size", 32, "--basis", run / "basis.safetensors")
     with pytest.raises(UserError, match="eigenfaces of 256 pixels, and the networks take 32 x 32 = 1024"):
         train(other)
@@ -333,6 +339,9 @@ def test_onnx_file_does_what_the_defence_does(run, tmp_path):
         OnnxRecognizer(run / "config.json")
     with pytest.raises(UserError, match="absent.onnx: no such file; an ONNX network belongs there"):
         OnnxRecognizer(tmp_path / "absent.onnx")
+    write_onnx(torch.nn.Flatten(), (torch.zeros(2, 16, 16, 3),), tmp_path / "last.onnx", ["x"], ["y"])
+    with pytest.raises(UserError, match=r"last.onnx: takes \[2, 16, 16, 3\], not images \(N, C, H, W\)"):
+        OnnxRecognizer(tmp_path / "last.onnx")
     assert recognizer(x).norm(dim=1).mean().item() == pytest.approx(1, abs=1e-4)
 
 
@@ -345,30 +354,6 @@ def test_identity_cost_of_ais(run):
         features = recognizer(defense.project(x, masks[s]))
         expected = 8 * (1 - torch.nn.functional.cosine_similarity(features, recognizer(x)))
         torch.testing.assert_close(costs[s], expected, atol=1e-4, rtol=1e-4)
-
-
-def test_ais_memory_follows_and_replaces():
-    torch.manual_seed(0)
-    head = AISSelection(64, 16, 10, items=4)
-    encoder = AISEncoder((4, 8))
-    features = encoder(torch.randn(6, 1, 8, 8))
-    assert features.shape == (6, 8, 2, 2)
-    memory = head.memory
-    z = torch.randn(6, 16)
-    before = memory.units.weight.clone()
-    output = memory(z)
-    cosine = torch.nn.functional.cosine_similarity(z[:, None], before[None], dim=2)
-    nearest = cosine.argmax(1)
-    expected = before.clone()
-    for item in nearest.unique():
-        expected[item] = 0.999 * before[item] + 0.001 * z[nearest == item].mean(0)
-    torch.testing.assert_close(memory.units.weight, expected)
-    weights = torch.nn.functional.cosine_similarity(z[:, None], expected[None], dim=2).softmax(1)
-    torch.testing.assert_close(output, weights @ expected)
-    memory.decay_unused = True
-    untouched = [item for item in range(4) if item not in nearest.tolist()]
-    memory(z)
-    torch.testing.assert_close(memory.units.weight[untouched], 0.999 * expected[untouched])
 
 
 def test_two_processes_give_the_curves_of_one(tmp_path):
