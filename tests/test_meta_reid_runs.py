@@ -263,7 +263,7 @@ def test_faiss_finds_the_same_and_its_absence_is_said(monkeypatch):
 
 @pytest.mark.parametrize("ending", ["pt", "onnx"])
 def test_export_reproduces_the_network(ending, tmp_path, monkeypatch):
-    monkeypatch.setattr("meta_reid.norms.PART", 2**12)  # as for large maps, which a graph leaves whole
+    monkeypatch.setattr("meta_reid.norms.IMAGE", 0)  # as for large maps, which a graph leaves whole
     model = META((3, 3, 3), "mini", scoring="shared")
     assert export(model, (48, 24), tmp_path / f"meta.{ending}") < 1e-4
     with pytest.raises(UserError, match="ending"):
