@@ -76,7 +76,7 @@ def training_sheet(
     target = Target("sources", Tensors(pixels), union[chosen], everyone, [])
     model.eval()
     names = [labels.names[int(labels.domain[chosen[query]])] for query in queries]
-    on_device = pixels.to(device, memory_format=torch.channels_last)
+    on_device = pixels.to(device, memory_format=torch.channels_last).float()
     if isinstance(model, META):
         described = model.describe(on_device)
         features, weights = torch.cat(model.parts(described), 1), model.expert_weights(described).tolist()
