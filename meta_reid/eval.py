@@ -11,7 +11,7 @@ from torch import Tensor
 from meta_reid.aggregation import MODES
 from meta_reid.claims import walker_claims
 from meta_reid.data import Target, file_target
-from meta_reid.figures import ranking_lists, weight_bars
+from meta_reid.figures import PLOTTED, embedding_plot, ranking_lists, weight_bars
 from meta_reid.items import Split
 from meta_reid.measure import measure, measure_plain
 from meta_reid.protocols import SETTINGS, Result, average, manifest_domains, targets_of
@@ -106,17 +106,20 @@ def as_published(row: Row, options: Options) -> bool:
 
 def one_target(
     row: Row, target: Target, options: Options, device: torch.device, folder: Path
-) -> tuple[dict[str, Result], Tensor | None]:
-    """Results of a row on a target by part or mode, and mean weights of the experts, (K,), of META with
-    `shared` scoring. Writes META's ranking lists. The embeddings are gone with the call."""
+) -> tuple[dict[str, Result], Tensor | None, Tensor | None]:
+    """Results of a row on a target by part or mode, mean weights of the experts, (K,), of META with `shared`
+    scoring, and the first of META's embeddings, for a plot. Writes META's ranking lists. The other embeddings
+    are gone with the call."""
     if row.config.method == "plain":
-        return {row.name: measure_plain(row, target, options, device)}, None
+        return {row.name: measure_plain(row, target, options, device)}, None, None
     measured = measure(row, target, options, device)
     query, gallery = target.splits[0]
-    sheet = ranking_lists(measured.full(measured.modes[0]), target, query[:8], gallery)
+    whole = measured.full(measured.modes[0])
+    sheet = ranking_lists(whole, target, query[:8], gallery)
     write_image(folder / "samples" / f"ranking-{target.name}-{row.name}.png", sheet)
     mean = None if measured.weights is None else measured.weights.mean(0)
-    return {f"{row.name} {part}": result for part, result in measured.results.items()}, mean
+    results = {f"{row.name} {part}": result for part, result in measured.results.items()}
+    return results, mean, whole[:PLOTTED].clone()
 
 
 def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, folder: Path) -> list[Metric]:
@@ -137,8 +140,11 @@ def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, fol
     for row in rows.values():
         by_part: dict[str, list[Result]] = {}
         weights: dict[str, Tensor] = {}
+        embeddings: dict[str, Tensor] = {}
         for target in targets:
-            found, mean = one_target(row, target, options, device, folder)
+            found, mean, few = one_target(row, target, options, device, folder)
+            if few is not None:
+                embeddings[target.name] = few
             if mean is not None:
                 weights[target.name] = mean
             for part, result in found.items():
@@ -150,6 +156,8 @@ def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, fol
         if weights:
             experts = trained_on(folder, config)[0]
             weight_bars(weights, experts, folder / "samples" / f"weights-{row.name}.png")
+        if len(embeddings) > 1:
+            embedding_plot(embeddings, folder / "samples" / f"embedding-{row.name}.png")
         if len(targets) > 1:
             for part, results in by_part.items():
                 record(row, part, average(results), "average")

@@ -120,7 +120,9 @@ def manifest(path: Path) -> dict[str, list[Item]]:
             camera = cameras.setdefault(values["camera"], len(cameras))
             domains.setdefault(domain, []).append(Item(image, identity, camera))
     except csv.Error as error:
-        raise UserError(f"{path}, line {rows.reader.line_num}: not readable as CSV ({error}); mend it") from None
+        raise UserError(
+            f"{path}, line {rows.reader.line_num}: not readable as CSV ({error}); mend it"
+        ) from None
     if not domains:
         raise UserError(f"{path}: no rows")
     return domains

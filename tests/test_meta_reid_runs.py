@@ -128,7 +128,7 @@ def test_pictures_while_it_trains_change_nothing(tmp_path):
     assert seen[0][1][1] == 6 * (2 * 52 + 2) - 2 and seen[0][1][2] > 11 * (2 * 28 + 2) + 60
 
 
-def test_train_evaluate_and_search_from_the_folder(tmp_path):
+def test_train_evaluate_and_search_from_the_folder(tmp_path, monkeypatch):
     trained = script("train.py", "demo", "--seeds", "1", "--steps", "2", runs=tmp_path)
     assert trained.returncode == 0, trained.stderr
     folder = Path(trained.stdout.splitlines()[-1])
@@ -165,16 +165,21 @@ def test_train_evaluate_and_search_from_the_folder(tmp_path):
     # What another aggregation made is not compared, and where nothing can be written nothing is computed.
     (tmp_path / "file").touch()
     index = ["--index", str(tmp_path / "i.safetensors")]
-    for wrong, message in (
-        ([*arguments[2:], "--aggregation", "learned"], "another --aggregation"),
-        (["--gallery", str(tmp_path / "gallery"), "--index", str(tmp_path)], "a folder; give the name of a"),
-        (
-            ["--query", arguments[1], *index, "--out", str(tmp_path / "file")],
-            "file: File exists; give another",
-        ),
-    ):
-        refused = script("predict.py", *wrong, runs=tmp_path)
-        assert refused.returncode == 2 and message in refused.stderr, refused.stderr
+    monkeypatch.setenv("PAPERS_RUNS", str(tmp_path))
+
+    def refused(error: type[Exception], message: str, *wrong: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["predict.py", *wrong])
+        with pytest.raises(error, match=message):
+            predict.main()
+
+    refused(UserError, "another --aggregation", *arguments[2:], "--aggregation", "learned")
+    refused(UserError, "a folder; give the name of a", *arguments[:2], "--index", str(tmp_path))
+    refused(FileExistsError, "file", "--query", arguments[1], *index, "--out", str(tmp_path / "file"))
+    # A gallery picture that is gone costs the pictures, not the answers.
+    (tmp_path / "gallery" / "b.png").rename(tmp_path / "b.png")
+    gone = ["--query", str(tmp_path / "b.png"), *index, "--out", str(tmp_path / "gone")]
+    refused(UserError, "gallery/b.png: no such image", *gone)
+    assert (tmp_path / "gone" / "results.json").exists()
     said = f"b.png: looks like source {answer['looks_like']}; nearest {answer['found'][0]['path']} (1.00)"
     assert found.stdout.splitlines()[-2].endswith(said)
 
@@ -373,6 +378,7 @@ def test_protocol_1_has_means_and_deviations_over_splits_and_the_targets_average
     metrics = protocol_metrics(
         config, {"meta-0": Row("meta-0", config, None)}, Options(device="cpu"), tmp_path
     )
+    assert (tmp_path / "samples" / "embedding-meta-0.png").stat().st_size > 0
     found = {(m.dataset, m.metric): m for m in metrics if m.metric.startswith("mAP")}
     # In GRID the second split finds the wrong person first.
     assert {key: m.value for key, m in found.items()} == {
