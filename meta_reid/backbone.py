@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meta_reid.aggregation import moments
-from meta_reid.norms import Unit, fused, image_by_image, in_parts, probe_and_norm_in_parts, stacked
+from meta_reid.norms import (
+    Step,
+    Unit,
+    ended,
+    fused,
+    image_by_image,
+    in_parts,
+    probe_and_norm_in_parts,
+    stacked,
+    step,
+)
 
 PIXELS = {
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
@@ -81,7 +91,6 @@ ARCHITECTURES = {
 }
 
 
-Norm = Callable[[Unit, Tensor], Tensor]
 MakeNorms = Callable[[tuple[int, int], int, int], list[nn.Module]]
 """(position, number of the convolution in its block or 0 for a downsample, channels) -> norms."""
 
@@ -141,15 +150,16 @@ class Block(nn.Module):
         """Units in the order in which their probes are counted: the downsample last."""
         return self.units + ([self.shortcut] if self.shortcut else [])
 
-    def forward(self, x: Tensor, norm: Norm) -> Tensor:
-        """(N, C, H, W) -> (N, C', H', W'); norm normalises the output of a unit's convolution."""
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W'); step: the norms of this pass and what follows them."""
         y = x
         for unit in self.units[:-1]:
-            y = norm(unit, unit.conv(y)).relu_()
-        y = norm(self.units[-1], self.units[-1].conv(y))
-        if self.shortcut:
-            x = norm(self.shortcut, self.shortcut.conv(x))
-        return y.add_(x).relu_()  # no norm needs its own output to go back
+            y = step(unit, unit.conv(y), None, True)
+        last = self.units[-1]
+        if not self.shortcut:
+            return step(last, last.conv(y), x, True)
+        y = step(last, last.conv(y), None, False)
+        return step(self.shortcut, self.shortcut.conv(x), y, True)
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
@@ -264,7 +274,7 @@ class Trunk(Stem):
         blocks = self.blocks if chosen < self.experts else self.blocks[: self.shared_blocks]
         x = self.pool(norm(self.stem, stem).relu_())
         for block in blocks:
-            x = block(x, norm)
+            x = block(x, step(norm))
         return x
 
     def frozen(self, stem: Tensor, experts: Sequence[int], universal: bool = False) -> FrozenPass:
@@ -280,24 +290,26 @@ class Trunk(Stem):
         affine = chain(front.affine(self.channels[:cut]), back.affine(self.channels[cut:]))
         probed: list[tuple[Tensor, Tensor]] = []
 
-        def norm(unit: Unit, x: Tensor) -> Tensor:
+        def norm(unit: Unit, x: Tensor, plus: Tensor | None, relu: bool) -> Tensor:
             scale, shift = next(affine)
             if fused(x):
                 from meta_reid.kernel import probe_and_norm
 
                 mean, variance = probe_and_norm(x, scale.flatten(1), shift.flatten(1))
                 probed.append((mean[:k], variance[:k]))
-                return x
-            x = x.unflatten(0, (len(scale), -1))  # (S, B, C, H, W)
+                return ended(x, plus, relu)
+            apart = x.unflatten(0, (len(scale), -1))  # (S, B, C, H, W)
             different = 1 if unit is self.stem else k  # the stem's output is the same for all
-            if in_parts(x):
-                found = probe_and_norm_in_parts(x, scale, shift, different)
+            if in_parts(apart):
+                added = None if plus is None else plus.view_as(apart)
+                found = probe_and_norm_in_parts(apart, scale, shift, different, added, relu)
             else:
-                found, x = moments(x[:different]), x.mul_(scale).add_(shift)
+                found = moments(apart[:different])
+                x = ended(apart.mul_(scale).add_(shift).flatten(0, 1), plus, relu)
             probed.append(tuple(m.expand(k, -1, -1) for m in found))
-            return x.flatten(0, 1)
+            return x
 
-        x = self.pool(norm(self.stem, torch.cat([stem] * len(sets))).relu_())
+        x = self.pool(norm(self.stem, torch.cat([stem] * len(sets)), None, True))
         for block in self.blocks[: self.shared_blocks]:
             x = block(x, norm)
         x = x.unflatten(0, (len(sets), -1))
@@ -336,5 +348,5 @@ class GlobalTail(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C', H', W') where the branch leaves the trunk -> (B, C, H', W')."""
         for block in self.blocks:
-            x = block(x, image_by_image)
+            x = block(x, step(image_by_image))
         return x

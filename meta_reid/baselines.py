@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from meta_reid.backbone import Architecture, Stem, add_blocks, register_pixels
 from meta_reid.model import Head
-from meta_reid.norms import first_norm
+from meta_reid.norms import first_norm, step
 from meta_reid.vit import VitArchitecture, VitTrunk, architecture_of
 from shared.runtime import UserError
 
@@ -77,7 +77,7 @@ class Plain(Stem):
             return self.vit.live(self.vit.first(pixels), 0, learn=False)
         x = self.pool(first_norm(self.stem, self.stem.conv(pixels)).relu_())
         for block in self.blocks:
-            x = block(x, first_norm)
+            x = block(x, step(first_norm))
         return x
 
     def parts(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from meta_reid import walkers
 from meta_reid.items import Item, Split
-from shared.io import read_image
+from shared.io import read_pixels
 from shared.runtime import UserError, step_generator
 
 TRAIN_PEOPLE, TRAIN_VIEWS, TEST_PEOPLE, TEST_VIEWS, QUERIES = 40, 8, 60, 6, 2
@@ -78,7 +78,7 @@ def augmentation(size: tuple[int, int]) -> v2.Transform:
 
 
 class Files(Dataset):
-    """Images on disk -> ((3, H, W) float32 in 0..255, index).
+    """Images on disk -> ((3, H, W) uint8, index).
 
     An index alone gives the resized image; an (index, draw) pair the augmented one, whose randomness
     depends on (seed, draw) alone. A missing or damaged image raises UserError that names its file.
@@ -93,13 +93,13 @@ class Files(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         index, draw = key if isinstance(key, tuple) else (key, None)
-        image = read_image(self.items[index].path).mul(255).round().byte()
+        image = read_pixels(self.items[index].path)
         if draw is None:
-            return resize(image, self.size).float(), index
+            return resize(image, self.size), index
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which seeds GPUs too and, where there is none, notes a stack each time.
             torch.default_generator.manual_seed(step_generator(self.seed, draw, stream=1).initial_seed())
-            return self.augment(image).float(), index
+            return self.augment(image), index
 
 
 def batches(loader: DataLoader) -> Iterator:
@@ -121,7 +121,7 @@ class Tensors(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         index = key[0] if isinstance(key, tuple) else key
-        return self.images[index].float(), index
+        return self.images[index], index
 
 
 @dataclass(frozen=True)

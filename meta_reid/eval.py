@@ -11,13 +11,13 @@ from torch import Tensor
 from meta_reid.aggregation import MODES
 from meta_reid.claims import walker_claims
 from meta_reid.data import Target, file_target
-from meta_reid.figures import ranking_lists, weight_bars
-from meta_reid.items import Split, manifest
+from meta_reid.figures import PLOTTED, embedding_plot, ranking_lists, weight_bars
+from meta_reid.items import Split
 from meta_reid.measure import measure, measure_plain
-from meta_reid.protocols import SETTINGS, Result, average, targets_of
+from meta_reid.protocols import SETTINGS, Result, average, manifest_domains, targets_of
 from meta_reid.rows import Row, plan, run_seeds
 from meta_reid.tables import SHOWN, latex, markdown, summary
-from meta_reid.train import Config, trained_on
+from meta_reid.train import PRESETS, Config, trained_on
 from shared.io import find_run, load_config, load_weights, write_image
 from shared.published import (
     Claim,
@@ -29,6 +29,7 @@ from shared.published import (
     print_metrics,
     write_results,
 )
+from shared.ranges import Count, Natural, Positive
 from shared.runtime import UserError, parse, pick_device, run_main
 
 
@@ -40,13 +41,13 @@ class Options:
     """Run folder. Default: the newest."""
     aggregation: tuple[str, ...] = MODES
     """Aggregation modes to report."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Divides what enters the softmax of the weights."""
     normalize_parts: bool = False
     """Give mixture and global feature length 1 before they are joined."""
-    batch: int = 64
+    batch: Count = 64
     """Images per forward pass."""
-    workers: int = 0
+    workers: Natural = 0
     """Data-loading processes."""
     bf16: bool = False
     """bf16 autocast of the networks; relevance stays in float32."""
@@ -54,6 +55,8 @@ class Options:
     """auto, cpu or cuda."""
     data_root: Path | None = None
     """Folder with the public sets, when it moved since the training."""
+    manifest: Path | None = None
+    """CSV of the user's own domains, when it moved since the training."""
 
 
 def rows_of(config: Config, folder: Path) -> dict[str, Row]:
@@ -70,7 +73,7 @@ def target_sets(config: Config) -> list[Target]:
     size = (config.height, config.width)
     if config.protocol != "manifest":
         return targets_of(int(config.protocol), config.target, config.data_root, size)
-    items = manifest(config.manifest)[config.target]
+    items = manifest_domains(config.manifest, config.target)[config.target]
     seen: set[int] = set()
     # The first image of every identity is the query.
     query = [item for item in items if not (item.identity in seen or seen.add(item.identity))]
@@ -80,29 +83,43 @@ def target_sets(config: Config) -> list[Target]:
     ]
 
 
+UNPUBLISHED = {
+    "preset", "seed", "seeds", "variants", "out", "restart", "device", "precision", "compile", "workers",
+    "protocol", "target", "data_root", "manifest", "market_background", "weights", "scoring", "scoring_relu",
+    "shares", "save_every", "sample_every",
+}  # fmt: skip
+"""Settings in which a run may differ from the paper's and still be META as published: where and on which
+split it ran, and the scoring, which the aggregation `official` does not use."""
+
+
 def as_published(row: Row, options: Options) -> bool:
-    """Whether a row is META itself on a published protocol, so that its embedding with the aggregation
-    `official` may stand beside the published numbers; ablations and options of ours may not."""
+    """Whether a row is META itself on a published protocol, with the paper's settings, so that its embedding
+    with the aggregation `official` may stand beside the published numbers; ablations, options of ours and
+    shorter trainings may not."""
     config = row.config
-    changed = config.episodic_grad or config.uniformity or not config.instance_norm
+    paper = PRESETS["protocol1" if config.protocol == "1" else "paper"]
+    settings = {field.name for field in dataclasses.fields(Config)} - UNPUBLISHED
+    own = all(getattr(config, name) == getattr(paper, name) for name in settings)
     evaluated = options.temperature == 1 and not options.normalize_parts
-    own = row.name.rsplit("-", 1)[0] == "meta" and config.architecture == "r50" and not changed
-    return own and evaluated and config.protocol != "manifest"
+    return own and evaluated and config.protocol in ("1", "2", "3")
 
 
 def one_target(
     row: Row, target: Target, options: Options, device: torch.device, folder: Path
-) -> tuple[dict[str, Result], Tensor | None]:
-    """Results of a row on a target by part or mode, and mean weights of the experts, (K,), of META with
-    `shared` scoring. Writes META's ranking lists. The embeddings are gone with the call."""
+) -> tuple[dict[str, Result], Tensor | None, Tensor | None]:
+    """Results of a row on a target by part or mode, mean weights of the experts, (K,), of META with `shared`
+    scoring, and the first of META's embeddings, for a plot. Writes META's ranking lists. The other embeddings
+    are gone with the call."""
     if row.config.method == "plain":
-        return {row.name: measure_plain(row, target, options, device)}, None
+        return {row.name: measure_plain(row, target, options, device)}, None, None
     measured = measure(row, target, options, device)
     query, gallery = target.splits[0]
-    sheet = ranking_lists(measured.full(measured.modes[0]), target, query[:8], gallery)
+    whole = measured.full(measured.modes[0])
+    sheet = ranking_lists(whole, target, query[:8], gallery)
     write_image(folder / "samples" / f"ranking-{target.name}-{row.name}.png", sheet)
     mean = None if measured.weights is None else measured.weights.mean(0)
-    return {f"{row.name} {part}": result for part, result in measured.results.items()}, mean
+    results = {f"{row.name} {part}": result for part, result in measured.results.items()}
+    return results, mean, whole[:PLOTTED].clone()
 
 
 def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, folder: Path) -> list[Metric]:
@@ -123,8 +140,11 @@ def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, fol
     for row in rows.values():
         by_part: dict[str, list[Result]] = {}
         weights: dict[str, Tensor] = {}
+        embeddings: dict[str, Tensor] = {}
         for target in targets:
-            found, mean = one_target(row, target, options, device, folder)
+            found, mean, few = one_target(row, target, options, device, folder)
+            if few is not None:
+                embeddings[target.name] = few
             if mean is not None:
                 weights[target.name] = mean
             for part, result in found.items():
@@ -136,6 +156,8 @@ def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, fol
         if weights:
             experts = trained_on(folder, config)[0]
             weight_bars(weights, experts, folder / "samples" / f"weights-{row.name}.png")
+        if len(embeddings) > 1:
+            embedding_plot(embeddings, folder / "samples" / f"embedding-{row.name}.png")
         if len(targets) > 1:
             for part, results in by_part.items():
                 record(row, part, average(results), "average")
@@ -168,8 +190,8 @@ def main() -> None:
         raise UserError(f"--aggregation {' '.join(unknown)}: choose from {', '.join(MODES)}")
     folder = find_run("meta_reid", options.run)
     config: Config = load_config(folder, Config)
-    if options.data_root:
-        config = dataclasses.replace(config, data_root=options.data_root)
+    moved = {"data_root": options.data_root, "manifest": options.manifest}
+    config = dataclasses.replace(config, **{name: path for name, path in moved.items() if path})
     rows = rows_of(config, folder)
     claims: list[Claim] = []
     if config.protocol == "walkers":

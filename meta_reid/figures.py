@@ -17,6 +17,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - the backend must be chosen first
 
 GREEN, RED, BLUE = (0.1, 0.7, 0.2), (0.85, 0.1, 0.1), (0.2, 0.3, 0.8)
+PLOTTED = 150
+"""Embeddings of a domain in a plot."""
 
 
 def framed(image: Tensor, colour: tuple[float, float, float], width: int = 2) -> Tensor:
@@ -76,7 +78,7 @@ def training_sheet(
     target = Target("sources", Tensors(pixels), union[chosen], everyone, [])
     model.eval()
     names = [labels.names[int(labels.domain[chosen[query]])] for query in queries]
-    on_device = pixels.to(device, memory_format=torch.channels_last)
+    on_device = pixels.to(device, memory_format=torch.channels_last).float()
     if isinstance(model, META):
         described = model.describe(on_device)
         features, weights = torch.cat(model.parts(described), 1), model.expert_weights(described).tolist()
@@ -106,11 +108,11 @@ def weight_bars(weights: dict[str, Tensor], experts: list[str], path: Path) -> N
     plt.close(figure)
 
 
-def embedding_plot(features: dict[str, Tensor], path: Path, most: int = 150) -> None:
-    """t-SNE of the embeddings of several domains, domain name -> (N, D); at most `most` of each."""
+def embedding_plot(features: dict[str, Tensor], path: Path) -> None:
+    """t-SNE of the embeddings of several domains, domain name -> (N, D); at most `PLOTTED` of each."""
     from sklearn.manifold import TSNE  # takes seconds, and training needs this module too
 
-    parts = {name: normalize(feature[:most]) for name, feature in features.items()}
+    parts = {name: normalize(feature[:PLOTTED]) for name, feature in features.items()}
     joined = torch.cat(list(parts.values())).numpy()
     perplexity = min(30, (len(joined) - 1) // 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=0, max_iter=300).fit_transform(joined)

@@ -1,16 +1,21 @@
 """A searchable index of a gallery: cosine search in torch, or in FAISS when it is installed and asked for."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from shared.records import write_tensors
 from shared.runtime import UserError
+
+QUERIES = 256
+"""Queries that are compared with the gallery at a time."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +26,18 @@ class Index:
     """(N, D), length 1."""
     paths: list[str]
     model: str
-    """Which weights made them."""
+    """Where the weights were from that made them."""
+    maker: str
+    """`fingerprint` of those weights and their aggregation."""
 
     @classmethod
-    def of(cls, embeddings: Tensor, paths: list[str], model: str) -> "Index":
+    def of(cls, embeddings: Tensor, paths: list[str], model: str, maker: str) -> "Index":
         """Index of embeddings (N, D) of any length."""
-        return cls(normalize(embeddings.float()), paths, model)
+        return cls(normalize(embeddings.float()), paths, model, maker)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; its folder is made."""
-        metadata = {"model": self.model, "paths": "\n".join(self.paths)}
+        metadata = {"model": self.model, "maker": self.maker, "paths": json.dumps(self.paths)}
         write_tensors(path, {"features": self.features}, metadata)
 
     @classmethod
@@ -42,12 +49,12 @@ class Index:
             with safe_open(path, "pt") as file:
                 facts = file.metadata() or {}
                 features = file.get_tensor("features")
-            paths, model = facts["paths"].split("\n"), facts["model"]
-        except (SafetensorError, OSError, KeyError) as error:
+            paths, model, maker = json.loads(facts["paths"]), facts["model"], facts["maker"]
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise UserError(f"{path}: damaged or not a gallery index ({error})") from None
         if len(paths) != len(features):
             raise UserError(f"{path}: damaged, {len(paths)} paths for {len(features)} embeddings")
-        return cls(features, paths, model)
+        return cls(features, paths, model, maker)
 
     def search(self, queries: Tensor, top: int = 10, faiss: bool = False) -> tuple[Tensor, Tensor]:
         """Nearest gallery items by cosine, queries (Q, D) -> similarity and index, (Q, min(top, N)) each.
@@ -64,7 +71,18 @@ class Index:
             index = faiss_module().IndexFlatIP(self.features.shape[1])
             index.add(self.features.numpy())
             return tuple(torch.from_numpy(part) for part in index.search(queries.numpy(), top))
-        return (queries @ self.features.T).topk(top)
+        found = [(part @ self.features.T).topk(top) for part in queries.split(QUERIES)]
+        return tuple(torch.cat(which) for which in zip(*found, strict=True))
+
+
+def fingerprint(model: nn.Module, mode: str) -> str:
+    """Digest of a network's weights, and the aggregation: two that differ give embeddings that cannot be
+    compared, whatever their files are called."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return f"{digest.hexdigest()} {mode}"
 
 
 def faiss_module() -> ModuleType:

@@ -101,23 +101,28 @@ def manifest(path: Path) -> dict[str, list[Item]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}); save it as CSV in UTF-8") from None
     rows = csv.DictReader(io.StringIO(text, newline=""))
-    missing = {"path", "id", "camera", "domain"} - set(rows.fieldnames or ())
-    if missing:
-        raise UserError(f"{path}: no column {', '.join(sorted(missing))}; found {rows.fieldnames}")
-    for row in rows:
-        where = f"{path}, line {rows.line_num}"
-        values = {key: (row[key] or "").strip() for key in ("path", "id", "camera", "domain")}
-        empty = [key for key, value in values.items() if not value]
-        if empty:
-            raise UserError(f"{where}: {', '.join(empty)} is empty")
-        image = path.parent / values["path"]
-        if not image.is_file():
-            raise UserError(f"{where}: no image {image}")
-        domain = values["domain"]
-        ids, cameras = numbers.setdefault((domain, "id"), {}), numbers.setdefault((domain, "camera"), {})
-        identity = ids.setdefault(values["id"], len(ids) + 1)
-        camera = cameras.setdefault(values["camera"], len(cameras))
-        domains.setdefault(domain, []).append(Item(image, identity, camera))
+    try:
+        missing = {"path", "id", "camera", "domain"} - set(rows.fieldnames or ())
+        if missing:
+            raise UserError(f"{path}: no column {', '.join(sorted(missing))}; found {rows.fieldnames}")
+        for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            values = {key: (row[key] or "").strip() for key in ("path", "id", "camera", "domain")}
+            empty = [key for key, value in values.items() if not value]
+            if empty:
+                raise UserError(f"{where}: {', '.join(empty)} is empty")
+            image = path.parent / values["path"]
+            if not image.is_file():
+                raise UserError(f"{where}: no image {image}")
+            domain = values["domain"]
+            ids, cameras = numbers.setdefault((domain, "id"), {}), numbers.setdefault((domain, "camera"), {})
+            identity = ids.setdefault(values["id"], len(ids) + 1)
+            camera = cameras.setdefault(values["camera"], len(cameras))
+            domains.setdefault(domain, []).append(Item(image, identity, camera))
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {rows.reader.line_num}: not readable as CSV ({error}); mend it"
+        ) from None
     if not domains:
         raise UserError(f"{path}: no rows")
     return domains

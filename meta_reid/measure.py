@@ -72,11 +72,13 @@ def measure(row: Row, target: Target, options: "Options", device: torch.device) 
     universal, distance, *rest = embed(
         everything, target.images, device, options.batch, options.workers, options.bf16
     )
-    parts, results = {"global": universal}, {"global": evaluate(universal, target)}
+    parts, results = {"global": universal}, {"global": evaluate(universal, target, device)}
     for mode, mixture in zip(modes, rest, strict=False):
-        parts[f"mixture:{mode}"], results[f"mixture:{mode}"] = mixture, evaluate(mixture, target)
+        parts[f"mixture:{mode}"] = mixture
+        results[f"mixture:{mode}"] = evaluate(mixture, target, device)
         # One whole embedding at a time: of MSMT17's 93,820 images each has 1.5 GB.
-        results[f"full:{mode}"] = evaluate(joined(mixture, universal, options.normalize_parts), target)
+        whole = joined(mixture, universal, options.normalize_parts)
+        results[f"full:{mode}"] = evaluate(whole, target, device)
     weights = rest[-1] if "shared" in model.scorings else None
     return Measured(results, parts, options.normalize_parts, weights, distance)
 
@@ -85,4 +87,4 @@ def measure_plain(row: Row, target: Target, options: "Options", device: torch.de
     """A plain network: the better of the feature before and after the BNNeck."""
     model = prepare(row.model, device)
     both = embed(model.parts, target.images, device, options.batch, options.workers, options.bf16)
-    return max((evaluate(feature, target) for feature in both), key=lambda result: result.mean["mAP"])
+    return max((evaluate(feature, target, device) for feature in both), key=lambda result: result.mean["mAP"])

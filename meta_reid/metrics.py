@@ -61,11 +61,15 @@ def rank(
     query (Q, D), gallery (G, D), any scale; ids and cameras are integers. Gallery items with the query's
     identity and the query's camera are removed. Nothing of size Q x G is kept: queries go in chunks, and the
     rank of a true match is 1 + the number of kept items closer to the query, so no list is sorted in full.
-    Raises ValueError when the gallery is empty or no query has a true match.
+    Raises ValueError when the gallery is empty, no query has a true match, or an embedding holds NaN or
+    infinity, which would be ranked too.
     """
     if not len(gallery):
         raise ValueError("the gallery is empty")
-    lengths = gallery.float().norm(dim=1).clamp_min(1e-12)
+    lengths = gallery.float().norm(dim=1)
+    if not (lengths.isfinite().all() and query.float().norm(dim=1).isfinite().all()):
+        raise ValueError("embeddings with NaN or infinity: the training diverged; train with a lower --lr")
+    lengths = lengths.clamp_min(1e-12)
     gallery_t = gallery.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True).div_(lengths)
     chunk = max(1, CHUNK_BYTES // (BYTES_PER_PAIR * len(gallery)))
     cmc = torch.zeros(CMC_LENGTH, device=gallery.device)

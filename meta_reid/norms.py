@@ -1,7 +1,7 @@
 """How norms are computed: those of several experts at once, and without waste on the machine at hand."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -70,37 +70,64 @@ def kernels() -> bool:
     return True
 
 
-PART = 2**22
-"""Bytes of a map that a CPU has in its cache over the operations of a norm."""
+IMAGE = 2**17
+"""Bytes of an image's map from which on a CPU probes and normalises images one by one: each then comes from
+memory once and not for each operation."""
 
 
 def in_parts(x: Tensor) -> bool:
-    """Whether a CPU probes and norms these maps part by part: they are large, and no graph is made of it."""
+    """Whether a CPU probes and norms these maps, (..., C, H, W), image by image: they are large, and no graph
+    is made of it."""
     graph = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return x.device.type == "cpu" and not graph and x.numel() * x.element_size() > 2 * PART
+    return x.device.type == "cpu" and not graph and x[0, 0].numel() * x.element_size() >= IMAGE
 
 
-def probe_and_norm_in_parts(x: Tensor, scale: Tensor, shift: Tensor, probed: int) -> tuple[Tensor, Tensor]:
-    """x (S, B, C, H, W) becomes scale * x + shift in place, some images at a time, so that it comes from
-    memory once and not for each operation. Returns the moments of the first `probed` sets as they were,
-    (probed, B, C) each."""
-    images = max(PART // (x[0, 0].numel() * x.element_size()), 1)
+def moments_of_one(image: Tensor) -> tuple[Tensor, Tensor]:
+    """`moments` of one map, (1, C, H, W), where it can by PyTorch's own statistics of a batch norm: of a map
+    in channels last they need no squares in memory. In half precision they would be in half precision too."""
+    if image.dtype not in (torch.float32, torch.float64):
+        return tuple(part[0] for part in moments(image))
+    positions = image.shape[-2] * image.shape[-1]
+    mean, variance = torch.batch_norm_update_stats(image, None, None, 0.0)
+    return mean, variance * (positions / max(positions - 1, 1))
+
+
+def probe_and_norm_in_parts(
+    x: Tensor, scale: Tensor, shift: Tensor, probed: int, plus: Tensor | None, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """x (S, B, C, H, W) becomes `ended` of scale * x + shift in place, one image at a time. plus: of the same
+    shape. Returns the moments of the first `probed` sets as they were, (probed, B, C) each."""
     found = []
     for number, maps in enumerate(x):
-        for part in maps.split(images):
+        for place, image in enumerate(maps.split(1)):
             if number < probed:
-                found.append(moments(part))
-            part.mul_(scale[number]).add_(shift[number])
-    return tuple(torch.cat(which).unflatten(0, (probed, -1)) for which in zip(*found, strict=True))
+                found.append(moments_of_one(image))
+            torch.addcmul(shift[number], image, scale[number], out=image)
+            ended(image, None if plus is None else plus[number, place], relu)
+    return tuple(torch.stack(which).unflatten(0, (probed, -1)) for which in zip(*found, strict=True))
+
+
+def ended(y: Tensor, plus: Tensor | None, relu: bool) -> Tensor:
+    """What follows a norm in a block, in place: no norm needs its own output to go back."""
+    if plus is not None:
+        y.add_(plus)
+    return y.relu_() if relu else y
+
+
+Norm = Callable[[Unit, Tensor], Tensor]
+"""Normalises the output of a unit's convolution."""
+Step = Callable[[Unit, Tensor, Tensor | None, bool], Tensor]
+"""The same, then `ended`."""
+
+
+def step(norm: Norm) -> Step:
+    """A norm and what follows it."""
+    return lambda unit, x, plus, relu: ended(norm(unit, x), plus, relu)
 
 
 def first_norm(unit: Unit, x: Tensor) -> Tensor:
     """The norm of a unit that has one set only."""
     return unit.norms[0](x)
-
-
-IMAGE = 2**17
-"""Bytes of an image's map from which on a CPU normalises instances one by one."""
 
 
 def image_by_image(unit: Unit, x: Tensor) -> Tensor:

@@ -15,13 +15,14 @@ from torch import Tensor
 from meta_reid.aggregation import Aggregation
 from meta_reid.data import Files
 from meta_reid.figures import BLUE, framed
-from meta_reid.gallery import Index
+from meta_reid.gallery import Index, fingerprint
 from meta_reid.items import Item
 from meta_reid.model import META, load_official
 from meta_reid.protocols import embed, prepare
 from meta_reid.rows import plan
 from meta_reid.train import Config, trained_on
 from shared.io import find_run, image_grid, images_of, load_config, load_weights, write_image
+from shared.ranges import Count, Natural
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -52,13 +53,13 @@ class Options:
     """Which row of the run. Default: its first META row."""
     aggregation: Aggregation | None = None
     """Aggregation mode. Default: the network's own."""
-    top: int = 10
+    top: Count = 10
     """Length of the ranked lists."""
     faiss: bool = False
     """Search with FAISS (must be installed)."""
-    batch: int = 64
+    batch: Count = 64
     """Images per forward pass."""
-    workers: int = 0
+    workers: Natural = 0
     """Data-loading processes."""
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -117,34 +118,47 @@ def ranked_list(query: Path, found: list[str], similarity: list[float], size: tu
     return image_grid(tiles, len(tiles), column_labels=labels, scale=2 if size[1] < 64 else 1)
 
 
+def make_places(options: Options) -> None:
+    """Folders of what will be written, before the network runs. Raises UserError or OSError where none can
+    be."""
+    if options.gallery is not None:
+        if options.index.is_dir():
+            raise UserError(f"--index {options.index}: a folder; give the name of a file")
+        options.index.parent.mkdir(parents=True, exist_ok=True)
+    if options.query is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+
+
 def main() -> None:
     """Index, search, or both."""
     options = parse(Options, __doc__)
     if options.gallery is None and options.query is None:
         raise UserError("nothing to do: give --gallery to build an index, --query to search one, or both")
-    if options.top < 1:
-        raise UserError(f"--top {options.top}: must be at least 1")
+    make_places(options)
     model, names, size, weights_from = load_model(options)
     prepare(model, pick_device(options.device))
+    maker = fingerprint(model, options.aggregation or model.aggregation)
     if options.gallery is not None:
         paths = images_of(options.gallery)
         embeddings = describe_files(model, paths, size, options)[0]
-        Index.of(embeddings, [str(path) for path in paths], weights_from).save(options.index)
+        Index.of(embeddings, [str(path) for path in paths], weights_from, maker).save(options.index)
         print(f"{len(paths)} images indexed in {options.index}")
     if options.query is None:
         return
     index, queries = Index.load(options.index), images_of(options.query)
-    if index.model != weights_from:
-        print(f"note: {options.index} was built with {index.model}; the queries' weights are {weights_from}")
+    if index.maker != maker:
+        raise UserError(
+            f"{options.index}: built with other weights or another --aggregation ({index.model}, "
+            f"{index.maker.split()[-1]}) than the queries would be ({weights_from}, {maker.split()[-1]}); "
+            "give the same ones, or build the index anew with --gallery"
+        )
     embeddings, weights, distances = describe_files(model, queries, size, options)
     similarity, order = index.search(embeddings, options.top, options.faiss)
-    options.out.mkdir(parents=True, exist_ok=True)
-    answers = []
+    answers, pictures = [], []
     for number, path in enumerate(queries):
         found = [index.paths[column] for column in order[number].tolist()]
         near = similarity[number].tolist()
-        picture = options.out / f"{number:04d}-{path.stem}.png"
-        write_image(picture, ranked_list(path, found, near, size))
+        pictures.append((path, found, near))
         answers.append(
             {
                 "query": str(path),
@@ -162,6 +176,9 @@ def main() -> None:
     if len(queries) > PRINTED:
         print(f"and {len(queries) - PRINTED} more queries, all in {options.out / 'results.json'}")
     write_json(options.out / "results.json", {"weights": weights_from, "queries": answers})
+    # Last, for they read the gallery's files again, and one may be gone.
+    for number, (path, found, near) in enumerate(pictures):
+        write_image(options.out / f"{number:04d}-{path.stem}.png", ranked_list(path, found, near, size))
     print(options.out)
 
 

@@ -30,6 +30,7 @@ READERS: dict[str, Callable[..., ReID]] = {
 }
 """Readers by the protocols' short names."""
 
+CPU = torch.device("cpu")
 SMALL = ("PRID", "GRID", "VIPeR", "iLIDs")
 SETTINGS = {"C3": "M+MS+CS->CUHK03", "MS": "M+CS+C3->MSMT17", "M": "MS+CS+C3->Market1501"}
 """Rows of published.json for Protocols 2 and 3, by target."""
@@ -76,11 +77,17 @@ def file_sources(
     return Files([item for part in items for item in part], size, seed), labels
 
 
-def manifest_sources(path: Path, held_out: str, size: tuple[int, int], seed: int):
-    """The user's own domains; `held_out` is left out for testing. UserError with fewer than two left."""
+def manifest_domains(path: Path, held_out: str) -> dict[str, list[Item]]:
+    """Items of each domain of a manifest. Raises UserError when the one to be held out is not there."""
     domains = manifest(path)
     if held_out not in domains:
         raise UserError(f"{path}: no domain '{held_out}'; it has {', '.join(domains)}")
+    return domains
+
+
+def manifest_sources(path: Path, held_out: str, size: tuple[int, int], seed: int):
+    """The user's own domains; `held_out` is left out for testing. UserError with fewer than two left."""
+    domains = manifest_domains(path, held_out)
     names = sorted(name for name in domains if name != held_out)
     if len(names) < 2:
         raise UserError(f"{path}: {len(names)} source domain(s); META needs at least two")
@@ -132,17 +139,18 @@ def rows_at(x: Tensor, index: Tensor) -> Tensor:
     return x[index]
 
 
-def evaluate(embeddings: Tensor, target: Target) -> Result:
+def evaluate(embeddings: Tensor, target: Target, device: torch.device = CPU) -> Result:
     """Embeddings of all images of a target, (N, D) -> metrics in percent, averaged over its splits.
 
-    Raises UserError that names a target without a gallery or without any true match.
+    device: where a split is ranked, its queries and gallery at a time. Raises UserError that names a target
+    without a gallery or without any true match, or whose embeddings are no numbers.
     """
     rankings: list[Ranking] = []
     for query, gallery in target.splits:
         ids, cameras = target.identities, target.cameras
         sides = [rows_at(side, part) for side in (embeddings, ids, cameras) for part in (query, gallery)]
         try:
-            rankings.append(rank(*sides))
+            rankings.append(rank(*(side.to(device) for side in sides)))
         except ValueError as error:
             raise UserError(f"test set {target.name}: {error}") from None
     summaries = [ranking.summary() for ranking in rankings]
@@ -174,7 +182,7 @@ def embed(
     outputs: tuple[Tensor, ...] = ()
     done = 0
     for pixels, _ in progress(batches(loader), "images", len(loader)):
-        pixels = pixels.to(device, non_blocking=True, memory_format=torch.channels_last)
+        pixels = pixels.to(device, non_blocking=True, memory_format=torch.channels_last).float()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             result = function(pixels)
         result = result if isinstance(result, tuple) else (result,)

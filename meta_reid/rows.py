@@ -39,12 +39,14 @@ class Row:
 
 
 def plan(config: "Config", classes_of: dict[int, list[int]]) -> list[Row]:
-    """All rows of a run in their order, untrained. Raises UserError for an unknown one."""
+    """All rows of a run in their order, untrained. Raises UserError for an unknown or repeated one."""
     unknown = [name for name in config.variants if name not in VARIANTS]
     if unknown or not config.variants:
         raise UserError(f"--variants: unknown variant {unknown[:1]}; there are {', '.join(VARIANTS)}")
+    if len(set(config.variants)) < len(config.variants):
+        raise UserError(f"--variants {' '.join(config.variants)}: give each once")
     rows = []
-    for seed in range(config.seed, config.seed + config.seeds):
+    for seed in run_seeds(config):
         for name in config.variants:
             changed = dataclasses.replace(config, seed=seed, **VARIANTS[name])
             rows.append(Row(f"{name}-{seed}", changed, build(changed, classes_of[seed], seed)))

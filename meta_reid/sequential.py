@@ -10,7 +10,7 @@ from torch import Tensor
 
 from meta_reid.aggregation import mix, weights
 from meta_reid.model import META, Description, Training
-from meta_reid.norms import Unit, first_norm
+from meta_reid.norms import Unit, first_norm, step
 
 
 class Sequential:
@@ -43,13 +43,13 @@ class Sequential:
         x = trunk.pool(norm(trunk.stem, stem).relu_())
         blocks = trunk.blocks if chosen < trunk.experts else trunk.blocks[: trunk.shared_blocks]
         for block in blocks:
-            x = block(x, norm)
+            x = block(x, step(norm))
         return x, distances
 
     def tail(self, x: Tensor) -> Tensor:
         """The global branch after it leaves the trunk."""
         for block in self.model.backbone_agg.blocks:
-            x = block(x, first_norm)
+            x = block(x, step(first_norm))
         return x
 
     def describe(self, images: Tensor) -> Description:

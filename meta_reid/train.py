@@ -12,7 +12,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -33,8 +33,10 @@ from meta_reid.protocols import (
 from meta_reid.rows import VARIANTS, Row, plan, run_seeds, start_from_pretrained
 from meta_reid.samplers import DomainBatches
 from meta_reid.shares import Statistics
+from meta_reid.walkers import HEIGHT, WIDTH
 from shared.io import Run, progress
 from shared.processes import means
+from shared.ranges import Count, Natural, Positive, Share, Weight, Within
 from shared.runtime import LoaderConfig, UserError, maybe_compile, run_training, start
 
 
@@ -57,7 +59,7 @@ class Config(LoaderConfig):
     """Rows to train: meta, no-consistency, no-in (BN for IN), episodic-grad, uniformity; plain networks:
     baseline (BN), baseline-ibn, baseline-in.
     """
-    seeds: int = 1
+    seeds: Count = 1
     """Every row is trained with so many seeds, beginning with `seed`."""
     method: Literal["meta", "plain"] = "meta"
     """META, or one plain network on mixed batches. Variants set it."""
@@ -67,9 +69,9 @@ class Config(LoaderConfig):
         "r18", "r34", "r50", "r101", "r152", "mini", "vit-s16", "vit-b16", "clip-b16", "vit-mini"
     ] = "r50"
     """Backbone: a ResNet as in the paper, or a ViT with the experts' layer norms (not in META)."""
-    height: int = 256
+    height: Count = 256
     """Image height in pixels."""
-    width: int = 128
+    width: Count = 128
     """Image width in pixels."""
     pixels: Literal["backbone", "imagenet", "half", "clip"] = "backbone"
     """Mean and deviation by which pixels are normalised: those of the backbone's pretraining, or by name
@@ -86,45 +88,45 @@ class Config(LoaderConfig):
     """Scoring network: one for all experts, one each as released, or both side by side."""
     scoring_relu: bool = False
     """ReLU between the two layers of the scoring networks."""
-    consistency: float = 1.0
+    consistency: Weight = 1.0
     """Weight of the consistency loss."""
     episodic_grad: bool = False
     """Let the consistency loss reach the shared convolutions through the other experts."""
 
-    uniformity: float = 0.0
+    uniformity: Weight = 0.0
     """Weight of a uniformity loss on the global branch's feature (not in META)."""
 
-    people: int = 16
+    people: Annotated[int, Within(2)] = 16
     """Identities P in a batch of one share; with a single one no anchor has a negative."""
-    images: int = 4
+    images: Count = 4
     """Images of each identity in a batch."""
-    shares: int = 1
+    shares: Count = 1
     """Batches, each normalised and mined by itself, that a process runs one after another in a step. The
     paper's four GPUs are 4 shares of one process or 1 of each of four.
     """
-    epochs: int = 120
+    epochs: Count = 120
     """Passes over as many images as the sources have."""
-    steps: int | None = None
+    steps: Count | None = None
     """Iterations; instead of `epochs`."""
-    lr: float = 0.04
+    lr: Positive = 0.04
     """Base learning rate."""
-    final_lr: float = 4e-5
+    final_lr: Weight = 4e-5
     """Learning rate at the end of the cosine."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with Nesterov momentum as in the paper, or AdamW, which a ViT that starts from nothing needs."""
-    momentum: float = 0.9
+    momentum: Share = 0.9
     """Momentum of SGD."""
-    weight_decay: float = 5e-4
+    weight_decay: Weight = 5e-4
     """Weight decay of everything but biases."""
-    warmup: int = 500
+    warmup: Natural = 500
     """Iterations of linear warm-up from a tenth of the rate."""
-    freeze: int = 500
+    freeze: Natural = 500
     """Iterations with frozen shared convolutions and global BN set."""
-    clip: float | None = None
+    clip: Positive | None = None
     """Largest gradient norm; None does not clip."""
-    save_every: int = 1000
+    save_every: Count = 1000
     """Iterations between checkpoints."""
-    sample_every: int = 1000
+    sample_every: Count = 1000
     """Iterations between pictures (`samples/training-*.png`) of what the network makes of training images."""
 
 
@@ -155,14 +157,13 @@ PRESETS = {
 }
 
 
-LEAST = {"people": 2, "images": 1, "shares": 1, "seeds": 1, "epochs": 1, "steps": 1, "sample_every": 1}
-"""Smallest values that settings may have."""
-
-
 def load_sources(config: Config, seed: int) -> tuple[Dataset, Labels]:
     """Training images and labels of a configuration. Raises UserError when data are missing."""
     size = (config.height, config.width)
     if config.protocol == "walkers":
+        if size != (HEIGHT, WIDTH):
+            asked = f"--height {config.height} --width {config.width}"
+            raise UserError(f"{asked}: walkers are drawn with --height {HEIGHT} --width {WIDTH}")
         return walker_sources(seed)
     if config.protocol == "manifest":
         if config.manifest is None:
@@ -196,7 +197,7 @@ def optimiser(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     split.append({"params": groups[True], "weight_decay": 0.0})
     if config.optimizer == "adamw":
         return torch.optim.AdamW(split, lr=config.lr)
-    return torch.optim.SGD(split, lr=config.lr, momentum=config.momentum, nesterov=True)
+    return torch.optim.SGD(split, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
 
 
 def learning_rate(step: int, steps: int, per_epoch: int, config: Config) -> float:
@@ -315,7 +316,7 @@ def train_row(
             for group in optim.param_groups:
                 group["lr"] = learning_rate(step, steps, per_epoch, config)
             optim.zero_grad(set_to_none=True)
-        pixels = pixels.to(accelerator.device, non_blocking=True, memory_format=torch.channels_last)
+        pixels = pixels.to(accelerator.device, non_blocking=True, memory_format=torch.channels_last).float()
         statistics.begin(share)
         with nullcontext() if last else accelerator.no_sync(net):
             terms = step_back(net, row, labels, pixels, index, warm, accelerator, shares)
@@ -324,7 +325,7 @@ def train_row(
         if not last:
             continue
         statistics.finish()
-        if config.clip:
+        if config.clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optim.step()
         done = step + 1
@@ -359,10 +360,6 @@ def train(config: Config) -> Path:
     """Train all rows of `config`; returns the run folder. Continues a run that was interrupted."""
     if config.save_every % 20:
         raise UserError(f"--save-every {config.save_every}: must be a multiple of 20, the logging interval")
-    for name, least in LEAST.items():
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = start(config, kwargs_handlers=[parallel])
     data = {seed: load_sources(config, seed) for seed in run_seeds(config)}

@@ -96,7 +96,12 @@ def keep_inputs(inputs: Iterable[Path], results: Iterable[Path], option: str = "
 
 
 def read_image(path: Path | str, mode: str = "RGB") -> Tensor:
-    """Image file -> (C, H, W) float32 in [0, 1]. mode: PIL's, e.g. RGB (3 channels) or L (1).
+    """`read_pixels` as float32 in [0, 1]."""
+    return read_pixels(path, mode).float().div_(255)
+
+
+def read_pixels(path: Path | str, mode: str = "RGB") -> Tensor:
+    """Image file -> (C, H, W) uint8. mode: PIL's, e.g. RGB (3 channels) or L (1).
 
     16-bit grey files are scaled by 65535; photos are turned upright as their metadata say.
     Raises UserError that names a missing, unreadable or damaged file, or one of floating-point numbers.
@@ -117,7 +122,7 @@ def read_image(path: Path | str, mode: str = "RGB") -> Tensor:
         raise UserError(f"{path}: not a readable image ({error}); remove or replace it") from None
     if array.ndim == 2:
         array = array[..., None]
-    return torch.from_numpy(array).permute(2, 0, 1).float().div_(255)
+    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def read_photo(path: Path) -> tuple[Tensor, list[str]]:

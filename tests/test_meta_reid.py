@@ -24,6 +24,7 @@ from meta_reid.losses import (
     uniformity,
 )
 from meta_reid.model import META, RELEASED_CLASSES, load_official, official
+from meta_reid.norms import ended, probe_and_norm_in_parts
 from meta_reid.pretrained import imagenet_name, init_imagenet
 from meta_reid.sequential import Sequential
 from shared.bench import count_macs
@@ -57,9 +58,8 @@ def pictures(batch: int = 6) -> torch.Tensor:
 
 @pytest.fixture(params=["whole", "parts"])
 def sizes(request, monkeypatch):
-    """Small maps are normalised as a whole on a CPU, large ones part by part; "parts" treats all so."""
+    """Small maps are normalised as a whole on a CPU, large ones image by image; "parts" treats all so."""
     if request.param == "parts":
-        monkeypatch.setattr("meta_reid.norms.PART", 2**13)
         monkeypatch.setattr("meta_reid.norms.IMAGE", 0)
 
 
@@ -417,7 +417,22 @@ def test_official_checkpoints(tmp_path, monkeypatch):
         load_official("meta_r50_3experts", tmp_path / "torn")
 
 
-def test_bfloat16_stays_close_to_single_precision():
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+def test_image_by_image_gives_the_maps_and_moments_of_the_whole(kind):
+    rng = torch.Generator().manual_seed(0)
+    x, plus = (torch.randn(3, 2, 8, 5, 3, generator=rng).to(kind) + 2 for _ in range(2))
+    wide = torch.promote_types(kind, torch.float32)
+    scale, shift = (torch.randn(3, 1, 8, 1, 1, generator=rng).to(wide) for _ in range(2))
+    for added, relu in ((None, True), (plus, True), (None, False)):
+        images = x.clone()
+        found = probe_and_norm_in_parts(images, scale, shift, 2, added, relu)
+        torch.testing.assert_close(images, ended((x.to(wide) * scale + shift).to(kind), added, relu))
+        for got, exact in zip(found, moments(x[:2]), strict=True):
+            assert got.dtype == wide
+            torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_stays_close_to_single_precision(sizes):
     model = tiny().float().eval()
     images = pictures().float()
     with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from meta_reid import datasets, small_sets
 from meta_reid.cuhk03 import extract
@@ -238,7 +239,7 @@ def test_cuhk03_from_the_release(tmp_path):
     items = found.train + found.splits[0].query + found.splits[0].gallery
     for (image, _), item in zip((Files(items, (9, 9))[i] for i in range(4)), items, strict=True):
         exact = torch.from_numpy(shown["labeled", *names[item.path.name]]).permute(2, 0, 1)
-        assert torch.equal(resize(exact, (9, 9)).float(), image)
+        assert torch.equal(resize(exact, (9, 9)), image)
     extract(release, base / "images_labeled")  # as a second process does, which comes too late
     assert {path.name for path in base.iterdir()} == {
         "cuhk03_release",
@@ -412,6 +413,9 @@ def test_manifest(tmp_path):
         write(broken)
         with pytest.raises(UserError, match=message):
             manifest(path)
+    write([*rows, ["x" * 200_000, "x", "c", "gate"]])
+    with pytest.raises(UserError, match="mine.csv, line 8: not readable as CSV .*field larger"):
+        manifest(path)
     write(rows)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as spreadsheets save it
     assert manifest(path) == found
@@ -427,7 +431,7 @@ def test_files_are_augmented_by_their_draw_alone_and_damaged_ones_named(tmp_path
     write_image(path, torch.rand(3, 40, 20, generator=torch.Generator().manual_seed(0)))
     files = Files([Item(path, 1, 0), Item(tmp_path / "torn.jpg", 1, 0)], (32, 16), seed=3)
     plain, index = files[0]
-    assert plain.shape == (3, 32, 16) and plain.dtype == torch.float32 and plain.max() > 100 and index == 0
+    assert plain.shape == (3, 32, 16) and plain.dtype == torch.uint8 and plain.max() > 100 and index == 0
     torch.manual_seed(1)
     first = files[0, 5][0]
     torch.manual_seed(2)
@@ -449,7 +453,23 @@ def test_images_are_resized_as_pil_does(shape, tmp_path):
     found = Files([Item(tmp_path / "a.png", 1, 0)])[0][0]
     assert np.array_equal(found.permute(1, 2, 0).numpy(), wanted)
     step = augmentation((256, 128)).transforms[1]  # after AutoAugment, as officially
-    assert torch.equal(step(torch.from_numpy(noise).permute(2, 0, 1)).float(), found)
+    assert torch.equal(step(torch.from_numpy(noise).permute(2, 0, 1)), found)
+
+
+def test_the_augmentation_is_the_official_one_in_its_order():
+    auto, _, flip, frame, crop, jitter = augmentation((32, 16)).transforms
+    assert auto.p == 0.1 and auto.transforms[0].policy == v2.AutoAugmentPolicy.IMAGENET
+    assert isinstance(flip, v2.RandomHorizontalFlip) and flip.p == 0.5
+    assert isinstance(frame, v2.Pad) and (frame.padding, frame.fill, frame.padding_mode) == (
+        10,
+        0,
+        "constant",
+    )
+    assert isinstance(crop, v2.RandomCrop) and crop.size == (32, 16) and crop.padding is None
+    (colour,) = jitter.transforms
+    assert jitter.p == 0.5 and isinstance(colour, v2.ColorJitter)
+    assert colour.brightness == (0.85, 1.15) and colour.contrast == (0.9, 1.1)
+    assert colour.saturation is None and colour.hue is None
 
 
 def test_images_that_several_splits_use_are_embedded_once(tmp_path):

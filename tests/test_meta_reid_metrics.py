@@ -103,6 +103,32 @@ def test_a_target_that_cannot_be_tested_is_named(tmp_path):
             evaluate(torch.ones(len(target.images), 4), target)
 
 
+@pytest.mark.parametrize("place", [0, 3])
+def test_embeddings_that_are_no_numbers_are_not_ranked(place):
+    split = (torch.tensor([0, 1]), torch.tensor([2, 3]))
+    target = Target("yard", None, torch.tensor([1, 2, 1, 2]), torch.arange(4), [split])
+    for wrong in (torch.nan, torch.inf):
+        features = torch.eye(4)
+        features[place, 0] = wrong
+        with pytest.raises(UserError, match="test set yard: embeddings with NaN or infinity"):
+            evaluate(features, target)
+
+
+def test_a_split_is_ranked_on_the_device_asked_for(monkeypatch):
+    split = (torch.tensor([0, 1]), torch.tensor([2, 3]))
+    target = Target("yard", None, torch.tensor([1, 2, 1, 2]), torch.arange(4), [split])
+    seen = set()
+
+    def watched(*sides):
+        seen.update(side.device.type for side in sides)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("meta_reid.protocols.rank", watched)
+    with pytest.raises(UserError, match="seen"):
+        evaluate(torch.eye(4), target, torch.device("meta"))
+    assert seen == {"meta"}
+
+
 def test_ranking_lists_leave_out_the_querys_own_camera():
     images = torch.arange(4).mul(60).view(4, 1, 1, 1).expand(4, 3, 8, 64).byte()
     ids, cameras = torch.tensor([1, 1, 1, 2]), torch.tensor([0, 0, 1, 1])

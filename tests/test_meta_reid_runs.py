@@ -21,7 +21,7 @@ from meta_reid.claims import claims_from
 from meta_reid.data import Target, Tensors, walker_target
 from meta_reid.eval import Options, protocol_metrics, rows_of
 from meta_reid.export import export
-from meta_reid.gallery import Index
+from meta_reid.gallery import Index, fingerprint
 from meta_reid.losses import objective
 from meta_reid.measure import Measured, measure
 from meta_reid.model import META, Description
@@ -31,7 +31,7 @@ from meta_reid.train import PRESETS, learning_rate, optimiser, train
 from meta_reid.walkers import draw
 from shared.bench import peak_memory
 from shared.io import Run, images_of, write_image
-from shared.runtime import UserError
+from shared.runtime import UserError, parse, parse_presets
 
 
 def script(name: str, *arguments: str, runs: Path) -> subprocess.CompletedProcess:
@@ -128,7 +128,7 @@ def test_pictures_while_it_trains_change_nothing(tmp_path):
     assert seen[0][1][1] == 6 * (2 * 52 + 2) - 2 and seen[0][1][2] > 11 * (2 * 28 + 2) + 60
 
 
-def test_train_evaluate_and_search_from_the_folder(tmp_path):
+def test_train_evaluate_and_search_from_the_folder(tmp_path, monkeypatch):
     trained = script("train.py", "demo", "--seeds", "1", "--steps", "2", runs=tmp_path)
     assert trained.returncode == 0, trained.stderr
     folder = Path(trained.stdout.splitlines()[-1])
@@ -162,6 +162,24 @@ def test_train_evaluate_and_search_from_the_folder(tmp_path):
     assert answer["found"][0]["path"].endswith("b.png") and len(answer["found"]) == 2
     assert answer["looks_like"] in "ABC" and sum(answer["weight"].values()) == pytest.approx(1, abs=1e-4)
     assert list((tmp_path / "out").glob("*.png"))
+    # What another aggregation made is not compared, and where nothing can be written nothing is computed.
+    (tmp_path / "file").touch()
+    index = ["--index", str(tmp_path / "i.safetensors")]
+    monkeypatch.setenv("PAPERS_RUNS", str(tmp_path))
+
+    def refused(error: type[Exception], message: str, *wrong: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["predict.py", *wrong])
+        with pytest.raises(error, match=message):
+            predict.main()
+
+    refused(UserError, "another --aggregation", *arguments[2:], "--aggregation", "learned")
+    refused(UserError, "a folder; give the name of a", *arguments[:2], "--index", str(tmp_path))
+    refused(FileExistsError, "file", "--query", arguments[1], *index, "--out", str(tmp_path / "file"))
+    # A gallery picture that is gone costs the pictures, not the answers.
+    (tmp_path / "gallery" / "b.png").rename(tmp_path / "b.png")
+    gone = ["--query", str(tmp_path / "b.png"), *index, "--out", str(tmp_path / "gone")]
+    refused(UserError, "gallery/b.png: no such image", *gone)
+    assert (tmp_path / "gone" / "results.json").exists()
     said = f"b.png: looks like source {answer['looks_like']}; nearest {answer['found'][0]['path']} (1.00)"
     assert found.stdout.splitlines()[-2].endswith(said)
 
@@ -187,6 +205,8 @@ def test_a_manifest_of_the_users_own_domains_is_trained_and_evaluated(tmp_path, 
     assert not any("learned" in method for method in found)  # its scoring networks were not trained
     assert all(0 <= metric.value <= 100 and not metric.comparable for metric in metrics)
     assert capsys.readouterr().out.splitlines() == ["T: queries without a true match, left out: 1"]
+    with pytest.raises(UserError, match="mine.csv: no domain 'yard'; it has A, B, T"):
+        evaluation.target_sets(replace(config, target="yard"))
     for name in ("ranking-T-meta-0.png", "weights-meta-0.png"):
         assert (folder / "samples" / name).stat().st_size > 0
     shutil.rmtree(tmp_path / "A")
@@ -215,9 +235,10 @@ def test_mistakes_get_one_message(arguments, message, tmp_path):
 
 def test_index(tmp_path):
     features = torch.randn(5, 4)
-    index = Index.of(features, list("abcde"), "weights")
+    index = Index.of(features, ["a\nb", *"bcde"], "weights", "maker")
     index.save(tmp_path / "i.safetensors")
     loaded = Index.load(tmp_path / "i.safetensors")
+    assert loaded.paths == index.paths and (loaded.model, loaded.maker) == ("weights", "maker")
     similarity, order = loaded.search(features[2:3] * 7, top=9)
     assert order[0, 0] == 2 and similarity[0, 0] == pytest.approx(1, abs=1e-5) and order.shape == (1, 5)
     with pytest.raises(UserError, match="same weights"):
@@ -229,7 +250,9 @@ def test_index(tmp_path):
     with pytest.raises(UserError, match="no pictures in this folder"):
         images_of(tmp_path)
     index.save(tmp_path / "new" / "folder" / "i.safetensors")
-    save_file({"features": features}, tmp_path / "foreign.safetensors", {"paths": "a\nb\nc\nd\ne"})
+    save_file(
+        {"features": features}, tmp_path / "foreign.safetensors", {"paths": '["a", "b", "c", "d", "e"]'}
+    )
     with pytest.raises(UserError, match="foreign.safetensors: damaged or not a gallery index"):
         Index.load(tmp_path / "foreign.safetensors")
 
@@ -250,7 +273,11 @@ class FlatIndex:
 
 
 def test_faiss_finds_the_same_and_its_absence_is_said(monkeypatch):
-    index, queries = Index.of(torch.randn(50, 8), [str(i) for i in range(50)], "weights"), torch.randn(4, 8)
+    index = Index.of(torch.randn(50, 8), [str(i) for i in range(50)], "weights", "maker")
+    queries = torch.randn(4, 8)
+    whole = index.search(queries, 10)
+    monkeypatch.setattr("meta_reid.gallery.QUERIES", 3)
+    assert torch.equal(index.search(queries, 10)[1], whole[1])
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match=r"FAISS is not installed \(pip install faiss-cpu\)"):
         index.search(queries, 10, faiss=True)
@@ -263,7 +290,7 @@ def test_faiss_finds_the_same_and_its_absence_is_said(monkeypatch):
 
 @pytest.mark.parametrize("ending", ["pt", "onnx"])
 def test_export_reproduces_the_network(ending, tmp_path, monkeypatch):
-    monkeypatch.setattr("meta_reid.norms.PART", 2**12)  # as for large maps, which a graph leaves whole
+    monkeypatch.setattr("meta_reid.norms.IMAGE", 0)  # as for large maps, which a graph leaves whole
     model = META((3, 3, 3), "mini", scoring="shared")
     assert export(model, (48, 24), tmp_path / f"meta.{ending}") < 1e-4
     with pytest.raises(UserError, match="ending"):
@@ -323,6 +350,13 @@ def test_only_the_method_itself_stands_beside_the_published_numbers(tmp_path, mo
     own = {"meta-0 full:shared", "no-in-0 full:shared", "no-in-0 full:official"}
     assert beside() == own | {"META"}
     assert beside(normalize_parts=True) == own | {"meta-0 full:official"}
+    whole = config
+    for changes in ({"steps": 10}, {"pretrained": False}, {"lr": 9.0}, {"people": 2}, {"height": 64}):
+        rows["meta-0"] = Row("meta-0", replace(whole, **changes), None)
+        assert beside() == own | {"meta-0 full:official"}, changes
+    for changes in ({"shares": 4}, {"seed": 3}, {"protocol": "3"}, {"scoring": "separate"}):
+        rows["meta-0"] = Row("meta-0", replace(whole, **changes), None)
+        assert beside() == own | {"META"}, changes
 
 
 def test_protocol_1_has_means_and_deviations_over_splits_and_the_targets_average(tmp_path, monkeypatch):
@@ -344,6 +378,7 @@ def test_protocol_1_has_means_and_deviations_over_splits_and_the_targets_average
     metrics = protocol_metrics(
         config, {"meta-0": Row("meta-0", config, None)}, Options(device="cpu"), tmp_path
     )
+    assert (tmp_path / "samples" / "embedding-meta-0.png").stat().st_size > 0
     found = {(m.dataset, m.metric): m for m in metrics if m.metric.startswith("mAP")}
     # In GRID the second split finds the wrong person first.
     assert {key: m.value for key, m in found.items()} == {
@@ -384,16 +419,43 @@ def test_embeddings_in_bf16_and_by_loading_processes():
 
 
 @pytest.mark.parametrize(
+    "option, value, allowed",
+    [
+        ("people", "1", "2 or more"), ("images", "0", "1 or more"), ("epochs", "0", "1 or more"),
+        ("steps", "0", "1 or more"), ("seeds", "0", "1 or more"), ("sample-every", "0", "1 or more"),
+        ("save-every", "0", "1 or more"), ("shares", "0", "1 or more"), ("height", "0", "1 or more"),
+        ("workers", "-1", "0 or more"), ("warmup", "-3", "0 or more"), ("freeze", "-1", "0 or more"),
+        ("lr", "nan", "a number above 0"), ("lr", "0", "a number above 0"), ("clip", "0", "a number above 0"),
+        ("momentum", "1.5", "a number from 0 to 1"), ("weight-decay", "-1", "0 or more"),
+        ("consistency", "-1", "0 or more"), ("uniformity", "nan", "0 or more"),
+        ("final-lr", "-1", "0 or more"),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(option, value, allowed):
+    with pytest.raises(UserError, match=rf"--{option} {value}(\.0)?: give {allowed}"):
+        parse_presets(PRESETS, "", ["demo", f"--{option}", value])
+
+
+@pytest.mark.parametrize("options", [Options, predict.Options])
+def test_batches_and_workers_out_of_range_are_refused(options):
+    wrong = [("batch", "0"), ("workers", "-1"), ("temperature", "0") if options is Options else ("top", "0")]
+    for option, value in wrong:
+        with pytest.raises(UserError, match=rf"--{option} {value}(\.0)?: give"):
+            parse(options, "", [f"--{option}", value])
+
+
+def test_without_momentum_there_is_no_nesterov():
+    row = plan(small(variants=("meta",), momentum=0.0), {0: [3, 3, 3]})[0]
+    assert not optimiser(row.model, row.config).param_groups[0]["nesterov"]
+
+
+@pytest.mark.parametrize(
     "changes, message",
     [
-        ({"people": 1}, "--people 1: must be 2 or more"),
-        ({"images": 0}, "--images 0"),
-        ({"steps": None, "epochs": 0}, "--epochs 0"),
-        ({"steps": 0}, "--steps 0"),
-        ({"seeds": 0}, "--seeds 0"),
         ({"variants": ()}, "--variants"),
+        ({"variants": ("meta", "meta")}, "--variants meta meta: give each once"),
         ({"save_every": 30}, "multiple of 20"),
-        ({"sample_every": 0}, "--sample-every 0: must be 1 or more"),
+        ({"height": 96}, "--height 96 --width 24: walkers are drawn with --height 48"),
     ],
 )
 def test_settings_that_cannot_train_are_refused(changes, message, tmp_path):
@@ -479,3 +541,12 @@ def test_rows_that_follow_one_another_are_not_copied():
     for index in (torch.arange(2, 5), torch.tensor([3, 1]), torch.tensor([], dtype=torch.long)):
         assert torch.equal(rows_at(x, index), x[index])
     assert rows_at(x, torch.arange(2, 5)).data_ptr() == x[2].data_ptr()
+
+
+def test_a_fingerprint_tells_weights_and_aggregation():
+    model = plan(small(variants=("meta",)), {0: [3, 3, 3]})[0].model
+    one = fingerprint(model, "shared")
+    assert one == fingerprint(model.to(memory_format=torch.channels_last), "shared")
+    assert one != fingerprint(model, "learned")
+    model.backbone.bn11.running_mean += 1
+    assert one != fingerprint(model, "shared")
