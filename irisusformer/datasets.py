@@ -296,7 +296,7 @@ def read_pair(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
     """image (3, H, W) float32, mask (1, H, W) and regions (2, H, W) uint8 of one pair.
 
     Raises UserError for a damaged file, a mask of another size or with other values than {0, 1} or {0, 255},
-    an empty mask, and an image too small to hold an eye; the message names the file.
+    an empty iris mask, and an image too small to hold an eye; the message names the file.
     """
     image = read_eye(pair.image)
     size = image.shape[-2:]
@@ -311,7 +311,7 @@ def read_pair(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
     mask = read_mask(pair.mask, size)
     for i, path in enumerate((pair.pupil, pair.outer)):
         if path is not None:
-            regions[i] = fill(read_mask(path, size))
+            regions[i] = fill(read_mask(path, size, may_be_empty=True))  # a lid can cover a whole pupil
     return image, mask[None], regions
 
 
@@ -328,7 +328,7 @@ def read_eye(path: Path) -> Tensor:
     return image
 
 
-def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
+def read_mask(path: Path, size: tuple[int, int], may_be_empty: bool = False) -> Tensor:
     """A mask file -> (H, W) uint8 of 0 and 1."""
     mask = read_image(path, "L")[0]
     if mask.shape != torch.Size(size):
@@ -345,7 +345,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
             f"{path}: not a binary mask, it has {len(values)} values (such as {values[:5]}) instead of "
             "0 and 1 or 0 and 255; store masks without lossy compression, or threshold this one first"
         )
-    if values == [0]:
+    if values == [0] and not may_be_empty:
         raise UserError(f"{path}: the mask is empty; remove the pair or correct the annotation")
     return (mask > 0).to(torch.uint8)
 

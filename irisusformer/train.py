@@ -10,9 +10,8 @@ A run that was killed continues with the same command.
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from irisusformer.data import Augmentation, EyeWorld, IrisFiles
-from irisusformer.datasets import find_pairs
+from irisusformer.datasets import Pair, find_pairs
 from irisusformer.eyes import LOOKS, Look
 from irisusformer.losses import objective
 from irisusformer.model import IrisUsformer
@@ -173,10 +172,8 @@ DEMO = Config(
 )
 PRESETS = {
     "demo": DEMO,
-    "study": dataclasses.replace(DEMO, variants=tuple(VARIANTS), seeds=2, save_every=200),
-    "study-simple": dataclasses.replace(
-        DEMO, dataset="simple", variants=tuple(VARIANTS), seeds=2, save_every=200
-    ),
+    "study": replace(DEMO, variants=tuple(VARIANTS), seeds=2, save_every=200),
+    "study-simple": replace(DEMO, dataset="simple", variants=tuple(VARIANTS), seeds=2, save_every=200),
     "paper": Config(workers=8),
 }
 
@@ -197,7 +194,7 @@ def variants(config: Config) -> dict[str, Config]:
     if unknown or not config.variants:
         raise UserError(f"--variants {' '.join(unknown)}: choose from {', '.join(VARIANTS)}")
     return {
-        name if not k else f"{name}-{k}": dataclasses.replace(config, **VARIANTS[name], seed=config.seed + k)
+        name if not k else f"{name}-{k}": replace(config, **VARIANTS[name], seed=config.seed + k)
         for name in config.variants
         for k in range(max(config.seeds, config.ensemble) if name == "ce" else config.seeds)
     }
@@ -207,10 +204,21 @@ def training_set(config: Config) -> Dataset:
     if config.dataset in ("eyes", "simple"):
         count = config.labels or config.train_images
         return EyeWorld(config.dataset, "train", count, config.image_size, config.looks, config.seed)
-    pairs = find_pairs(config.dataset, config.data_root, "train", config.operator)[: config.labels]
-    if not config.boundaries:  # nothing learns from these files, and reading masks takes most of the time
-        pairs = [dataclasses.replace(pair, pupil=None, outer=None) for pair in pairs]
+    pairs = file_pairs(config, "train")[: config.labels]
+    for role, files in (("pupil", "pupil_edge_mask"), ("outer", "iris_edge_mask")):
+        if config.boundaries and not any(pair.labels or getattr(pair, role) for pair in pairs):
+            raise UserError(
+                f"--boundaries: {config.dataset} has no {files} to learn from; add the masks or leave the "
+                "option out"
+            )
     return IrisFiles(pairs, Augmentation(config.crop, config.seed))
+
+
+def file_pairs(config: Config, split: str) -> list[Pair]:
+    """The pairs of a split, with boundary masks only for networks that have the heads: nothing else uses
+    these files, and reading masks takes most of the time."""
+    pairs = find_pairs(config.dataset, config.data_root, split, config.operator)
+    return pairs if config.boundaries else [replace(pair, pupil=None, outer=None) for pair in pairs]
 
 
 def loaded(data: Dataset, batches: StepBatches, config: Config) -> DataLoader:
@@ -229,7 +237,7 @@ def test_set(config: Config) -> Dataset:
         return EyeWorld(
             config.dataset, "test", config.test_images, config.image_size, config.looks, config.seed
         )
-    return IrisFiles(find_pairs(config.dataset, config.data_root, "test", config.operator))
+    return IrisFiles(file_pairs(config, "test"))
 
 
 def load_init(path: Path, model: nn.Module, name: str, config: Config) -> None:

@@ -258,6 +258,13 @@ def test_masks_that_grey_would_change(tmp_path, kind):
     assert (read_pair(pair)[1][0].numpy() == truth).all()
 
 
+def test_a_pupil_that_a_lid_covers_has_an_empty_mask(tmp_path):
+    write_folders(tmp_path / "train", ["a"])
+    save(tmp_path / "train/pupil_edge_mask/a.png", mask_array(top=0))
+    regions = read_pair(find_pairs("ubiris", tmp_path, "train")[0])[2]
+    assert not regions[0].any() and regions[1].sum() == 12 * 14
+
+
 def test_damaged_files_are_named(tmp_path):
     pair = broken_pair(tmp_path)
     pair.image.write_bytes(pair.image.read_bytes()[:60])

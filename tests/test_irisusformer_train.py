@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 
 from irisusformer import eval as evaluation
 from irisusformer.cross_database import matrix
+from irisusformer.draw import DrawConfig, draw
 from irisusformer.eyes import draw_eye
 from irisusformer.iris import identity
 from irisusformer.protocol import evaluate
@@ -171,6 +172,19 @@ def test_training_on_files_with_boundary_heads(tmp_path, capsys):
     evaluation.print_beside(config, {"learned": result}, load_published("irisusformer"), nice=False)
     printed = capsys.readouterr().out
     assert "IrisParseNet (published)  0.41" in printed and "learned (measured)" in printed
+
+
+def test_boundary_heads_need_masks_to_learn_from_and_others_read_none(tmp_path):
+    for split in ("train", "test"):
+        draw(DrawConfig(tmp_path / split, count=2, height=32, width=48))
+    config = replace(SMALL, dataset="ubiris", data_root=tmp_path, boundaries=True)
+    for role, name in (("outer", "iris_edge_mask"), ("pupil", "pupil_edge_mask")):
+        data = training_set(config), test_set(replace(config, boundaries=False))
+        assert getattr(data[0].pairs[0], role) and not getattr(data[1].pairs[0], role)
+        (tmp_path / "train" / name).rename(tmp_path / name)
+        with pytest.raises(UserError, match=f"--boundaries: ubiris has no {name} to learn from"):
+            training_set(config)
+        (tmp_path / name).rename(tmp_path / "train" / name)
 
 
 def test_cross_database_matrix(tmp_path):
