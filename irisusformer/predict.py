@@ -244,7 +244,7 @@ def predict_video(model: IrisUsformer, config: PredictConfig, short_side: int) -
 
 def predict_images(model: IrisUsformer, config: PredictConfig, short_side: int) -> list[list]:
     """Write maps and record of every image; returns the lines of summary.csv. UserError without images, and
-    where a result would replace one of them."""
+    where a result would replace one of them or another result."""
     source = config.input
     paths = images_of(source)
     films = find_images(source, endings=VIDEO_ENDINGS) if source.is_dir() else []
@@ -255,13 +255,17 @@ def predict_images(model: IrisUsformer, config: PredictConfig, short_side: int) 
         )
     base = source.parent if source.is_file() else source
     named: dict[str, Path] = {}
+    made_of: dict[Path, Path] = {}
     for path in paths:
         name = "_".join(path.relative_to(base).with_suffix("").parts)
         if name in named:
             name = "_".join(path.relative_to(base).parts)  # same stem, another ending
+        for result in (f"{name}.json", *(f"{name}_{part}.png" for part in PICTURES)):
+            other = made_of.setdefault(config.output / result, path)
+            if other != path:
+                raise UserError(f"{other} and {path} would both be written to {result}: rename one of them")
         named[name] = path
-    results = (config.output / f"{name}_{part}.png" for name in named for part in PICTURES)
-    keep_inputs(paths, results, "--output")
+    keep_inputs(paths, made_of, "--output")
     rows = []
     for name, path in progress(named.items(), "segmenting"):
         image = read_eye(path)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from irisusformer import eval as evaluation
+from irisusformer import predict
 from irisusformer.bench import BenchConfig, rows_of
 from irisusformer.export import export, largest_difference
 from irisusformer.eyes import draw_eye
@@ -135,6 +136,43 @@ def test_predict_replaces_no_picture_that_it_reads(eyes):
     ):
         predict_images(IrisUsformer("tiny").eval(), PredictConfig(eyes, eyes), 64)
     assert annotated.read_bytes() == before and len(list(eyes.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "result"),
+    [
+        (("a/b/c.png", "a/b_c.png", "a_b/c.png"), r"a_b_c.png.json"),
+        (("e.png", "e_polar.png"), "e_polar_mask.png"),
+    ],
+)
+def test_predict_replaces_no_result_by_another(tmp_path, names, result):
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "in" / name)
+    with pytest.raises(UserError, match=f"{names[-2]} and .*{names[-1]} would both be written to {result}"):
+        predict_images(IrisUsformer("tiny").eval(), PredictConfig(tmp_path / "in", tmp_path / "out"), 64)
+
+
+def test_predict_writes_what_it_found_of_the_boundaries(eyes, tmp_path, monkeypatch):
+    """Polar pictures and ellipses, of a network that sees what was drawn."""
+    eye = draw_eye(identity(0), 0, 60, 80, "visible", 1)
+    mask, uncertainty = torch.from_numpy(eye.mask), torch.full((60, 80), 0.25)
+    maps = {"prob": mask.float(), "mask": mask, "uncertainty": uncertainty, "high_region": uncertainty > 0.5}
+    monkeypatch.setattr(predict, "segment", lambda *rest: maps)
+    out = tmp_path / "out"
+    out.mkdir()
+    (row, *_) = predict_images(IrisUsformer("tiny").eval(), PredictConfig(eyes / "eye0.png", out), 64)
+    record = json.loads((out / "eye0.json").read_text())
+    assert record["limbus"]["x"] == pytest.approx(eye.outer_ellipse[0], abs=2)
+    assert record["pupil"]["x"] == pytest.approx(eye.pupil_ellipse[0], abs=2)
+    polar = {
+        part: np.asarray(Image.open(out / f"eye0_polar{part}.png")) for part in ("", "_mask", "_reliability")
+    }
+    assert {array.shape[:2] for array in polar.values()} == {(64, 512)}
+    usable = polar["_mask"] > 0
+    assert usable.mean() == pytest.approx(record["quality"]["usable"], abs=1e-6) and usable.mean() > 0.3
+    assert (polar["_reliability"][usable] == 191).all() and not polar["_reliability"][~usable].any()
+    assert row[2] == record["quality"]["usable"]
 
 
 def test_a_video_that_ends_early_is_said(tmp_path, capsys):
