@@ -22,10 +22,7 @@ from irisusformer.metrics import ErrorDetection
 from irisusformer.model import IrisUsformer
 from irisusformer.predict import PredictConfig, frames, predict_images, predict_video, segment
 from irisusformer.protocol import Result
-from irisusformer.train import (
-    DEMO,
-    test_set,
-)
+from irisusformer.train import DEMO, build, test_set, variants
 from shared.runtime import UserError
 
 test_set.__test__ = False  # a function of train.py, no test
@@ -75,6 +72,8 @@ def test_eval_prints_claims_and_writes_results(trained):
     assert claims["cost"]["holds"] and "position-sensitive" not in claims  # needs the plain network
     assert set(results["segmentation"]) == {"learned", "ce", "ce-1"}
     assert all(not metric["comparable"] for metric in results["metrics"])
+    assert {"edge_ratio", "image_spearman"} <= {metric["metric"] for metric in results["metrics"]}
+    assert {f"error_in_top_{share}%" for share in (1, 5, 10)} <= set(results["uncertainty"][0])
     assert (trained / "samples" / "curves.png").exists() and (trained / "samples" / "test.png").exists()
 
 
@@ -186,6 +185,13 @@ def test_a_video_that_ends_early_is_said(tmp_path, capsys):
     film.write_bytes(content[: len(content) // 2])
     assert 0 < len(list(frames(film, 1)[1])) < 12
     assert "film.avi: ends early" in capsys.readouterr().err
+
+
+def test_mc_dropout_is_measured_where_dropout_was_trained():
+    config = replace(DEMO, variants=("dropout", "d2"), test_images=2)
+    models = {name: build(c).eval() for name, c in variants(config).items()}
+    results, _ = evaluation.evaluate_run(config, models, torch.device("cpu"))
+    assert "mc_dropout" in results["dropout"].detection and "mc_dropout" not in results["d2"].detection
 
 
 def test_nice_compat_reaches_the_results():
