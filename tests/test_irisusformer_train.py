@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from irisusformer import eval as evaluation
-from irisusformer.cross_database import matrix
+from irisusformer.cross_database import label, matrix
 from irisusformer.draw import DrawConfig, draw
 from irisusformer.eyes import draw_eye
 from irisusformer.iris import identity
@@ -197,6 +197,10 @@ def test_cross_database_matrix(tmp_path):
     assert all(0 <= cell["e1"] <= 100 for row in found.values() for cell in row.values())
     with pytest.raises(UserError, match="same data"):
         matrix([folders[0], folders[0]], "cpu")
+    with pytest.raises(UserError, match="at least two runs"):
+        matrix(folders[:1], "cpu")
+    own = [replace(SMALL, dataset="folder", data_root=tmp_path / sensor) for sensor in ("mine", "theirs")]
+    assert [label(config) for config in own] == [f"folder:{tmp_path}/mine", f"folder:{tmp_path}/theirs"]
 
 
 @pytest.mark.slow
