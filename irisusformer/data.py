@@ -6,6 +6,7 @@ a data set does not give them; procedural sets add `noisy` and `with_pupil`, wro
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import cv2
 import numpy as np
@@ -18,8 +19,12 @@ from irisusformer.eyes import LOOKS, Eye, Look, draw_eye, draw_simple_eye
 from irisusformer.iris import identity
 from irisusformer.losses import IGNORE
 from shared.io import progress
+from shared.ranges import Within
+from shared.runtime import UserError
 
 Sample = dict[str, Tensor]
+Side = Annotated[int, Within(32)]
+"""Of pictures to draw and windows to learn from, pixels: in fewer no eye can be recognised."""
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 
 
@@ -48,7 +53,8 @@ def pupil_annotation(eye: Eye, rng: np.random.Generator) -> np.ndarray:
 class EyeWorld(Dataset):
     """`count` procedural eyes, drawn once and kept in memory (`samples`: stacked tensors, uint8 images).
 
-    world: "eyes" (draw_eye) or "simple" (draw_simple_eye). split: train and test share no person.
+    world: "eyes" (draw_eye) or "simple" (draw_simple_eye). split: train and test share no person. Raises
+    UserError without looks, and for simple eyes that are not square.
     """
 
     def __init__(
@@ -60,6 +66,10 @@ class EyeWorld(Dataset):
         looks: tuple[Look, ...] = LOOKS,
         seed: int = 0,
     ):
+        if not looks:
+            raise UserError(f"--looks: give at least one of {', '.join(LOOKS)}")
+        if world == "simple" and size[0] != size[1]:
+            raise UserError(f"--image-size {size[0]} {size[1]}: simple eyes are square, give one side twice")
         first = {"train": 0, "test": 500_000}[split] + 1_000_000 * seed
         samples = []
         for i in progress(range(count), f"drawing {split} eyes"):

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from irisusformer.data import Side
 from irisusformer.datasets import read_eye
 from irisusformer.geometry import Ellipse, fit_boundaries, quality, rubber_sheet
 from irisusformer.model import IrisUsformer, fold_batch_norm
@@ -44,6 +45,7 @@ from shared.io import (
     to_pil,
     write_image,
 )
+from shared.ranges import Count, Share
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -65,12 +67,12 @@ class PredictConfig:
     """Which of the run's networks; default: the first."""
     weights: Path | None = None
     """Other weights of the same architecture, .safetensors."""
-    tau: float | None = None
+    tau: Share | None = None
     """Uncertainty above this is the high region; default: the one found in training."""
-    short_side: int | None = None
+    short_side: Side | None = None
     """Images whose shorter side is longer are shrunk to this for the network, and its maps enlarged again.
     Default: the size the run was trained at where it learned from procedural eyes, otherwise 960."""
-    every: int = 1
+    every: Count = 1
     """Take every n-th frame of a video."""
     frame_maps: bool = False
     """Also write the pictures of each frame taken of a video, as of an image, to OUTPUT/NAME/NUMBER_*.png."""
@@ -281,8 +283,6 @@ def main() -> None:
     config = parse(PredictConfig, __doc__)
     if not config.input.exists():
         raise UserError(f"--input {config.input}: no such file or folder")
-    if config.every < 1 or (config.short_side is not None and config.short_side < 32):
-        raise UserError("--every must be at least 1 and --short-side at least 32")
     model, trained = load_network(config.run, config.network, config.weights)
     short_side = config.short_side or working_side(trained)
     model.to(pick_device(config.device), memory_format=torch.channels_last)

@@ -26,6 +26,7 @@ from irisusformer.predict import load_network, measure, segment, working_side
 from shared.io import images_of, progress
 from shared.metrics import eer
 from shared.published import format_table
+from shared.ranges import Count, Natural, Share
 from shared.runtime import UserError, parse, pick_device, run_main
 
 ROWS, COLUMNS = 16, 256  # resolution of the coded sheet
@@ -38,9 +39,9 @@ class RecognitionConfig:
 
     data_root: Path | None = None
     """Folder with one sub-folder of images per eye; default: procedural people."""
-    people: int = 20
+    people: Count = 20
     """Procedural people."""
-    pictures: int = 4
+    pictures: Count = 4
     """Pictures of each of them."""
     look: Look = "nir"
     """Sensor of the procedural pictures."""
@@ -48,9 +49,9 @@ class RecognitionConfig:
     """Run folder to take the network from; default: the newest."""
     network: str | None = None
     """Which of the run's networks; default: the first."""
-    tau: float | None = None
+    tau: Share | None = None
     """Uncertainty above this is left out; default: the one found in training."""
-    rotation: int = 12
+    rotation: Natural = 12
     """Largest rotation tried, in columns of 360/256 degrees."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""

@@ -13,14 +13,14 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from irisusformer.data import Augmentation, EyeWorld, IrisFiles
+from irisusformer.data import Augmentation, EyeWorld, IrisFiles, Side
 from irisusformer.datasets import Pair, find_pairs
 from irisusformer.eyes import LOOKS, Look
 from irisusformer.losses import objective
@@ -29,6 +29,7 @@ from irisusformer.pictures import overview
 from shared.io import Run, find_run, load_config, load_safetensors, load_weights, progress
 from shared.loop import follow
 from shared.processes import as_one, means
+from shared.ranges import Count, Natural, Positive, Share, Weight, Within
 from shared.runtime import (
     LoaderConfig,
     StepBatches,
@@ -53,16 +54,16 @@ class Config(LoaderConfig):
     """Folder of the data set (csv: the file)."""
     operator: str = "A"
     """Whose annotation of IRISSEG-EP to take."""
-    labels: int | None = None
+    labels: Count | None = None
     """Use the first so many training images only."""
     init: Path | None = None
     """Begin with the weights of this run folder or .safetensors file."""
 
-    train_images: int = 300
+    train_images: Count = 300
     """Procedural eyes to train on."""
-    test_images: int = 200
+    test_images: Count = 200
     """Procedural eyes to test on."""
-    image_size: tuple[int, int] = (64, 64)
+    image_size: tuple[Side, Side] = (64, 64)
     """Height and width of procedural eyes, pixels."""
     looks: tuple[Look, ...] = LOOKS
     """Sensors of the procedural eyes."""
@@ -83,54 +84,54 @@ class Config(LoaderConfig):
     """Add the pupil and outer-boundary heads."""
     fast_up: bool = False
     """Convolve before up-sampling in the decoder: cheaper, another function."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Within(0, 0.99)] = 0.0
     """Channel dropout in the decoder, for MC dropout."""
 
     mode: Literal["learned", "two_head", "free", "ce"] = "learned"
     """What the auxiliary head learns, see losses.py."""
     weighting: Literal["attenuate", "emphasize", "none"] = "attenuate"
     """How uncertainty weighs the segmentation loss."""
-    beta: float = 1.0
+    beta: Weight = 1.0
     """Strength of the weighting."""
-    lambda_unc: float = 0.4
+    lambda_unc: Weight = 0.4
     """Weight of the auxiliary head's own loss."""
-    lambda_reg: float = 0.0
+    lambda_reg: Weight = 0.0
     """Weight of mean uncertainty (the regulariser of the paper's second version: 0.01)."""
-    lambda_d: float = 0.1
+    lambda_d: Weight = 0.1
     """Weight of the discrepancy in mode two_head."""
-    lambda_dice: float = 0.0
+    lambda_dice: Weight = 0.0
     """Weight of soft Dice."""
-    plain_start: float = 0.1
+    plain_start: Share = 0.1
     """Share of the steps before the weighting begins."""
     annotation: Literal["mask", "noisy", "with_pupil"] = "mask"
     """Which annotation of procedural eyes to learn from."""
 
-    steps: int = 30_000
+    steps: Count = 30_000
     """Training steps."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Images per step, over all processes."""
-    crop: int = 320
+    crop: Side = 320
     """Side of the training window for data from files."""
-    lr: float = 5e-4
+    lr: Positive = 5e-4
     """Peak learning rate of AdamW."""
-    weight_decay: float = 0.01
+    weight_decay: Weight = 0.01
     """Decay of matrices and kernels; norms and biases have none."""
-    warmup: int = 500
+    warmup: Natural = 500
     """Steps of linear warm-up, then polynomial decay of power 0.9 to 0."""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """Largest gradient norm."""
-    ema: float = 0.999
+    ema: Share = 0.999
     """Decay of the weights' average that is evaluated; 0: the weights themselves."""
 
     variants: tuple[str, ...] = ("learned",)
     """What to train side by side, on the same batches: keys of VARIANTS."""
-    seeds: int = 1
+    seeds: Count = 1
     """Initialisations of each variant."""
-    ensemble: int = 1
+    ensemble: Natural = 1
     """At least so many initialisations of variant ce, the ensemble that uncertainty is compared with."""
-    log_every: int = 20
+    log_every: Count = 20
     """Steps between log lines."""
-    save_every: int = 1000
+    save_every: Count = 1000
     """Steps between checkpoints and pictures."""
 
 

@@ -345,5 +345,5 @@ def test_drawn_eyes_are_a_data_set_on_disk(tmp_path):
     image, mask, regions = read_pair(next(pair for pair in pairs if pair.name == "000001_1_phone"))
     np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), eye.image, atol=0.003)
     assert (mask[0].numpy() == eye.mask).all() and (regions[1].numpy() == eye.outer).all()
-    with pytest.raises(UserError, match="at least one picture"):
-        draw(DrawConfig(tmp_path, count=0))
+    with pytest.raises(UserError, match="--looks: give at least one of nir"):
+        draw(DrawConfig(tmp_path, looks=()))

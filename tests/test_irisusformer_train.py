@@ -13,11 +13,14 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from irisusformer import eval as evaluation
+from irisusformer.bench import BenchConfig
 from irisusformer.cross_database import label, matrix
 from irisusformer.draw import DrawConfig, draw
 from irisusformer.eyes import draw_eye
 from irisusformer.iris import identity
+from irisusformer.predict import PredictConfig
 from irisusformer.protocol import evaluate
+from irisusformer.recognition import RecognitionConfig
 from irisusformer.train import (
     DEMO,
     PRESETS,
@@ -33,7 +36,7 @@ from irisusformer.train import (
 )
 from shared.io import load_weights
 from shared.published import load_published
-from shared.runtime import UserError
+from shared.runtime import UserError, parse, parse_presets
 
 test_set.__test__ = False  # a function of train.py, no test
 TINY = [*helpers.TINY["irisusformer"], "--variants", "learned", "ce", "--ensemble", "2"]
@@ -58,6 +61,43 @@ def test_every_variant_differs_from_the_method_in_what_its_name_says():
     assert named["learned_noisy"].annotation == "noisy" and named["ce-2"].seed == 2
     with pytest.raises(UserError, match="choose from learned"):
         variants(replace(DEMO, variants=("nonsense",)))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--labels -1", "--labels 0", "--train-images 0", "--test-images 0", "--image-size 64 1"),
+        *("--log-every 0", "--save-every 0", "--batch-size 0", "--seeds 0", "--ensemble -1", "--dropout 1.5"),
+        *("--lr nan", "--lr 0", "--ema 1.5", "--clip 0", "--beta -1", "--plain-start 2", "--warmup -1"),
+        "--steps 0",
+    ],
+)
+def test_settings_out_of_range_are_refused(option):
+    with pytest.raises(UserError, match=f"{option.split()[0]} .*: give "):
+        parse_presets(PRESETS, "", ["demo", *option.split()])
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options"),
+    [
+        (PredictConfig, ("--tau nan", "--tau -3", "--every 0", "--short-side 8")),
+        (RecognitionConfig, ("--rotation -1", "--people 0", "--pictures 0", "--tau 2")),
+        (BenchConfig, ("--height 0", "--batch-size -1", "--seconds 0")),
+        (DrawConfig, ("--count 0", "--pictures 0", "--first -1", "--height 8")),
+    ],
+)
+def test_options_out_of_range_are_refused(config_class, options):
+    needed = {PredictConfig: ["--input", "eye.png", "--output", "out"], DrawConfig: ["--output", "out"]}
+    for option in options:
+        with pytest.raises(UserError, match=f"{option.split()[0]} .*: give "):
+            parse(config_class, "", [*needed.get(config_class, ()), *option.split()])
+
+
+def test_procedural_eyes_need_a_look_and_simple_ones_are_square():
+    with pytest.raises(UserError, match="--looks: give at least one of nir"):
+        training_set(replace(SMALL, looks=()))
+    with pytest.raises(UserError, match="--image-size 64 96: simple eyes are square"):
+        training_set(replace(SMALL, dataset="simple", image_size=(64, 96)))
 
 
 def test_study_trains_everything_on_both_worlds():
