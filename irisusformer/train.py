@@ -4,7 +4,7 @@
     python train.py study                # the whole comparison of the README, over its seeds
     python train.py study-simple         # the same on flat discs and parabolas
     python train.py paper --dataset ubiris --data-root /datasets/ubiris
-    python train.py paper --init RUN_OR_FILE --labels 20 --steps 500 ...   # fine-tune with few labels
+    python train.py paper --init RUN_OR_FILE --labels 20 --steps 500 --warmup 50 ...   # few labels: fine-tune
 
 A run that was killed continues with the same command.
 """

@@ -135,6 +135,21 @@ def test_lists_of_one_split_leave_the_rest_to_the_other(tmp_path):
     assert [pair.name for pair in find_pairs("folder", tmp_path, "test")] == ["eye1"]
 
 
+@pytest.mark.parametrize("dataset", ["miche", "ubiris", "casia-distance", "nice"])
+def test_lists_split_the_named_sets_and_do_not_compete_with_folders(tmp_path, dataset):
+    write_folders(tmp_path, ["a", "b", "c"])
+    with pytest.raises(UserError, match="no folder .*train and no list .*train.txt; get it"):
+        find_pairs(dataset, tmp_path, "train")
+    (tmp_path / "train.txt").write_text("c\na\n")
+    train, test = (
+        [pair.name for pair in find_pairs(dataset, tmp_path, split)] for split in ("train", "test")
+    )
+    assert train == ["c", "a"] and test == ["b"]
+    write_folders(tmp_path / "train", ["a", "b"])
+    with pytest.raises(UserError, match=r"train and .*train.txt both say how"):
+        find_pairs(dataset, tmp_path, "train")
+
+
 def test_csv_with_and_without_split(tmp_path):
     for i in range(5):
         save(tmp_path / f"pictures/{i}.png", picture())
@@ -183,7 +198,7 @@ def test_unknown_or_absent_data_sets(tmp_path):
         find_pairs("ubris", tmp_path, "train")
     with pytest.raises(UserError, match="does not exist; get it: UBIRIS.v2"):
         find_pairs("ubiris", tmp_path / "nowhere", "train")
-    with pytest.raises(UserError, match="no folder .*train; get it"):
+    with pytest.raises(UserError, match="no folder .*train and no list .*train.txt; get it"):
         find_pairs("miche", tmp_path, "train")
     (tmp_path / "train").mkdir()
     with pytest.raises(UserError, match="holds none of the folders image, images, JPEGImages"):
