@@ -88,9 +88,9 @@ class Config(LoaderConfig):
     """Channel dropout in the decoder, for MC dropout."""
 
     mode: Literal["learned", "two_head", "free", "ce"] = "learned"
-    """What the auxiliary head learns, see losses.py."""
-    weighting: Literal["attenuate", "emphasize", "none"] = "attenuate"
-    """How uncertainty weighs the segmentation loss."""
+    """What the auxiliary head learns, see losses.py. free knows no weighting, beta and lambda_unc."""
+    weighting: Literal["attenuate", "emphasize", "none"] | None = None
+    """How uncertainty weighs the segmentation loss. Default: attenuate, in mode ce none."""
     beta: Weight = 1.0
     """Strength of the weighting."""
     lambda_unc: Weight = 0.4
@@ -290,7 +290,8 @@ class Learner:
         of the loss and the gradient's norm."""
         c = self.config
         self.model.train()
-        weighting = c.weighting if step >= c.plain_start * c.steps else "none"
+        weighting = c.weighting or ("none" if c.mode == "ce" else "attenuate")
+        weighting = weighting if step >= c.plain_start * c.steps else "none"
         with accelerator.autocast():
             out = forward(batch["image"])
         terms = objective(

@@ -126,7 +126,7 @@ def eyes_in_white() -> dict[str, torch.Tensor]:
 
 
 def test_weighting_begins_after_the_plain_start(monkeypatch):
-    seen = []
+    seen, asked = [], {"mode": "ce", "weighting": "emphasize"}
 
     def spy(out, target, mode, weighting, **rest):
         seen.append(weighting)
@@ -136,10 +136,14 @@ def test_weighting_begins_after_the_plain_start(monkeypatch):
 
     original = module.objective
     monkeypatch.setattr(module, "objective", spy)
-    learner = Learner("learned", replace(SMALL, steps=10, plain_start=0.2), torch.device("cpu"))
-    for step in range(4):
-        learner.update(learner.model, eyes_in_white(), step, Accelerator(cpu=True))
-    assert seen == ["none", "none", "attenuate", "attenuate"]
+    for options, weighting in (({}, "attenuate"), ({"mode": "ce"}, "none"), (asked, "emphasize")):
+        learner = Learner(
+            "learned", replace(SMALL, steps=10, plain_start=0.2, **options), torch.device("cpu")
+        )
+        seen.clear()
+        for step in range(4):
+            learner.update(learner.model, eyes_in_white(), step, Accelerator(cpu=True))
+        assert seen == ["none", "none", weighting, weighting]
 
 
 def test_average_of_the_weights_follows_them():
