@@ -212,7 +212,12 @@ def test_training_on_files_with_boundary_heads(tmp_path, capsys):
     assert not any(row.comparable for row in rows) and rows[0].dataset == "CASIA-Iris-Distance"
     result.images *= 50  # as many as the published split has
     result.mean_uncertainty *= 50
-    assert all(row.comparable for row in evaluation.metrics_of(config, {"learned": result}))
+    rows = evaluation.metrics_of(config, {"learned": result})
+    assert [row.metric for row in rows if row.comparable] == ["E1", "mIoU (iris class)", "F1"]
+    assert {row.method for row in rows} == {"IrisUsformer"}
+    assert not any(row.comparable for row in evaluation.metrics_of(replace(config, labels=20), {"a": result}))
+    nice = evaluation.metrics_of(replace(config, arch="bitrans"), {"learned": result}, nice=True)
+    assert {row.method for row in nice} == {"BiTrans"} and not nice[0].comparable
     evaluation.print_beside(config, {"learned": result}, load_published("irisusformer"), nice=False)
     printed = capsys.readouterr().out
     assert "IrisParseNet (published)  0.41" in printed and "learned (measured)" in printed
