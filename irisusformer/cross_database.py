@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from irisusformer.protocol import evaluate
-from irisusformer.train import PAPER, Config, build, test_set, variants
+from irisusformer.train import PAPER, Config, build, test_set, variants, working_side
 from shared.io import find_run, load_config, load_weights
 from shared.published import format_table
 from shared.records import write_json
@@ -57,7 +57,7 @@ def matrix(folders: list[Path], device_name: str) -> dict[str, dict[str, dict[st
         model.to(device).eval()
         result[name] = {}
         for other, data in tests.items():
-            scores = evaluate(model, data, device)
+            scores = evaluate(model, data, device, short_side=working_side(own))
             segmentation = scores.segmentation()
             auroc = scores.uncertainty()["auroc"]
             result[name][other] = {"e1": segmentation["e1"], "f1": segmentation["f1"], "auroc": auroc}

@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 from irisusformer.model import IrisUsformer
 from irisusformer.pictures import overview
 from irisusformer.protocol import Result, Scores, evaluate
-from irisusformer.train import PAPER, VARIANTS, Config, build, test_set, variants
+from irisusformer.train import PAPER, VARIANTS, Config, build, test_set, variants, working_side
 from irisusformer.uncertainty import ensemble, flip_disagreement, mc_dropout
 from shared.bench import count_macs, count_parameters
 from shared.io import find_run, load_config, load_weights, write_image
@@ -88,7 +88,7 @@ def evaluate_run(
     results = {}
     for name, model in models.items():
         more = other_scores(model, members if name == "ce" else []) if name in COMPARED else None
-        results[name] = evaluate(model, data, device, batch, more)
+        results[name] = evaluate(model, data, device, batch, more, short_side=working_side(config))
     return results, data
 
 

@@ -23,15 +23,14 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from irisusformer.data import Side
+from irisusformer.data import Side, enlarged, shrunk
 from irisusformer.datasets import read_eye
 from irisusformer.geometry import Ellipse, fit_boundaries, quality, rubber_sheet
 from irisusformer.model import IrisUsformer, fold_batch_norm
 from irisusformer.pictures import BLUE, GREEN, RED, heat, outlined, tint, with_ellipse
-from irisusformer.train import PAPER, Config, build, variants
+from irisusformer.train import PAPER, Config, build, variants, working_side
 from shared.io import (
     VIDEO_ENDINGS,
     find_images,
@@ -71,7 +70,8 @@ class PredictConfig:
     """Uncertainty above this is the high region; default: the one found in training."""
     short_side: Side | None = None
     """Images whose shorter side is longer are shrunk to this for the network, and its maps enlarged again.
-    Default: the size the run was trained at where it learned from procedural eyes, otherwise 960."""
+    Default: the size the run was trained at where it learned from procedural eyes, otherwise its own
+    --short-side."""
     every: Count = 1
     """Take every n-th frame of a video."""
     frame_maps: bool = False
@@ -99,31 +99,14 @@ def load_network(run: Path | None, network: str | None, weights: Path | None) ->
     return fold_batch_norm(model), config
 
 
-def working_side(config: Config) -> int:
-    """Shorter side to which larger images are shrunk: the procedural eyes' own, for other data 960."""
-    return min(config.image_size) if config.dataset in ("eyes", "simple") else 960
-
-
 def segment(
     model: IrisUsformer, image: Tensor, tau: float | None = None, short_side: int = 960
 ) -> dict[str, Tensor]:
     """Maps of one image (3, H, W) in [0, 1]: `prob`, `uncertainty` (H, W), `mask`, `high_region` bool, and
     `pupil`, `outer` where the network has boundary heads; computed at a shorter side of
     at most `short_side` pixels."""
-    height, width = image.shape[-2:]
-    scale = min(1.0, short_side / min(height, width))
-    small = (max(1, round(height * scale)), max(1, round(width * scale)))
-    device = model.tau.device
-    batch = image[None].to(device)
-    if scale < 1:
-        batch = F.interpolate(batch, small, mode="bilinear", align_corners=False, antialias=True)
-    maps = {name: value.float().cpu() for name, value in model.predict(batch, tau).items()}
-    if scale < 1:
-        maps = {
-            name: F.interpolate(value, (height, width), mode="bilinear", align_corners=False)
-            for name, value in maps.items()
-        }
-    result = {name: value[0, 0] for name, value in maps.items()}
+    maps = model.predict(shrunk(image[None].to(model.tau.device), short_side), tau)
+    result = {name: enlarged(value, image.shape[-2:])[0, 0].cpu() for name, value in maps.items()}
     result["mask"] = result["prob"] >= 0.5
     result["high_region"] = result["high_region"] >= 0.5
     for name in ("pupil", "outer"):

@@ -22,7 +22,8 @@ from irisusformer.eyes import Eye, Look, draw_eye
 from irisusformer.geometry import Ellipse, rubber_sheet
 from irisusformer.iris import identity
 from irisusformer.model import IrisUsformer
-from irisusformer.predict import load_network, measure, segment, working_side
+from irisusformer.predict import load_network, measure, segment
+from irisusformer.train import working_side
 from shared.io import images_of, progress
 from shared.metrics import eer
 from shared.published import format_table

@@ -112,6 +112,8 @@ class Config(LoaderConfig):
     """Images per step, over all processes."""
     crop: Side = 320
     """Side of the training window for data from files."""
+    short_side: Side = 960
+    """Images from files whose shorter side is longer are shrunk to this, for training and for the network."""
     lr: Positive = 5e-4
     """Peak learning rate of AdamW."""
     weight_decay: Weight = 0.01
@@ -212,7 +214,7 @@ def training_set(config: Config) -> Dataset:
                 f"--boundaries: {config.dataset} has no {files} to learn from; add the masks or leave the "
                 "option out"
             )
-    return IrisFiles(pairs, Augmentation(config.crop, config.seed))
+    return IrisFiles(pairs, Augmentation(config.crop, config.seed), config.short_side)
 
 
 def file_pairs(config: Config, split: str) -> list[Pair]:
@@ -239,6 +241,12 @@ def test_set(config: Config) -> Dataset:
             config.dataset, "test", config.test_images, config.image_size, config.looks, config.seed
         )
     return IrisFiles(file_pairs(config, "test"))
+
+
+def working_side(config: Config) -> int:
+    """Shorter side to which larger images are shrunk for a run's networks: the procedural eyes' own, for
+    other data --short-side."""
+    return min(config.image_size) if config.dataset in ("eyes", "simple") else config.short_side
 
 
 def load_init(path: Path, model: nn.Module, name: str, config: Config) -> None:

@@ -352,6 +352,18 @@ def test_files_are_read_and_augmented(tmp_path):
     assert data[0, 4]["image"].shape == (3, 32, 32)
 
 
+def test_large_files_are_shrunk_with_their_masks(tmp_path):
+    write_folders(tmp_path / "train", ["a"])
+    pairs = find_pairs("ubiris", tmp_path, "train")
+    whole, small = IrisFiles(pairs)[0], IrisFiles(pairs, short_side=12)[0]
+    assert small["image"].shape == (3, 12, 16) and small["regions"].shape == (2, 12, 16)
+    assert torch.equal(small["mask"].repeat_interleave(2, 1).repeat_interleave(2, 2), whole["mask"])
+    assert (
+        small["mask"].dtype == torch.uint8
+        and (IrisFiles(pairs, short_side=24)[0]["image"] == whole["image"]).all()
+    )
+
+
 def test_drawn_eyes_are_a_data_set_on_disk(tmp_path):
     draw(DrawConfig(tmp_path / "train", count=2, pictures=2, height=48, width=64))
     pairs = find_pairs("casia-distance", tmp_path, "train")

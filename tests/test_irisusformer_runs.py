@@ -21,7 +21,7 @@ from irisusformer.iris import identity
 from irisusformer.metrics import ErrorDetection
 from irisusformer.model import IrisUsformer
 from irisusformer.predict import PredictConfig, frames, predict_images, predict_video, segment
-from irisusformer.protocol import Result
+from irisusformer.protocol import Result, evaluate
 from irisusformer.train import DEMO, build, test_set, variants
 from shared.runtime import UserError
 
@@ -237,6 +237,20 @@ def test_large_images_are_shrunk_for_the_network_only():
     maps = segment(IrisUsformer("tiny", boundaries=True).eval(), torch.rand(3, 300, 500), short_side=64)
     assert {tuple(value.shape) for value in maps.values()} == {(300, 500)}
     assert maps["mask"].dtype == maps["high_region"].dtype == maps["pupil"].dtype == torch.bool
+
+
+def test_large_images_are_shrunk_in_evaluation_for_the_network_only():
+    torch.manual_seed(0)
+    model, seen = IrisUsformer("tiny").eval(), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[-2:])))
+    image, mask = torch.rand(3, 120, 200), torch.zeros(1, 120, 200, dtype=torch.uint8)
+    mask[:, 40:80, 60:100] = 1
+    sample = {"image": image, "mask": mask, "regions": mask.repeat(2, 1, 1)}
+    more = evaluation.other_scores(model, [model, model])
+    result = evaluate(model, [sample], torch.device("cpu"), more=more, short_side=60)
+    assert set(seen) == {(60, 100)}
+    pixels = {int(d.wrong.sum() + d.right.sum()) for d in result.detection.values()}
+    assert pixels == {120 * 200} and set(result.detection) >= {"flip", "mc_dropout", "ensemble"}
 
 
 def test_bench_measures_everything_in_one_run(tmp_path):
