@@ -181,6 +181,7 @@ def rows_of(config: BenchConfig, folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     config = parse(BenchConfig, __doc__)
     print(f"ours is {config.size}; {config.height}x{config.width}, per_second counts images")
+    print("gmacs: 1e9 multiply-accumulates of convolutions and attention products; FLOPs are twice as many")
     with tempfile.TemporaryDirectory() as folder:
         rows = rows_of(config, Path(folder))
     print(report(PAPER, rows, device=pick_device(config.device)))

@@ -30,7 +30,7 @@ SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 
 
 def shrunk(image: Tensor, short_side: int | None) -> Tensor:
-    """A batch (B, 3, H, W), antialiased, with a shorter side of at most `short_side` pixels; None: same."""
+    """A batch (B, 3, H, W) with a shorter side of at most `short_side` pixels (None: of any), antialiased."""
     height, width = image.shape[-2:]
     scale = (short_side or min(height, width)) / min(height, width)
     if scale >= 1:
@@ -119,7 +119,7 @@ class EyeWorld(Dataset):
 class IrisFiles(Dataset):
     """Image and annotation files of any data set (see datasets.py), augmented when `augment` is given.
 
-    short_side: pictures whose shorter side is longer are shrunk to it with their annotation; None: none are.
+    short_side: pictures whose shorter side is longer are shrunk to it with their annotation; None: never.
     """
 
     def __init__(
