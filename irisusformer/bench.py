@@ -28,6 +28,7 @@ from irisusformer.train import PAPER
 from shared.bench import count_macs, count_parameters, peak_memory, report, throughput
 from shared.io import progress
 from shared.onnxfile import open_onnx
+from shared.ranges import Count, Positive
 from shared.runtime import parse, pick_device, run_main, seed_everything
 
 
@@ -39,13 +40,13 @@ class BenchConfig:
     """Width of the network."""
     also: tuple[Literal["tiny", "small", "lite", "base"], ...] = ("tiny", "small", "lite")
     """Other widths, in bf16."""
-    height: int = 480
+    height: Count = 480
     """Pixels."""
-    width: int = 640
+    width: Count = 640
     """Pixels."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Images per call; default 1 on the CPU, 8 on a GPU."""
-    seconds: float = 3.0
+    seconds: Positive = 3.0
     """Measuring time for each row."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
@@ -180,6 +181,7 @@ def rows_of(config: BenchConfig, folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     config = parse(BenchConfig, __doc__)
     print(f"ours is {config.size}; {config.height}x{config.width}, per_second counts images")
+    print("gmacs: 1e9 multiply-accumulates of convolutions and attention products; FLOPs are twice as many")
     with tempfile.TemporaryDirectory() as folder:
         rows = rows_of(config, Path(folder))
     print(report(PAPER, rows, device=pick_device(config.device)))

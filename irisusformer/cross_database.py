@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from irisusformer.protocol import evaluate
-from irisusformer.train import PAPER, Config, build, test_set, variants
+from irisusformer.train import PAPER, Config, build, test_set, variants, working_side
 from shared.io import find_run, load_config, load_weights
 from shared.published import format_table
 from shared.records import write_json
@@ -30,12 +30,19 @@ class CrossConfig:
 
 
 def label(config: Config) -> str:
-    """Name of what a run was trained on."""
+    """Name of what a run was trained on; the user's own sets are told by where they are."""
+    if config.dataset in ("folder", "csv", "all"):
+        return f"{config.dataset}:{config.data_root}"
     return config.dataset if config.dataset != "eyes" else f"eyes:{'+'.join(config.looks)}"
 
 
 def matrix(folders: list[Path], device_name: str) -> dict[str, dict[str, dict[str, float]]]:
-    """trained on -> tested on -> {"e1", "f1", "auroc"} of each run's first network."""
+    """trained on -> tested on -> {"e1", "f1", "auroc"} of each run's first network.
+
+    Raises UserError when there are fewer than two runs, or two of the same data.
+    """
+    if len(folders) < 2:
+        raise UserError("--runs: give the folders of at least two runs")
     device = pick_device(device_name)
     configs = [load_config(folder, Config) for folder in folders]
     names = [label(config) for config in configs]
@@ -50,7 +57,7 @@ def matrix(folders: list[Path], device_name: str) -> dict[str, dict[str, dict[st
         model.to(device).eval()
         result[name] = {}
         for other, data in tests.items():
-            scores = evaluate(model, data, device)
+            scores = evaluate(model, data, device, short_side=working_side(own))
             segmentation = scores.segmentation()
             auroc = scores.uncertainty()["auroc"]
             result[name][other] = {"e1": segmentation["e1"], "f1": segmentation["f1"], "auroc": auroc}
@@ -59,6 +66,8 @@ def matrix(folders: list[Path], device_name: str) -> dict[str, dict[str, dict[st
 
 def main() -> None:
     config = parse(CrossConfig, __doc__)
+    if config.output:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
     result = matrix([find_run(PAPER, run) for run in config.runs], config.device)
     for metric, title in (("e1", "E1, %"), ("f1", "F1, %"), ("auroc", "AUROC of u")):
         rows = [[name, *(cell[metric] for cell in row.values())] for name, row in result.items()]

@@ -6,10 +6,12 @@ a data set does not give them; procedural sets add `noisy` and `with_pupil`, wro
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -18,9 +20,30 @@ from irisusformer.eyes import LOOKS, Eye, Look, draw_eye, draw_simple_eye
 from irisusformer.iris import identity
 from irisusformer.losses import IGNORE
 from shared.io import progress
+from shared.ranges import Within
+from shared.runtime import UserError
 
 Sample = dict[str, Tensor]
+Side = Annotated[int, Within(32)]
+"""Of pictures to draw and windows to learn from, pixels: in fewer no eye can be recognised."""
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+
+
+def shrunk(image: Tensor, short_side: int | None) -> Tensor:
+    """A batch (B, 3, H, W) with a shorter side of at most `short_side` pixels (None: of any), antialiased."""
+    height, width = image.shape[-2:]
+    scale = (short_side or min(height, width)) / min(height, width)
+    if scale >= 1:
+        return image
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def enlarged(value: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (B, C, h, w) at another size (H, W), float32."""
+    if value.shape[-2:] == size:
+        return value.float()
+    return F.interpolate(value.float(), size, mode="bilinear", align_corners=False)
 
 
 def noisy_annotation(eye: Eye, rng: np.random.Generator) -> np.ndarray:
@@ -48,7 +71,8 @@ def pupil_annotation(eye: Eye, rng: np.random.Generator) -> np.ndarray:
 class EyeWorld(Dataset):
     """`count` procedural eyes, drawn once and kept in memory (`samples`: stacked tensors, uint8 images).
 
-    world: "eyes" (draw_eye) or "simple" (draw_simple_eye). split: train and test share no person.
+    world: "eyes" (draw_eye) or "simple" (draw_simple_eye). split: train and test share no person. Raises
+    UserError without looks, and for simple eyes that are not square.
     """
 
     def __init__(
@@ -60,6 +84,10 @@ class EyeWorld(Dataset):
         looks: tuple[Look, ...] = LOOKS,
         seed: int = 0,
     ):
+        if not looks:
+            raise UserError(f"--looks: give at least one of {', '.join(LOOKS)}")
+        if world == "simple" and size[0] != size[1]:
+            raise UserError(f"--image-size {size[0]} {size[1]}: simple eyes are square, give one side twice")
         first = {"train": 0, "test": 500_000}[split] + 1_000_000 * seed
         samples = []
         for i in progress(range(count), f"drawing {split} eyes"):
@@ -89,10 +117,18 @@ class EyeWorld(Dataset):
 
 
 class IrisFiles(Dataset):
-    """Image and annotation files of any data set (see datasets.py), augmented when `augment` is given."""
+    """Image and annotation files of any data set (see datasets.py), augmented when `augment` is given.
 
-    def __init__(self, pairs: list[Pair], augment: Callable[[Sample, int], Sample] | None = None):
-        self.pairs, self.augment = pairs, augment
+    short_side: pictures whose shorter side is longer are shrunk to it with their annotation; None: never.
+    """
+
+    def __init__(
+        self,
+        pairs: list[Pair],
+        augment: Callable[[Sample, int], Sample] | None = None,
+        short_side: int | None = None,
+    ):
+        self.pairs, self.augment, self.short_side = pairs, augment, short_side
         self.names = [pair.name for pair in pairs]
 
     def __len__(self) -> int:
@@ -101,6 +137,12 @@ class IrisFiles(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index, draw = key if isinstance(key, tuple) else (key, 0)
         image, mask, regions = read_pair(self.pairs[index])
+        image = shrunk(image[None], self.short_side)[0]
+        if image.shape[-2:] != mask.shape[-2:]:
+            size = image.shape[-2:]
+            mask, regions = (
+                F.interpolate(layers[None], size, mode="nearest-exact")[0] for layers in (mask, regions)
+            )
         sample = {"image": image, "mask": mask, "regions": regions}
         return self.augment(sample, draw) if self.augment else sample
 

@@ -12,10 +12,11 @@
     csv                             ROOT is a CSV file with the columns image, mask and optionally split
     all                             each of the above that has a folder of its name (nir-isl: one) in ROOT
 
-Images and masks are matched by stem whatever their endings. A split is, in this order: the folder's train
-and test; the CSV's column; ROOT/train.txt and ROOT/test.txt with one stem per line (of one of them alone the
-other split is the rest); every fifth subject (sub-folder, or the first five characters of CASIA's names) or
-else every fifth image for testing.
+Images and masks are matched by stem whatever their endings. A split is the folder's train and test; or the
+CSV's column; or ROOT/train.txt and ROOT/test.txt with one stem per line (of one of them alone the other
+split is the rest), for which the IrisParseNet release and NICE.I may lie in ROOT without {train,test} as
+well. Where there is neither, every fifth subject (sub-folder, or the first five characters of CASIA's names)
+or else every fifth image is for testing, but not of data sets whose splits are published.
 """
 
 import csv
@@ -74,8 +75,8 @@ class Pair:
 def find_pairs(dataset: str, root: Path | None, split: str, operator: str = "A") -> list[Pair]:
     """All pairs of a data set's split, "train" or "test", sorted by name.
 
-    Raises UserError when the data set is unknown, a folder of its layout is absent, or an image lacks a mask
-    (or the other way round); the message lists the files.
+    Raises UserError when the data set is unknown, a folder of its layout is absent, folders and lists both
+    split it, or an image lacks a mask (or the other way round); the message lists the files.
     """
     family = dataset.split("/")[0]
     if dataset not in DATASETS:
@@ -96,12 +97,16 @@ def find_pairs(dataset: str, root: Path | None, split: str, operator: str = "A")
     if family == "nir-isl":
         base = nir_isl_base(root, dataset.split("/")[1], split)
         return folder_pairs(dataset, base)
+    lists = [path for path in (root / "train.txt", root / "test.txt") if path.is_file()]
     if (root / split).is_dir():
+        if lists:
+            raise UserError(f"{root / split} and {lists[0]} both say how {dataset} is split: remove one")
         return folder_pairs(dataset, root / split)
-    if family == "folder":
+    if family == "folder" or lists:
         return split_list(folder_pairs(dataset, root), root, split)
     raise UserError(
-        f"{dataset}: no folder {root / split}; get it: {WHERE[family]}. Layout: README.md, 'Data sets'"
+        f"{dataset}: no folder {root / split} and no list {root / split}.txt; get it: {WHERE[family]}. "
+        "Layout: README.md, 'Data sets'"
     )
 
 
@@ -296,7 +301,7 @@ def read_pair(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
     """image (3, H, W) float32, mask (1, H, W) and regions (2, H, W) uint8 of one pair.
 
     Raises UserError for a damaged file, a mask of another size or with other values than {0, 1} or {0, 255},
-    an empty mask, and an image too small to hold an eye; the message names the file.
+    an empty iris mask, and an image too small to hold an eye; the message names the file.
     """
     image = read_eye(pair.image)
     size = image.shape[-2:]
@@ -311,7 +316,7 @@ def read_pair(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
     mask = read_mask(pair.mask, size)
     for i, path in enumerate((pair.pupil, pair.outer)):
         if path is not None:
-            regions[i] = fill(read_mask(path, size))
+            regions[i] = fill(read_mask(path, size, may_be_empty=True))  # a lid can cover a whole pupil
     return image, mask[None], regions
 
 
@@ -328,7 +333,7 @@ def read_eye(path: Path) -> Tensor:
     return image
 
 
-def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
+def read_mask(path: Path, size: tuple[int, int], may_be_empty: bool = False) -> Tensor:
     """A mask file -> (H, W) uint8 of 0 and 1."""
     mask = read_image(path, "L")[0]
     if mask.shape != torch.Size(size):
@@ -345,7 +350,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
             f"{path}: not a binary mask, it has {len(values)} values (such as {values[:5]}) instead of "
             "0 and 1 or 0 and 255; store masks without lossy compression, or threshold this one first"
         )
-    if values == [0]:
+    if values == [0] and not may_be_empty:
         raise UserError(f"{path}: the mask is empty; remove the pair or correct the annotation")
     return (mask > 0).to(torch.uint8)
 

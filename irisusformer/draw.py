@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 
+from irisusformer.data import Side
 from irisusformer.eyes import LOOKS, Look, draw_eye
 from irisusformer.geometry import Ellipse
 from irisusformer.iris import identity
 from irisusformer.pictures import BLUE, GREEN, RED, outlined, with_ellipse
 from shared.io import image_grid, progress, write_image
+from shared.ranges import Count, Natural
 from shared.records import write_json
 from shared.runtime import UserError, parse, run_main
 
@@ -29,24 +31,24 @@ class DrawConfig:
 
     output: Path
     """Folder to write to."""
-    count: int = 16
+    count: Count = 16
     """People, one picture each unless --pictures says more."""
-    pictures: int = 1
+    pictures: Count = 1
     """Pictures of each person."""
-    first: int = 0
+    first: Natural = 0
     """Number of the first person; the same number is the same person everywhere."""
-    height: int = 240
+    height: Side = 240
     """Pixels."""
-    width: int = 320
+    width: Side = 320
     """Pixels."""
     looks: tuple[Look, ...] = LOOKS
     """Sensors, taken in turn."""
 
 
 def draw(config: DrawConfig) -> None:
-    """Write every picture. UserError when there is nothing to draw or the pictures are too small."""
-    if min(config.count, config.pictures) < 1 or min(config.height, config.width) < 32:
-        raise UserError("draw.py needs at least one picture of at least 32x32 pixels")
+    """Write every picture. UserError without looks."""
+    if not config.looks:
+        raise UserError(f"--looks: give at least one of {', '.join(LOOKS)}")
     ellipses, tiles = {}, []
     numbers = [(config.first + i, k) for i in range(config.count) for k in range(config.pictures)]
     for i, (person, k) in enumerate(progress(numbers, "drawing")):

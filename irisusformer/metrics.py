@@ -69,7 +69,8 @@ def boundary(region: np.ndarray) -> np.ndarray:
 def hausdorff(region: np.ndarray, truth: np.ndarray) -> float:
     """Hausdorff distance in pixels between the boundaries of two filled regions (H, W).
 
-    An empty region against another has the picture's diagonal; two empty ones have 0.
+    A region without a boundary, empty or filling the picture, against another has the picture's diagonal; two
+    of them have 0.
     """
     a, b = boundary(region), boundary(truth)
     if not a.any() or not b.any():

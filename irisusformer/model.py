@@ -351,9 +351,11 @@ def readout(mode: Mode, logits: Tensor, aux: Tensor) -> dict[str, Tensor]:
 
 
 def initialise(module: nn.Module) -> None:
-    """Truncated normal of std 0.02 for pointwise maps, Kaiming for the other convolutions, zero biases."""
+    """Truncated normal of std 0.02 for the pointwise maps of blocks and heads, Kaiming for the other
+    convolutions, zero biases."""
     if isinstance(module, nn.Conv2d):
-        if module.kernel_size == (1, 1):
+        # the plain network's conv_bn_gelu is pointwise too, without a bias
+        if module.kernel_size == (1, 1) and module.bias is not None:
             nn.init.trunc_normal_(module.weight, std=0.02)
         else:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

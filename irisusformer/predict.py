@@ -23,14 +23,14 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from irisusformer.data import Side, enlarged, shrunk
 from irisusformer.datasets import read_eye
 from irisusformer.geometry import Ellipse, fit_boundaries, quality, rubber_sheet
 from irisusformer.model import IrisUsformer, fold_batch_norm
 from irisusformer.pictures import BLUE, GREEN, RED, heat, outlined, tint, with_ellipse
-from irisusformer.train import PAPER, Config, build, variants
+from irisusformer.train import PAPER, Config, build, variants, working_side
 from shared.io import (
     VIDEO_ENDINGS,
     find_images,
@@ -44,6 +44,7 @@ from shared.io import (
     to_pil,
     write_image,
 )
+from shared.ranges import Count, Share
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -65,12 +66,13 @@ class PredictConfig:
     """Which of the run's networks; default: the first."""
     weights: Path | None = None
     """Other weights of the same architecture, .safetensors."""
-    tau: float | None = None
+    tau: Share | None = None
     """Uncertainty above this is the high region; default: the one found in training."""
-    short_side: int | None = None
+    short_side: Side | None = None
     """Images whose shorter side is longer are shrunk to this for the network, and its maps enlarged again.
-    Default: the size the run was trained at where it learned from procedural eyes, otherwise 960."""
-    every: int = 1
+    Default: the size the run was trained at where it learned from procedural eyes, otherwise its own
+    --short-side."""
+    every: Count = 1
     """Take every n-th frame of a video."""
     frame_maps: bool = False
     """Also write the pictures of each frame taken of a video, as of an image, to OUTPUT/NAME/NUMBER_*.png."""
@@ -97,31 +99,14 @@ def load_network(run: Path | None, network: str | None, weights: Path | None) ->
     return fold_batch_norm(model), config
 
 
-def working_side(config: Config) -> int:
-    """Shorter side to which larger images are shrunk: the procedural eyes' own, for other data 960."""
-    return min(config.image_size) if config.dataset in ("eyes", "simple") else 960
-
-
 def segment(
     model: IrisUsformer, image: Tensor, tau: float | None = None, short_side: int = 960
 ) -> dict[str, Tensor]:
     """Maps of one image (3, H, W) in [0, 1]: `prob`, `uncertainty` (H, W), `mask`, `high_region` bool, and
     `pupil`, `outer` where the network has boundary heads; computed at a shorter side of
     at most `short_side` pixels."""
-    height, width = image.shape[-2:]
-    scale = min(1.0, short_side / min(height, width))
-    small = (max(1, round(height * scale)), max(1, round(width * scale)))
-    device = model.tau.device
-    batch = image[None].to(device)
-    if scale < 1:
-        batch = F.interpolate(batch, small, mode="bilinear", align_corners=False, antialias=True)
-    maps = {name: value.float().cpu() for name, value in model.predict(batch, tau).items()}
-    if scale < 1:
-        maps = {
-            name: F.interpolate(value, (height, width), mode="bilinear", align_corners=False)
-            for name, value in maps.items()
-        }
-    result = {name: value[0, 0] for name, value in maps.items()}
+    maps = model.predict(shrunk(image[None].to(model.tau.device), short_side), tau)
+    result = {name: enlarged(value, image.shape[-2:])[0, 0].cpu() for name, value in maps.items()}
     result["mask"] = result["prob"] >= 0.5
     result["high_region"] = result["high_region"] >= 0.5
     for name in ("pupil", "outer"):
@@ -244,7 +229,7 @@ def predict_video(model: IrisUsformer, config: PredictConfig, short_side: int) -
 
 def predict_images(model: IrisUsformer, config: PredictConfig, short_side: int) -> list[list]:
     """Write maps and record of every image; returns the lines of summary.csv. UserError without images, and
-    where a result would replace one of them."""
+    where a result would replace one of them or another result."""
     source = config.input
     paths = images_of(source)
     films = find_images(source, endings=VIDEO_ENDINGS) if source.is_dir() else []
@@ -255,13 +240,17 @@ def predict_images(model: IrisUsformer, config: PredictConfig, short_side: int) 
         )
     base = source.parent if source.is_file() else source
     named: dict[str, Path] = {}
+    made_of: dict[Path, Path] = {}
     for path in paths:
         name = "_".join(path.relative_to(base).with_suffix("").parts)
         if name in named:
             name = "_".join(path.relative_to(base).parts)  # same stem, another ending
+        for result in (f"{name}.json", *(f"{name}_{part}.png" for part in PICTURES)):
+            other = made_of.setdefault(config.output / result, path)
+            if other != path:
+                raise UserError(f"{other} and {path} would both be written to {result}: rename one of them")
         named[name] = path
-    results = (config.output / f"{name}_{part}.png" for name in named for part in PICTURES)
-    keep_inputs(paths, results, "--output")
+    keep_inputs(paths, made_of, "--output")
     rows = []
     for name, path in progress(named.items(), "segmenting"):
         image = read_eye(path)
@@ -277,8 +266,6 @@ def main() -> None:
     config = parse(PredictConfig, __doc__)
     if not config.input.exists():
         raise UserError(f"--input {config.input}: no such file or folder")
-    if config.every < 1 or (config.short_side is not None and config.short_side < 32):
-        raise UserError("--every must be at least 1 and --short-side at least 32")
     model, trained = load_network(config.run, config.network, config.weights)
     short_side = config.short_side or working_side(trained)
     model.to(pick_device(config.device), memory_format=torch.channels_last)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from irisusformer.data import enlarged, shrunk
 from irisusformer.losses import IGNORE
 from irisusformer.metrics import (
     Calibration,
@@ -88,30 +89,36 @@ def evaluate(
     batch_size: int = 1,
     more: Scores | None = None,
     sampled: int = 4096,
+    short_side: int | None = None,
 ) -> Result:
     """Evaluate a network on a data set of samples (see data.py); pictures of different sizes: batch_size 1.
 
     more: further uncertainty scores for each batch. sampled: pixels per image kept for temperature scaling.
+    short_side: larger images are shrunk to it for the network, and its maps enlarged again.
     """
     model.eval()
     result = Result()
     for batch in progress(DataLoader(data, batch_size), "evaluating"):
-        image = batch["image"].to(device, memory_format=torch.channels_last)
-        out = {name: value.cpu() for name, value in model.predict(image).items()}
+        image = shrunk(batch["image"].to(device, memory_format=torch.channels_last), short_side)
+        found, size = model.predict(image), batch["image"].shape[-2:]
+        others = more(image, found) if more else {}
+        out = {name: enlarged(value, size).cpu() for name, value in found.items()}
         scores = {
             "u": (out["prob"], out["uncertainty"]),
             "confidence": (out["prob"], confidence(out["prob"])),
         }
-        scores |= more(image, out) if more else {}
+        scores |= {
+            name: tuple(enlarged(value, size).cpu() for value in pair) for name, pair in others.items()
+        }
         valid = batch["mask"] != IGNORE
         truth = (batch["mask"] == 1).numpy()
         for name, (prob, score) in scores.items():
-            wrong = (prob.cpu() >= 0.5).numpy() != truth
+            wrong = (prob >= 0.5).numpy() != truth
             detector = result.detection.setdefault(name, ErrorDetection.empty())
-            detector.add(score.cpu()[valid].numpy(), wrong[valid.numpy()])
+            detector.add(score[valid].numpy(), wrong[valid.numpy()])
         result.calibration.add(out["prob"][valid].numpy(), truth[valid.numpy()])
         for i in range(len(image)):
-            mask, u = out["mask"][i, 0].numpy().astype(bool), out["uncertainty"][i, 0].numpy()
+            mask, u = out["prob"][i, 0].numpy() >= 0.5, out["uncertainty"][i, 0].numpy()
             result.images.append(segmentation_scores(mask, truth[i, 0]))
             result.edges.append(edge_ratio(u, truth[i, 0]))
             result.mean_uncertainty.append(float(u.mean()))

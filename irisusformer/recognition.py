@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from irisusformer.datasets import files_in, read_eye
+from irisusformer.datasets import read_eye
 from irisusformer.eyes import Eye, Look, draw_eye
 from irisusformer.geometry import Ellipse, rubber_sheet
 from irisusformer.iris import identity
 from irisusformer.model import IrisUsformer
-from irisusformer.predict import load_network, measure, segment, working_side
-from shared.io import progress
+from irisusformer.predict import load_network, measure, segment
+from irisusformer.train import working_side
+from shared.io import images_of, progress
 from shared.metrics import eer
 from shared.published import format_table
+from shared.ranges import Count, Natural, Share
 from shared.runtime import UserError, parse, pick_device, run_main
 
 ROWS, COLUMNS = 16, 256  # resolution of the coded sheet
@@ -38,9 +40,9 @@ class RecognitionConfig:
 
     data_root: Path | None = None
     """Folder with one sub-folder of images per eye; default: procedural people."""
-    people: int = 20
+    people: Count = 20
     """Procedural people."""
-    pictures: int = 4
+    pictures: Count = 4
     """Pictures of each of them."""
     look: Look = "nir"
     """Sensor of the procedural pictures."""
@@ -48,9 +50,9 @@ class RecognitionConfig:
     """Run folder to take the network from; default: the newest."""
     network: str | None = None
     """Which of the run's networks; default: the first."""
-    tau: float | None = None
+    tau: Share | None = None
     """Uncertainty above this is left out; default: the one found in training."""
-    rotation: int = 12
+    rotation: Natural = 12
     """Largest rotation tried, in columns of 360/256 degrees."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
@@ -105,9 +107,9 @@ class Picture:
 
 
 def pictures_of(config: RecognitionConfig) -> list[Picture]:
-    """The user's pictures, owners told by folder, or drawn ones."""
+    """The user's pictures, owners told by folder, or drawn ones. UserError where there are none."""
     if config.data_root is not None:
-        return [Picture(path.parent.name, read_eye(path)) for path in files_in(config.data_root)]
+        return [Picture(path.parent.name, read_eye(path)) for path in images_of(config.data_root)]
     pictures = []
     for person in progress(range(config.people), "drawing"):
         for number in range(config.pictures):
@@ -130,7 +132,7 @@ def compare(
     """(bits compared, number of pictures, equal error rate in percent).
 
     Pictures whose boundaries were not found are left out, so the number says how many took part. Raises
-    UserError when fewer than two eyes, or none with two pictures, are left.
+    UserError when nothing is left to compare, fewer than two eyes, or none with two pictures.
     """
     coded: dict[str, list[Coded]] = {}
     for picture in progress(pictures, "segmenting"):
@@ -147,6 +149,8 @@ def compare(
             ellipses = Ellipse(*eye.pupil_ellipse), Ellipse(*eye.outer_ellipse)
             true = rubber_sheet(eye.image, eye.mask, np.zeros(eye.mask.shape), *ellipses)
             coded.setdefault("true boundaries and mask", []).append(code(picture.owner, true, true["mask"]))
+    if not coded:
+        raise UserError(f"no boundaries were found in any of {len(pictures)} pictures: nothing to compare")
     return [(name, len(entries), equal_error_rate(entries, rotation)) for name, entries in coded.items()]
 
 
@@ -167,7 +171,9 @@ def main() -> None:
     pictures = pictures_of(config)
     tau = float(model.tau) if config.tau is None else config.tau
     rows = compare(model, pictures, working_side(trained), tau, config.rotation)
+    found = next((number for name, number, _ in rows if name == "all"), 0)
     print(f"{len(pictures)} pictures of {len({picture.owner for picture in pictures})} eyes")
+    print(f"boundaries were found in {found} of them")
     print(format_table(["bits compared", "pictures", "EER, %"], [list(row) for row in rows]))
 
 

@@ -4,25 +4,24 @@
     python train.py study                # the whole comparison of the README, over its seeds
     python train.py study-simple         # the same on flat discs and parabolas
     python train.py paper --dataset ubiris --data-root /datasets/ubiris
-    python train.py paper --init RUN_OR_FILE --labels 20 --steps 500 ...   # fine-tune with few labels
+    python train.py paper --init RUN_OR_FILE --labels 20 --steps 500 --warmup 50 ...   # few labels: fine-tune
 
 A run that was killed continues with the same command.
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from irisusformer.data import Augmentation, EyeWorld, IrisFiles
-from irisusformer.datasets import find_pairs
+from irisusformer.data import Augmentation, EyeWorld, IrisFiles, Side
+from irisusformer.datasets import Pair, find_pairs
 from irisusformer.eyes import LOOKS, Look
 from irisusformer.losses import objective
 from irisusformer.model import IrisUsformer
@@ -30,6 +29,7 @@ from irisusformer.pictures import overview
 from shared.io import Run, find_run, load_config, load_safetensors, load_weights, progress
 from shared.loop import follow
 from shared.processes import as_one, means
+from shared.ranges import Count, Natural, Positive, Share, Weight, Within
 from shared.runtime import (
     LoaderConfig,
     StepBatches,
@@ -54,16 +54,16 @@ class Config(LoaderConfig):
     """Folder of the data set (csv: the file)."""
     operator: str = "A"
     """Whose annotation of IRISSEG-EP to take."""
-    labels: int | None = None
+    labels: Count | None = None
     """Use the first so many training images only."""
     init: Path | None = None
     """Begin with the weights of this run folder or .safetensors file."""
 
-    train_images: int = 300
+    train_images: Count = 300
     """Procedural eyes to train on."""
-    test_images: int = 200
+    test_images: Count = 200
     """Procedural eyes to test on."""
-    image_size: tuple[int, int] = (64, 64)
+    image_size: tuple[Side, Side] = (64, 64)
     """Height and width of procedural eyes, pixels."""
     looks: tuple[Look, ...] = LOOKS
     """Sensors of the procedural eyes."""
@@ -84,54 +84,56 @@ class Config(LoaderConfig):
     """Add the pupil and outer-boundary heads."""
     fast_up: bool = False
     """Convolve before up-sampling in the decoder: cheaper, another function."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Within(0, 0.99)] = 0.0
     """Channel dropout in the decoder, for MC dropout."""
 
     mode: Literal["learned", "two_head", "free", "ce"] = "learned"
-    """What the auxiliary head learns, see losses.py."""
-    weighting: Literal["attenuate", "emphasize", "none"] = "attenuate"
-    """How uncertainty weighs the segmentation loss."""
-    beta: float = 1.0
+    """What the auxiliary head learns, see losses.py. free knows no weighting, beta and lambda_unc."""
+    weighting: Literal["attenuate", "emphasize", "none"] | None = None
+    """How uncertainty weighs the segmentation loss. Default: attenuate, in mode ce none."""
+    beta: Weight = 1.0
     """Strength of the weighting."""
-    lambda_unc: float = 0.4
+    lambda_unc: Weight = 0.4
     """Weight of the auxiliary head's own loss."""
-    lambda_reg: float = 0.0
+    lambda_reg: Weight = 0.0
     """Weight of mean uncertainty (the regulariser of the paper's second version: 0.01)."""
-    lambda_d: float = 0.1
+    lambda_d: Weight = 0.1
     """Weight of the discrepancy in mode two_head."""
-    lambda_dice: float = 0.0
+    lambda_dice: Weight = 0.0
     """Weight of soft Dice."""
-    plain_start: float = 0.1
+    plain_start: Share = 0.1
     """Share of the steps before the weighting begins."""
     annotation: Literal["mask", "noisy", "with_pupil"] = "mask"
     """Which annotation of procedural eyes to learn from."""
 
-    steps: int = 30_000
+    steps: Count = 30_000
     """Training steps."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Images per step, over all processes."""
-    crop: int = 320
+    crop: Side = 320
     """Side of the training window for data from files."""
-    lr: float = 5e-4
+    short_side: Side = 960
+    """Images from files whose shorter side is longer are shrunk to this, for training and for the network."""
+    lr: Positive = 5e-4
     """Peak learning rate of AdamW."""
-    weight_decay: float = 0.01
+    weight_decay: Weight = 0.01
     """Decay of matrices and kernels; norms and biases have none."""
-    warmup: int = 500
+    warmup: Natural = 500
     """Steps of linear warm-up, then polynomial decay of power 0.9 to 0."""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """Largest gradient norm."""
-    ema: float = 0.999
+    ema: Share = 0.999
     """Decay of the weights' average that is evaluated; 0: the weights themselves."""
 
     variants: tuple[str, ...] = ("learned",)
     """What to train side by side, on the same batches: keys of VARIANTS."""
-    seeds: int = 1
+    seeds: Count = 1
     """Initialisations of each variant."""
-    ensemble: int = 1
+    ensemble: Natural = 1
     """At least so many initialisations of variant ce, the ensemble that uncertainty is compared with."""
-    log_every: int = 20
+    log_every: Count = 20
     """Steps between log lines."""
-    save_every: int = 1000
+    save_every: Count = 1000
     """Steps between checkpoints and pictures."""
 
 
@@ -173,10 +175,8 @@ DEMO = Config(
 )
 PRESETS = {
     "demo": DEMO,
-    "study": dataclasses.replace(DEMO, variants=tuple(VARIANTS), seeds=2, save_every=200),
-    "study-simple": dataclasses.replace(
-        DEMO, dataset="simple", variants=tuple(VARIANTS), seeds=2, save_every=200
-    ),
+    "study": replace(DEMO, variants=tuple(VARIANTS), seeds=2, save_every=200),
+    "study-simple": replace(DEMO, dataset="simple", variants=tuple(VARIANTS), seeds=2, save_every=200),
     "paper": Config(workers=8),
 }
 
@@ -197,7 +197,7 @@ def variants(config: Config) -> dict[str, Config]:
     if unknown or not config.variants:
         raise UserError(f"--variants {' '.join(unknown)}: choose from {', '.join(VARIANTS)}")
     return {
-        name if not k else f"{name}-{k}": dataclasses.replace(config, **VARIANTS[name], seed=config.seed + k)
+        name if not k else f"{name}-{k}": replace(config, **VARIANTS[name], seed=config.seed + k)
         for name in config.variants
         for k in range(max(config.seeds, config.ensemble) if name == "ce" else config.seeds)
     }
@@ -207,10 +207,21 @@ def training_set(config: Config) -> Dataset:
     if config.dataset in ("eyes", "simple"):
         count = config.labels or config.train_images
         return EyeWorld(config.dataset, "train", count, config.image_size, config.looks, config.seed)
-    pairs = find_pairs(config.dataset, config.data_root, "train", config.operator)[: config.labels]
-    if not config.boundaries:  # nothing learns from these files, and reading masks takes most of the time
-        pairs = [dataclasses.replace(pair, pupil=None, outer=None) for pair in pairs]
-    return IrisFiles(pairs, Augmentation(config.crop, config.seed))
+    pairs = file_pairs(config, "train")[: config.labels]
+    for role, files in (("pupil", "pupil_edge_mask"), ("outer", "iris_edge_mask")):
+        if config.boundaries and not any(pair.labels or getattr(pair, role) for pair in pairs):
+            raise UserError(
+                f"--boundaries: {config.dataset} has no {files} to learn from; add the masks or leave the "
+                "option out"
+            )
+    return IrisFiles(pairs, Augmentation(config.crop, config.seed), config.short_side)
+
+
+def file_pairs(config: Config, split: str) -> list[Pair]:
+    """The pairs of a split, with boundary masks only for networks that have the heads: nothing else uses
+    these files, and reading masks takes most of the time."""
+    pairs = find_pairs(config.dataset, config.data_root, split, config.operator)
+    return pairs if config.boundaries else [replace(pair, pupil=None, outer=None) for pair in pairs]
 
 
 def loaded(data: Dataset, batches: StepBatches, config: Config) -> DataLoader:
@@ -229,7 +240,13 @@ def test_set(config: Config) -> Dataset:
         return EyeWorld(
             config.dataset, "test", config.test_images, config.image_size, config.looks, config.seed
         )
-    return IrisFiles(find_pairs(config.dataset, config.data_root, "test", config.operator))
+    return IrisFiles(file_pairs(config, "test"))
+
+
+def working_side(config: Config) -> int:
+    """Shorter side to which larger images are shrunk for a run's networks: the procedural eyes' own, for
+    other data --short-side."""
+    return min(config.image_size) if config.dataset in ("eyes", "simple") else config.short_side
 
 
 def load_init(path: Path, model: nn.Module, name: str, config: Config) -> None:
@@ -281,7 +298,8 @@ class Learner:
         of the loss and the gradient's norm."""
         c = self.config
         self.model.train()
-        weighting = c.weighting if step >= c.plain_start * c.steps else "none"
+        weighting = c.weighting or ("none" if c.mode == "ce" else "attenuate")
+        weighting = weighting if step >= c.plain_start * c.steps else "none"
         with accelerator.autocast():
             out = forward(batch["image"])
         terms = objective(

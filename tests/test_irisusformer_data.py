@@ -135,6 +135,21 @@ def test_lists_of_one_split_leave_the_rest_to_the_other(tmp_path):
     assert [pair.name for pair in find_pairs("folder", tmp_path, "test")] == ["eye1"]
 
 
+@pytest.mark.parametrize("dataset", ["miche", "ubiris", "casia-distance", "nice"])
+def test_lists_split_the_named_sets_and_do_not_compete_with_folders(tmp_path, dataset):
+    write_folders(tmp_path, ["a", "b", "c"])
+    with pytest.raises(UserError, match="no folder .*train and no list .*train.txt; get it"):
+        find_pairs(dataset, tmp_path, "train")
+    (tmp_path / "train.txt").write_text("c\na\n")
+    train, test = (
+        [pair.name for pair in find_pairs(dataset, tmp_path, split)] for split in ("train", "test")
+    )
+    assert train == ["c", "a"] and test == ["b"]
+    write_folders(tmp_path / "train", ["a", "b"])
+    with pytest.raises(UserError, match=r"train and .*train.txt both say how"):
+        find_pairs(dataset, tmp_path, "train")
+
+
 def test_csv_with_and_without_split(tmp_path):
     for i in range(5):
         save(tmp_path / f"pictures/{i}.png", picture())
@@ -183,7 +198,7 @@ def test_unknown_or_absent_data_sets(tmp_path):
         find_pairs("ubris", tmp_path, "train")
     with pytest.raises(UserError, match="does not exist; get it: UBIRIS.v2"):
         find_pairs("ubiris", tmp_path / "nowhere", "train")
-    with pytest.raises(UserError, match="no folder .*train; get it"):
+    with pytest.raises(UserError, match="no folder .*train and no list .*train.txt; get it"):
         find_pairs("miche", tmp_path, "train")
     (tmp_path / "train").mkdir()
     with pytest.raises(UserError, match="holds none of the folders image, images, JPEGImages"):
@@ -258,6 +273,13 @@ def test_masks_that_grey_would_change(tmp_path, kind):
     assert (read_pair(pair)[1][0].numpy() == truth).all()
 
 
+def test_a_pupil_that_a_lid_covers_has_an_empty_mask(tmp_path):
+    write_folders(tmp_path / "train", ["a"])
+    save(tmp_path / "train/pupil_edge_mask/a.png", mask_array(top=0))
+    regions = read_pair(find_pairs("ubiris", tmp_path, "train")[0])[2]
+    assert not regions[0].any() and regions[1].sum() == 12 * 14
+
+
 def test_damaged_files_are_named(tmp_path):
     pair = broken_pair(tmp_path)
     pair.image.write_bytes(pair.image.read_bytes()[:60])
@@ -330,6 +352,18 @@ def test_files_are_read_and_augmented(tmp_path):
     assert data[0, 4]["image"].shape == (3, 32, 32)
 
 
+def test_large_files_are_shrunk_with_their_masks(tmp_path):
+    write_folders(tmp_path / "train", ["a"])
+    pairs = find_pairs("ubiris", tmp_path, "train")
+    whole, small = IrisFiles(pairs)[0], IrisFiles(pairs, short_side=12)[0]
+    assert small["image"].shape == (3, 12, 16) and small["regions"].shape == (2, 12, 16)
+    assert torch.equal(small["mask"].repeat_interleave(2, 1).repeat_interleave(2, 2), whole["mask"])
+    assert (
+        small["mask"].dtype == torch.uint8
+        and (IrisFiles(pairs, short_side=24)[0]["image"] == whole["image"]).all()
+    )
+
+
 def test_drawn_eyes_are_a_data_set_on_disk(tmp_path):
     draw(DrawConfig(tmp_path / "train", count=2, pictures=2, height=48, width=64))
     pairs = find_pairs("casia-distance", tmp_path, "train")
@@ -338,5 +372,5 @@ def test_drawn_eyes_are_a_data_set_on_disk(tmp_path):
     image, mask, regions = read_pair(next(pair for pair in pairs if pair.name == "000001_1_phone"))
     np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), eye.image, atol=0.003)
     assert (mask[0].numpy() == eye.mask).all() and (regions[1].numpy() == eye.outer).all()
-    with pytest.raises(UserError, match="at least one picture"):
-        draw(DrawConfig(tmp_path, count=0))
+    with pytest.raises(UserError, match="--looks: give at least one of nir"):
+        draw(DrawConfig(tmp_path, looks=()))

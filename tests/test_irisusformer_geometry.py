@@ -11,6 +11,7 @@ from irisusformer.iris import identity
 from irisusformer.model import IrisUsformer
 from irisusformer.pictures import outlined, with_ellipse
 from irisusformer.recognition import (
+    Picture,
     RecognitionConfig,
     code_mask,
     compare,
@@ -217,6 +218,14 @@ def test_recognition_with_true_boundaries_separates_people():
     rows = compare(IrisUsformer("tiny").eval(), pictures_of(config), 64, 0.5, 12)
     name, number, rate = rows[-1]
     assert (name, number, rate) == ("true boundaries and mask", 6, 0)
+
+
+def test_recognition_without_pictures_or_boundaries_says_so(tmp_path):
+    with pytest.raises(UserError, match="no pictures in this folder"):
+        pictures_of(RecognitionConfig(data_root=tmp_path))
+    blank = [Picture("a", torch.zeros(3, 32, 32))] * 2
+    with pytest.raises(UserError, match="no boundaries were found in any of 2 pictures"):
+        compare(IrisUsformer("tiny").eval(), blank, 32, 0.5, 0)
 
 
 def test_recognition_needs_two_eyes():

@@ -63,6 +63,7 @@ def closed_form(size: str, height: int, width: int) -> float:
         ("base", 12.01, 34.7, 36.1, 320, 416),
         ("base", 12.01, 26.1, 27.1, 320, 320),
         ("lite", 6.23, 52.3, 54.8, 480, 640),
+        ("small", 2.32, 23.35, 25.13, 480, 640),
         ("tiny", 0.55, 0.06, 0.08, 64, 64),
     ],
 )
@@ -229,6 +230,17 @@ def test_naive_version_is_the_same_function():
     image = torch.rand(1, 3, 64, 96)
     for name, value in naive(model)(image).items():
         torch.testing.assert_close(value, model(image)[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("position_sensitive", [True, False])
+def test_initial_weights_of_blocks_are_small_and_of_other_convolutions_kaimings(position_sensitive):
+    torch.manual_seed(0)
+    model = IrisUsformer("tiny", position_sensitive=position_sensitive)
+    for conv in (model.ups[0].conv[0], model.fusions[0].conv[0], model.fine[0], model.aux_head[0][0]):
+        kaiming = (2 / (conv.out_channels * conv.kernel_size[0] ** 2)) ** 0.5
+        assert conv.weight.std().item() == pytest.approx(kaiming, rel=0.1)
+    for conv in (model.encoder[0][0].mix.query, model.decoder[0][0].ffn.expand):
+        assert conv.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_initial_probability_is_the_prior():

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from irisusformer import eval as evaluation
+from irisusformer import predict
 from irisusformer.bench import BenchConfig, rows_of
 from irisusformer.export import export, largest_difference
 from irisusformer.eyes import draw_eye
@@ -20,11 +21,8 @@ from irisusformer.iris import identity
 from irisusformer.metrics import ErrorDetection
 from irisusformer.model import IrisUsformer
 from irisusformer.predict import PredictConfig, frames, predict_images, predict_video, segment
-from irisusformer.protocol import Result
-from irisusformer.train import (
-    DEMO,
-    test_set,
-)
+from irisusformer.protocol import Result, evaluate
+from irisusformer.train import DEMO, build, test_set, variants
 from shared.runtime import UserError
 
 test_set.__test__ = False  # a function of train.py, no test
@@ -74,6 +72,8 @@ def test_eval_prints_claims_and_writes_results(trained):
     assert claims["cost"]["holds"] and "position-sensitive" not in claims  # needs the plain network
     assert set(results["segmentation"]) == {"learned", "ce", "ce-1"}
     assert all(not metric["comparable"] for metric in results["metrics"])
+    assert {"edge_ratio", "image_spearman"} <= {metric["metric"] for metric in results["metrics"]}
+    assert {f"error_in_top_{share}%" for share in (1, 5, 10)} <= set(results["uncertainty"][0])
     assert (trained / "samples" / "curves.png").exists() and (trained / "samples" / "test.png").exists()
 
 
@@ -137,6 +137,43 @@ def test_predict_replaces_no_picture_that_it_reads(eyes):
     assert annotated.read_bytes() == before and len(list(eyes.iterdir())) == 3
 
 
+@pytest.mark.parametrize(
+    ("names", "result"),
+    [
+        (("a/b/c.png", "a/b_c.png", "a_b/c.png"), r"a_b_c.png.json"),
+        (("e.png", "e_polar.png"), "e_polar_mask.png"),
+    ],
+)
+def test_predict_replaces_no_result_by_another(tmp_path, names, result):
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "in" / name)
+    with pytest.raises(UserError, match=f"{names[-2]} and .*{names[-1]} would both be written to {result}"):
+        predict_images(IrisUsformer("tiny").eval(), PredictConfig(tmp_path / "in", tmp_path / "out"), 64)
+
+
+def test_predict_writes_what_it_found_of_the_boundaries(eyes, tmp_path, monkeypatch):
+    """Polar pictures and ellipses, of a network that sees what was drawn."""
+    eye = draw_eye(identity(0), 0, 60, 80, "visible", 1)
+    mask, uncertainty = torch.from_numpy(eye.mask), torch.full((60, 80), 0.25)
+    maps = {"prob": mask.float(), "mask": mask, "uncertainty": uncertainty, "high_region": uncertainty > 0.5}
+    monkeypatch.setattr(predict, "segment", lambda *rest: maps)
+    out = tmp_path / "out"
+    out.mkdir()
+    (row, *_) = predict_images(IrisUsformer("tiny").eval(), PredictConfig(eyes / "eye0.png", out), 64)
+    record = json.loads((out / "eye0.json").read_text())
+    assert record["limbus"]["x"] == pytest.approx(eye.outer_ellipse[0], abs=2)
+    assert record["pupil"]["x"] == pytest.approx(eye.pupil_ellipse[0], abs=2)
+    polar = {
+        part: np.asarray(Image.open(out / f"eye0_polar{part}.png")) for part in ("", "_mask", "_reliability")
+    }
+    assert {array.shape[:2] for array in polar.values()} == {(64, 512)}
+    usable = polar["_mask"] > 0
+    assert usable.mean() == pytest.approx(record["quality"]["usable"], abs=1e-6) and usable.mean() > 0.3
+    assert (polar["_reliability"][usable] == 191).all() and not polar["_reliability"][~usable].any()
+    assert row[2] == record["quality"]["usable"]
+
+
 def test_a_video_that_ends_early_is_said(tmp_path, capsys):
     film = tmp_path / "film.avi"
     writer = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"MJPG"), 10, (81, 61))
@@ -148,6 +185,13 @@ def test_a_video_that_ends_early_is_said(tmp_path, capsys):
     film.write_bytes(content[: len(content) // 2])
     assert 0 < len(list(frames(film, 1)[1])) < 12
     assert "film.avi: ends early" in capsys.readouterr().err
+
+
+def test_mc_dropout_is_measured_where_dropout_was_trained():
+    config = replace(DEMO, variants=("dropout", "d2"), test_images=2)
+    models = {name: build(c).eval() for name, c in variants(config).items()}
+    results, _ = evaluation.evaluate_run(config, models, torch.device("cpu"))
+    assert "mc_dropout" in results["dropout"].detection and "mc_dropout" not in results["d2"].detection
 
 
 def test_nice_compat_reaches_the_results():
@@ -193,6 +237,20 @@ def test_large_images_are_shrunk_for_the_network_only():
     maps = segment(IrisUsformer("tiny", boundaries=True).eval(), torch.rand(3, 300, 500), short_side=64)
     assert {tuple(value.shape) for value in maps.values()} == {(300, 500)}
     assert maps["mask"].dtype == maps["high_region"].dtype == maps["pupil"].dtype == torch.bool
+
+
+def test_large_images_are_shrunk_in_evaluation_for_the_network_only():
+    torch.manual_seed(0)
+    model, seen = IrisUsformer("tiny").eval(), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[-2:])))
+    image, mask = torch.rand(3, 120, 200), torch.zeros(1, 120, 200, dtype=torch.uint8)
+    mask[:, 40:80, 60:100] = 1
+    sample = {"image": image, "mask": mask, "regions": mask.repeat(2, 1, 1)}
+    more = evaluation.other_scores(model, [model, model])
+    result = evaluate(model, [sample], torch.device("cpu"), more=more, short_side=60)
+    assert set(seen) == {(60, 100)}
+    pixels = {int(d.wrong.sum() + d.right.sum()) for d in result.detection.values()}
+    assert pixels == {120 * 200} and set(result.detection) >= {"flip", "mc_dropout", "ensemble"}
 
 
 def test_bench_measures_everything_in_one_run(tmp_path):

@@ -13,10 +13,14 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from irisusformer import eval as evaluation
-from irisusformer.cross_database import matrix
+from irisusformer.bench import BenchConfig
+from irisusformer.cross_database import label, matrix
+from irisusformer.draw import DrawConfig, draw
 from irisusformer.eyes import draw_eye
 from irisusformer.iris import identity
+from irisusformer.predict import PredictConfig
 from irisusformer.protocol import evaluate
+from irisusformer.recognition import RecognitionConfig
 from irisusformer.train import (
     DEMO,
     PRESETS,
@@ -32,7 +36,7 @@ from irisusformer.train import (
 )
 from shared.io import load_weights
 from shared.published import load_published
-from shared.runtime import UserError
+from shared.runtime import UserError, parse, parse_presets
 
 test_set.__test__ = False  # a function of train.py, no test
 TINY = [*helpers.TINY["irisusformer"], "--variants", "learned", "ce", "--ensemble", "2"]
@@ -57,6 +61,43 @@ def test_every_variant_differs_from_the_method_in_what_its_name_says():
     assert named["learned_noisy"].annotation == "noisy" and named["ce-2"].seed == 2
     with pytest.raises(UserError, match="choose from learned"):
         variants(replace(DEMO, variants=("nonsense",)))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--labels -1", "--labels 0", "--train-images 0", "--test-images 0", "--image-size 64 1"),
+        *("--log-every 0", "--save-every 0", "--batch-size 0", "--seeds 0", "--ensemble -1", "--dropout 1.5"),
+        *("--lr nan", "--lr 0", "--ema 1.5", "--clip 0", "--beta -1", "--plain-start 2", "--warmup -1"),
+        "--steps 0",
+    ],
+)
+def test_settings_out_of_range_are_refused(option):
+    with pytest.raises(UserError, match=f"{option.split()[0]} .*: give "):
+        parse_presets(PRESETS, "", ["demo", *option.split()])
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options"),
+    [
+        (PredictConfig, ("--tau nan", "--tau -3", "--every 0", "--short-side 8")),
+        (RecognitionConfig, ("--rotation -1", "--people 0", "--pictures 0", "--tau 2")),
+        (BenchConfig, ("--height 0", "--batch-size -1", "--seconds 0")),
+        (DrawConfig, ("--count 0", "--pictures 0", "--first -1", "--height 8")),
+    ],
+)
+def test_options_out_of_range_are_refused(config_class, options):
+    needed = {PredictConfig: ["--input", "eye.png", "--output", "out"], DrawConfig: ["--output", "out"]}
+    for option in options:
+        with pytest.raises(UserError, match=f"{option.split()[0]} .*: give "):
+            parse(config_class, "", [*needed.get(config_class, ()), *option.split()])
+
+
+def test_procedural_eyes_need_a_look_and_simple_ones_are_square():
+    with pytest.raises(UserError, match="--looks: give at least one of nir"):
+        training_set(replace(SMALL, looks=()))
+    with pytest.raises(UserError, match="--image-size 64 96: simple eyes are square"):
+        training_set(replace(SMALL, dataset="simple", image_size=(64, 96)))
 
 
 def test_study_trains_everything_on_both_worlds():
@@ -85,7 +126,7 @@ def eyes_in_white() -> dict[str, torch.Tensor]:
 
 
 def test_weighting_begins_after_the_plain_start(monkeypatch):
-    seen = []
+    seen, asked = [], {"mode": "ce", "weighting": "emphasize"}
 
     def spy(out, target, mode, weighting, **rest):
         seen.append(weighting)
@@ -95,10 +136,14 @@ def test_weighting_begins_after_the_plain_start(monkeypatch):
 
     original = module.objective
     monkeypatch.setattr(module, "objective", spy)
-    learner = Learner("learned", replace(SMALL, steps=10, plain_start=0.2), torch.device("cpu"))
-    for step in range(4):
-        learner.update(learner.model, eyes_in_white(), step, Accelerator(cpu=True))
-    assert seen == ["none", "none", "attenuate", "attenuate"]
+    for options, weighting in (({}, "attenuate"), ({"mode": "ce"}, "none"), (asked, "emphasize")):
+        learner = Learner(
+            "learned", replace(SMALL, steps=10, plain_start=0.2, **options), torch.device("cpu")
+        )
+        seen.clear()
+        for step in range(4):
+            learner.update(learner.model, eyes_in_white(), step, Accelerator(cpu=True))
+        assert seen == ["none", "none", weighting, weighting]
 
 
 def test_average_of_the_weights_follows_them():
@@ -167,10 +212,28 @@ def test_training_on_files_with_boundary_heads(tmp_path, capsys):
     assert not any(row.comparable for row in rows) and rows[0].dataset == "CASIA-Iris-Distance"
     result.images *= 50  # as many as the published split has
     result.mean_uncertainty *= 50
-    assert all(row.comparable for row in evaluation.metrics_of(config, {"learned": result}))
+    rows = evaluation.metrics_of(config, {"learned": result})
+    assert [row.metric for row in rows if row.comparable] == ["E1", "mIoU (iris class)", "F1"]
+    assert {row.method for row in rows} == {"IrisUsformer"}
+    assert not any(row.comparable for row in evaluation.metrics_of(replace(config, labels=20), {"a": result}))
+    nice = evaluation.metrics_of(replace(config, arch="bitrans"), {"learned": result}, nice=True)
+    assert {row.method for row in nice} == {"BiTrans"} and not nice[0].comparable
     evaluation.print_beside(config, {"learned": result}, load_published("irisusformer"), nice=False)
     printed = capsys.readouterr().out
     assert "IrisParseNet (published)  0.41" in printed and "learned (measured)" in printed
+
+
+def test_boundary_heads_need_masks_to_learn_from_and_others_read_none(tmp_path):
+    for split in ("train", "test"):
+        draw(DrawConfig(tmp_path / split, count=2, height=32, width=48))
+    config = replace(SMALL, dataset="ubiris", data_root=tmp_path, boundaries=True)
+    for role, name in (("outer", "iris_edge_mask"), ("pupil", "pupil_edge_mask")):
+        data = training_set(config), test_set(replace(config, boundaries=False))
+        assert getattr(data[0].pairs[0], role) and not getattr(data[1].pairs[0], role)
+        (tmp_path / "train" / name).rename(tmp_path / name)
+        with pytest.raises(UserError, match=f"--boundaries: ubiris has no {name} to learn from"):
+            training_set(config)
+        (tmp_path / name).rename(tmp_path / "train" / name)
 
 
 def test_cross_database_matrix(tmp_path):
@@ -183,6 +246,10 @@ def test_cross_database_matrix(tmp_path):
     assert all(0 <= cell["e1"] <= 100 for row in found.values() for cell in row.values())
     with pytest.raises(UserError, match="same data"):
         matrix([folders[0], folders[0]], "cpu")
+    with pytest.raises(UserError, match="at least two runs"):
+        matrix(folders[:1], "cpu")
+    own = [replace(SMALL, dataset="folder", data_root=tmp_path / sensor) for sensor in ("mine", "theirs")]
+    assert [label(config) for config in own] == [f"folder:{tmp_path}/mine", f"folder:{tmp_path}/theirs"]
 
 
 @pytest.mark.slow
