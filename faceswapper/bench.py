@@ -30,7 +30,7 @@ from faceswapper.losses import (
     swap_both,
 )
 from faceswapper.model import Discriminator, Generator, Size, initialise
-from faceswapper.pipeline import Blending, Photo, Source, Swapper
+from faceswapper.pipeline import Blending, Photo, Swapper
 from faceswapper.recognizer import IRSE50, Recogniser
 from faceswapper.video import VideoReader, VideoWriter
 from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report
@@ -216,8 +216,8 @@ def training(size: Size, pairs: int, device: torch.device, repeats: int) -> list
 class FrameByFrame:
     """A video as the official code would do it: one frame at a time, both directions, official fusion."""
 
-    def __init__(self, swapper: Swapper, source: Photo):
-        self.swapper = swapper
+    def __init__(self, swapper: Swapper, generator: Generator, source: Photo):
+        self.swapper, self.generator = swapper, generator
         face = swapper.choose(swapper.detector([source.seen], [source.name])[0], "largest")
         self.crops = swapper.describe(to_tensor([swapper.aligned(source.seen, face)[0]], swapper.device))
 
@@ -229,7 +229,7 @@ class FrameByFrame:
         crop, matrix = swapper.aligned(frame, face)
         b = swapper.describe(to_tensor([crop], swapper.device))
         made = literal.generator(
-            swapper.generator, a.picture, b.picture, a.landmarks, b.landmarks, a.mask, b.mask
+            self.generator, a.picture, b.picture, a.landmarks, b.landmarks, a.mask, b.mask
         ).x_ba
         foreheads = [fusion.forehead(c.points, c.mask) for c in (a, b)]
         keep = fusion.soft_erosion(fusion.keep_map(b.labels, *foreheads), whole_batch=True)
@@ -254,21 +254,20 @@ def video(size: Size, frames: int, device: torch.device, repeats: int) -> list[d
     """Frames per second from file to file, batched and frame by frame."""
     generator = initialise(Generator(size)).to(device)
     plugs = open_detector("finder", device), open_landmarker(None, device), open_parser(None, device)
+    plain = copy.deepcopy(generator).eval()
     swapper = Swapper(generator, *plugs, DEMO_FRAMING, Blending())
     with tempfile.TemporaryDirectory() as folder:
         path, photo = a_video(Path(folder) / "video.mp4", frames)
 
         def batched() -> None:
             reader = VideoReader(path)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                source: Source = swapper.source([photo])
-                results = swapper.video(reader, source)
-                with VideoWriter(path.with_name("a.mp4"), reader.size, reader.rate, "bench", path) as writer:
-                    for result in results:
-                        writer.write(result.photo)
+            results = swapper.video(reader, swapper.source([photo]))
+            with VideoWriter(path.with_name("a.mp4"), reader.size, reader.rate, "bench", path) as writer:
+                for result in results:
+                    writer.write(result.photo)
 
         def singly() -> None:
-            reader, one = VideoReader(path), FrameByFrame(swapper, photo)
+            reader, one = VideoReader(path), FrameByFrame(swapper, plain, photo)
             with VideoWriter(path.with_name("b.mp4"), reader.size, reader.rate, "bench", path) as writer:
                 for frame in reader:
                     writer.write(one.frame(frame))
