@@ -36,6 +36,7 @@ from faceswapper.video import VideoReader, VideoWriter
 from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report
 from shared.faces import draw
 from shared.loop import follow
+from shared.ranges import Count, Positive
 from shared.runtime import parse, pick_device, run_main
 
 WANTED = {"training step": (1.5, 0.8), "video": (3.0, None)}
@@ -50,13 +51,13 @@ class BenchConfig:
     """Side of the pictures in pixels."""
     channel_base: int = 2**14
     """Width of the networks; see `model.Size`."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Pairs per training step; default 1 on the CPU and 8 (the paper's) on a GPU."""
-    frames: int = 8
+    frames: Count = 8
     """Frames of the video, of 640x480 pixels."""
-    seconds: float = 1.0
+    seconds: Positive = 1.0
     """Shortest time that the speed of a network is measured for; at least three calls are made."""
-    repeats: int | None = None
+    repeats: Count | None = None
     """Times that whole steps and whole videos are measured, which take seconds to minutes on a CPU; the
     median counts. Default 2 on the CPU and 5 on a GPU."""
     parts: tuple[Literal["networks", "training", "video"], ...] = ("networks", "training", "video")

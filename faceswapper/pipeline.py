@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -28,6 +28,7 @@ from faceswapper.drawing import LandmarkValues, draw_landmarks, face_mask
 from faceswapper.losses import Batch
 from faceswapper.model import Generator
 from faceswapper.video import VideoReader, in_batches
+from shared.ranges import Share, Within
 from shared.runtime import UserError
 
 Choice = Literal["largest", "surest"] | int
@@ -127,9 +128,9 @@ class Blending:
     """Let a hat stay like hair."""
     keep: tuple[Region, ...] = ()
     """Parts that stay the target's."""
-    keep_share: float = 1.0
+    keep_share: Share = 1.0
     """How far they stay: 1 wholly, 0 not at all, between both faces show through."""
-    feather: float = 1 / 24
+    feather: Annotated[float, Within(0, 0.5)] = 1 / 24
     """Width of the soft rim relative to the crop."""
 
 
@@ -215,7 +216,7 @@ class Swapper:
         Raises UserError when a photo shows no face, one that is too small, or the weights do not fit.
         """
         mix = [1.0] * len(photos) if mix is None else mix
-        if len(mix) != len(photos) or min(mix) < 0 or sum(mix) <= 0:
+        if len(mix) != len(photos) or min(mix) < 0 or not 0 < sum(mix) < math.inf:
             raise UserError(f"--mix: give {len(photos)} weights of at least 0, one for each source")
         found = self.detector([photo.seen for photo in photos], [photo.name for photo in photos])
         crops = []

@@ -1,5 +1,7 @@
 """FaceSwapper in use: alignment, detectors, photos, bad input."""
 
+import math
+
 import cv2
 import numpy as np
 import pytest
@@ -335,7 +337,7 @@ def test_several_sources_mix_by_their_weights(swapper):
     code_a, code_b = (swapper.source([p]).code for p in (a, b))
     mixed = swapper.source([a, b], mix=(3.0, 1.0)).code
     torch.testing.assert_close(mixed, 0.75 * code_a + 0.25 * code_b, atol=1e-5, rtol=1e-4)
-    for mix in ((1.0,), (0.0, 0.0), (-1.0, 2.0)):
+    for mix in ((1.0,), (0.0, 0.0), (-1.0, 2.0), (math.nan, 1.0), (math.inf, 1.0)):
         with pytest.raises(UserError, match="give 2 weights"):
             swapper.source([a, b], mix=mix)
 
