@@ -24,7 +24,8 @@ RANGES = (
     *((PredictConfig, IN_OUT, option, value) for option, value in (
         ("--strength", "nan"), ("--strength", "5"), ("--strength", "-1"), ("--mix", "inf nan"),
         ("--mix", "-1 2"), ("--blending.keep-share", "7"), ("--blending.feather", "nan"),
-        ("--blending.feather", "2"), ("--eyes", "0 0.5"), ("--eyes", "-0.3 0.5"), ("--strip", "-3"), ("--batch-size", "0"),
+        ("--blending.feather", "2"), ("--eyes", "0 0.5"), ("--eyes", "-0.3 0.5"),
+        ("--strip", "-3"), ("--batch-size", "0"),
     )),
     *((PrepareConfig, ("photos",), option, value) for option, value in (
         ("--size", "0"), ("--batch-size", "0"), ("--eyes", "0.3 nan"),
