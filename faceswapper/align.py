@@ -2,15 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
+from shared.ranges import Share, Within
+
 Point = tuple[float, float]
 Matrix = np.ndarray
+EyeDistance = Annotated[float, Within(0, 1, above=True)]
+"""Of the eyes in a crop, relative to its side."""
 
 
 class Face(NamedTuple):
@@ -36,8 +40,8 @@ class Framing:
     has about 2.3 eye distances in width and 3 in height, which gives these numbers.
     """
 
-    eye_distance: float = 0.24
-    eye_row: float = 0.43
+    eye_distance: EyeDistance = 0.24
+    eye_row: Share = 0.43
 
 
 DEMO_FRAMING = Framing(0.29, 0.51)

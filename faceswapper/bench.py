@@ -30,12 +30,13 @@ from faceswapper.losses import (
     swap_both,
 )
 from faceswapper.model import Discriminator, Generator, Size, initialise
-from faceswapper.pipeline import Blending, Photo, Source, Swapper
+from faceswapper.pipeline import Blending, Photo, Swapper
 from faceswapper.recognizer import IRSE50, Recogniser
 from faceswapper.video import VideoReader, VideoWriter
 from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report
 from shared.faces import draw
 from shared.loop import follow
+from shared.ranges import Count, Positive
 from shared.runtime import parse, pick_device, run_main
 
 WANTED = {"training step": (1.5, 0.8), "video": (3.0, None)}
@@ -50,13 +51,13 @@ class BenchConfig:
     """Side of the pictures in pixels."""
     channel_base: int = 2**14
     """Width of the networks; see `model.Size`."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Pairs per training step; default 1 on the CPU and 8 (the paper's) on a GPU."""
-    frames: int = 8
+    frames: Count = 8
     """Frames of the video, of 640x480 pixels."""
-    seconds: float = 1.0
+    seconds: Positive = 1.0
     """Shortest time that the speed of a network is measured for; at least three calls are made."""
-    repeats: int | None = None
+    repeats: Count | None = None
     """Times that whole steps and whole videos are measured, which take seconds to minutes on a CPU; the
     median counts. Default 2 on the CPU and 5 on a GPU."""
     parts: tuple[Literal["networks", "training", "video"], ...] = ("networks", "training", "video")
@@ -216,8 +217,8 @@ def training(size: Size, pairs: int, device: torch.device, repeats: int) -> list
 class FrameByFrame:
     """A video as the official code would do it: one frame at a time, both directions, official fusion."""
 
-    def __init__(self, swapper: Swapper, source: Photo):
-        self.swapper = swapper
+    def __init__(self, swapper: Swapper, generator: Generator, source: Photo):
+        self.swapper, self.generator = swapper, generator
         face = swapper.choose(swapper.detector([source.seen], [source.name])[0], "largest")
         self.crops = swapper.describe(to_tensor([swapper.aligned(source.seen, face)[0]], swapper.device))
 
@@ -229,7 +230,7 @@ class FrameByFrame:
         crop, matrix = swapper.aligned(frame, face)
         b = swapper.describe(to_tensor([crop], swapper.device))
         made = literal.generator(
-            swapper.generator, a.picture, b.picture, a.landmarks, b.landmarks, a.mask, b.mask
+            self.generator, a.picture, b.picture, a.landmarks, b.landmarks, a.mask, b.mask
         ).x_ba
         foreheads = [fusion.forehead(c.points, c.mask) for c in (a, b)]
         keep = fusion.soft_erosion(fusion.keep_map(b.labels, *foreheads), whole_batch=True)
@@ -254,21 +255,20 @@ def video(size: Size, frames: int, device: torch.device, repeats: int) -> list[d
     """Frames per second from file to file, batched and frame by frame."""
     generator = initialise(Generator(size)).to(device)
     plugs = open_detector("finder", device), open_landmarker(None, device), open_parser(None, device)
+    plain = copy.deepcopy(generator).eval()
     swapper = Swapper(generator, *plugs, DEMO_FRAMING, Blending())
     with tempfile.TemporaryDirectory() as folder:
         path, photo = a_video(Path(folder) / "video.mp4", frames)
 
         def batched() -> None:
             reader = VideoReader(path)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                source: Source = swapper.source([photo])
-                results = swapper.video(reader, source)
-                with VideoWriter(path.with_name("a.mp4"), reader.size, reader.rate, "bench", path) as writer:
-                    for result in results:
-                        writer.write(result.photo)
+            results = swapper.video(reader, swapper.source([photo]))
+            with VideoWriter(path.with_name("a.mp4"), reader.size, reader.rate, "bench", path) as writer:
+                for result in results:
+                    writer.write(result.photo)
 
         def singly() -> None:
-            reader, one = VideoReader(path), FrameByFrame(swapper, photo)
+            reader, one = VideoReader(path), FrameByFrame(swapper, plain, photo)
             with VideoWriter(path.with_name("b.mp4"), reader.size, reader.rate, "bench", path) as writer:
                 for frame in reader:
                     writer.write(one.frame(frame))

@@ -206,14 +206,20 @@ def open_detector(choice: str, device: torch.device | str = "cpu") -> Detector:
 # --- crops ------------------------------------------------------------------------------------------
 
 
+def finder_reading(crops: Tensor) -> tuple[Tensor, Tensor]:
+    """98 points from the finder's 68, and BiSeNet's labels from the finder, in one pass."""
+    points, labels = read_crops(crops, load_finder(str(crops.device)))
+    return ibug_to_wflw(points), labels
+
+
 def finder_points(crops: Tensor) -> Tensor:
-    """98 points from the finder's 68."""
-    return ibug_to_wflw(read_crops(crops, load_finder(str(crops.device)))[0])
+    """The landmarker of `finder_reading`."""
+    return finder_reading(crops)[0]
 
 
 def finder_labels(crops: Tensor) -> Tensor:
-    """BiSeNet's labels from the finder."""
-    return read_crops(crops, load_finder(str(crops.device)))[1]
+    """The parser of `finder_reading`."""
+    return finder_reading(crops)[1]
 
 
 def open_landmarker(path: Path | None, device: torch.device | str = "cpu") -> Landmarker:

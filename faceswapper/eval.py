@@ -7,7 +7,7 @@ released one, on the swaps listed there.
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from shared.published import (
     print_metrics,
     write_results,
 )
+from shared.ranges import Within
 from shared.runtime import UserError, parse, pick_device, run_main
 
 TEST_SEED = 900_001
@@ -56,7 +57,7 @@ class Config(FaceForensicsConfig):
     --out."""
     out: Path = Path("official-results")
     """Folder for the results of --official."""
-    test_people: int = 100
+    test_people: Annotated[int, Within(2)] = 100
     """Drawn faces: unseen people, each once as source and once as target."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""

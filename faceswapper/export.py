@@ -17,7 +17,7 @@ from faceswapper.predict import of_run
 from shared.io import find_run
 from shared.onnxfile import require_close, run_onnx, write_onnx
 from shared.records import replacing
-from shared.runtime import parse, run_main
+from shared.runtime import UserError, parse, run_main
 
 TOLERANCE = 1e-3
 """Largest difference to the network that an exported file may have."""
@@ -71,7 +71,9 @@ def export(generator: Generator, path: Path) -> float:
 
 
 def main(config: ExportConfig) -> Path:
-    """Export, compare, and say what was written."""
+    """Export, compare, and say what was written. UserError when the file cannot be written there."""
+    if config.out.is_dir():
+        raise UserError(f"{config.out}: this is a folder; --out takes the name of a file")
     if config.weights is not None:
         generator = load_official("generator", config.weights)
     else:

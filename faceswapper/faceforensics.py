@@ -25,6 +25,7 @@ from faceswapper.trials import Trial
 from shared.io import progress, write_image
 from shared.metrics import InceptionFeatures, fid, kid
 from shared.published import Metric
+from shared.ranges import Count
 from shared.runtime import UserError
 
 TABLE = "unknown (paper body not readable)"
@@ -72,7 +73,7 @@ class FaceForensicsConfig:
     """Also the official post-processing; needs parsing pictures and --fan-weights."""
     baselines: bool = True
     """Also the baselines that need no training."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Swaps at once."""
 
 

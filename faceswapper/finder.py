@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from shared.faces import draw, sample, to_bisenet
 from shared.io import load_safetensors, progress
+from shared.ranges import Count, Seed
 from shared.records import write_tensors
 from shared.runtime import parse, run_main, seed_everything
 
@@ -124,7 +125,7 @@ def find_faces(photos: Tensor, net: Finder | None = None, factor: float = 1.3) -
         scale = side / min(height, width)
         rows, columns = max(32, round(height * scale / 16) * 16), max(32, round(width * scale / 16) * 16)
         small = F.interpolate(photos, (rows, columns), mode="bilinear", antialias=True)
-        maps = net(small).eyes.sigmoid()
+        maps = net(small).eyes.sigmoid().cpu()  # once: every number read from a GPU waits for it
         for faces, each in zip(found, maps, strict=True):
             for score, pair in _pairs(each):
                 scaled = [
@@ -140,7 +141,7 @@ def find_pairs(pictures: Tensor, net: Finder | None = None) -> list[list[tuple[f
     """Pictures (B, 3, H, W) in [0, 1], sides multiples of 16, at their own size alone -> for each the pairs
     of places that could be eyes, with a score."""
     net = net or load_finder(str(pictures.device))
-    return [_pairs(maps) for maps in net(pictures).eyes.sigmoid()]
+    return [_pairs(maps) for maps in net(pictures).eyes.sigmoid().cpu()]
 
 
 def _pairs(maps: Tensor, peaks: int = 8) -> list[tuple[float, list[tuple[float, float]]]]:
@@ -205,13 +206,13 @@ def read_crops(crops: Tensor, net: Finder | None = None) -> tuple[Tensor, Tensor
 class Config:
     """Train the finder on procedural faces."""
 
-    faces: int = 2000
+    faces: Count = 2000
     """Faces drawn once."""
-    steps: int = 900
+    steps: Count = 900
     """Steps of Adam."""
-    batch: int = 32
+    batch: Count = 32
     """Faces per step."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random."""
     out: Path = WEIGHTS
     """Where the weights are written."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from faceswapper.blocks import Guide
 from faceswapper.model import Cache, Decoded, Discriminator, Generator, MaskPyramid, averaged, swapped
+from shared.ranges import Weight
 from shared.runtime import own_type
 
 # --- terms ------------------------------------------------------------------------------------------
@@ -95,19 +96,19 @@ def attribute_background(same: list[Tensor], other: list[Tensor], masks: list[Te
 class Weights:
     """Weights of the terms; the defaults are the published ones."""
 
-    adversarial: float = 1.0
+    adversarial: Weight = 1.0
     """Swaps look real to the discriminator."""
-    identity: float = 10.0
+    identity: Weight = 10.0
     """lambda_id: swaps look like the source to the recogniser."""
-    reconstruction: float = 1.0
+    reconstruction: Weight = 1.0
     """lambda_recon: a picture with its own identity is itself."""
-    attribute_face: float = 2.0
+    attribute_face: Weight = 2.0
     """lambda_att_face: another identity leaves the statistics of features inside the face."""
-    attribute_background: float = 1.0
+    attribute_background: Weight = 1.0
     """lambda_att_bg: another identity leaves the features outside the face."""
-    r1: float = 1.0
+    r1: Weight = 1.0
     """lambda_reg: gradient penalty of the discriminator on real pictures."""
-    side: float = 0.0
+    side: Weight = 0.0
     """Trains the side pictures at the decoder's lower resolutions, which the official code never does."""
 
 
@@ -178,21 +179,19 @@ def generator_terms(
     swaps: Swaps,
     weights: Weights,
     pyramid: MaskPyramid = "cascade",
-    real_embeddings: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Terms of the generator, weighted; those of weight 0 are neither computed nor returned.
 
     discriminator: with its parameters frozen, None when adversarial is 0. embed: frozen recogniser, (2B, 3,
-    S, S) in [-1, 1] -> (2B, D). real_embeddings: R(pictures), when they are known already.
+    S, S) in [-1, 1] -> (2B, D).
     """
     terms, fake = {}, swaps.swap.picture
     if weights.adversarial:
         terms["adversarial"] = weights.adversarial * 2 * bce(discriminator(fake, batch.landmarks), True)
     if weights.identity:
-        if real_embeddings is None:
-            with torch.no_grad():
-                real_embeddings = embed(batch.picture)
-        terms["identity"] = weights.identity * 2 * identity(swapped(real_embeddings), embed(fake))
+        with torch.no_grad():
+            real = embed(batch.picture)
+        terms["identity"] = weights.identity * 2 * identity(swapped(real), embed(fake))
     compare = bool(weights.attribute_face or weights.attribute_background)
     if weights.reconstruction or weights.side or compare:
         same = generator.org_decoder.decode(

@@ -20,6 +20,7 @@ from faceswapper.blocks import SLOPE, AdainResBlk, AffineInstanceNorm, Guide, Re
 from faceswapper.landmarks import FAN
 from faceswapper.recognizer import IRSE50
 from faceswapper.weights import read_official
+from shared.ranges import Count
 from shared.runtime import UserError
 
 MaskPyramid = Literal["cascade", "direct"]
@@ -36,9 +37,9 @@ class Size:
     """Side of the pictures: a power of two, at least 32."""
     channel_base: int = 2**14
     """A level at resolution r has min(channel_base / r, max_channels) channels."""
-    max_channels: int = 512
+    max_channels: Count = 512
     """The widest level."""
-    id_dim: int = 512
+    id_dim: Count = 512
     """Length of the identity code."""
     skips: tuple[int, ...] = (32, 64, 128)
     """Resolutions at which the target's features are restored outside the face."""
@@ -49,6 +50,11 @@ class Size:
     def __post_init__(self):
         if self.img_size < 32 or self.img_size & (self.img_size - 1):
             raise UserError(f"img_size {self.img_size}: use a power of two of at least 32")
+        if self.channel_base < self.img_size:
+            raise UserError(
+                f"channel_base {self.channel_base}: give at least img_size, {self.img_size}, so that every "
+                "level has a channel"
+            )
 
     def channels(self, r: int) -> int:
         """Width of the level at resolution r."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -15,17 +15,29 @@ from torch import Tensor
 from faceswapper import fusion
 from faceswapper.align import Face, Framing, Steady, crop_matrix, crop_side, cut, paste, to_arrays, to_tensor
 from faceswapper.blocks import fold
-from faceswapper.detect import Detector, FinderDetector, Landmarker, Parser
+from faceswapper.detect import (
+    Detector,
+    FinderDetector,
+    Landmarker,
+    Parser,
+    finder_labels,
+    finder_points,
+    finder_reading,
+)
 from faceswapper.drawing import LandmarkValues, draw_landmarks, face_mask
 from faceswapper.losses import Batch
 from faceswapper.model import Generator
 from faceswapper.video import VideoReader, in_batches
+from shared.ranges import Share, Within
 from shared.runtime import UserError
 
 Choice = Literal["largest", "surest"] | int
 Region = Literal["brows", "eyes", "nose", "mouth"]
 REGIONS: dict[str, tuple[int, ...]] = {"brows": (2, 3), "eyes": (4, 5), "nose": (10,), "mouth": (11, 12, 13)}
 """BiSeNet labels of what can be left as it is in the target."""
+KEPT_BY_MALLOC = 2**25
+"""Bytes. A larger tensor goes back to the system when it is freed (glibc's largest M_MMAP_THRESHOLD), and the
+next one is paged in anew. One picture of full size keeps all cores busy."""
 PROFILE = 0.15
 """A nose tip nearer to one eye than this share of their distance, along their line, is a profile."""
 
@@ -116,9 +128,9 @@ class Blending:
     """Let a hat stay like hair."""
     keep: tuple[Region, ...] = ()
     """Parts that stay the target's."""
-    keep_share: float = 1.0
+    keep_share: Share = 1.0
     """How far they stay: 1 wholly, 0 not at all, between both faces show through."""
-    feather: float = 1 / 24
+    feather: Annotated[float, Within(0, 0.5)] = 1 / 24
     """Width of the soft rim relative to the crop."""
 
 
@@ -142,8 +154,9 @@ class Swapper:
         restrict: Callable[[Batch], Batch] | None = None,
     ):
         self.restrict = restrict or (lambda batch: batch)
-        self.generator = fold(generator.eval())
+        self.generator = fold(generator.eval()).to(memory_format=torch.channels_last)
         self.device = next(generator.parameters()).device
+        self.at_once = self._at_once()
         self.detector, self.landmarker, self.parser = detector, landmarker, parser
         self.framing, self.blending, self.least = framing, blending, least
         self.landmark_values = landmark_values
@@ -152,6 +165,14 @@ class Swapper:
     def size(self) -> int:
         """Side of a crop."""
         return self.generator.size.img_size
+
+    def _at_once(self) -> int | None:
+        """How many pictures the generator gets at a time; None: all of a batch."""
+        if self.device.type != "cpu":
+            return None
+        size = self.generator.size
+        largest = 4 * size.channels(size.img_size) * size.img_size**2  # bytes of a level of one picture
+        return max(1, KEPT_BY_MALLOC // (2 * largest))  # two: both shares of the landmarks are one tensor
 
     # --- faces and crops
 
@@ -173,7 +194,10 @@ class Swapper:
 
     def describe(self, crops: Tensor) -> Crops:
         """Crops (B, 3, S, S) in [0, 1] with landmark picture and mask."""
-        points, labels = self.landmarker(crops), self.parser(crops)
+        if self.landmarker is finder_points and self.parser is finder_labels:
+            points, labels = finder_reading(crops)
+        else:
+            points, labels = self.landmarker(crops), self.parser(crops)
         drawn = draw_landmarks(points, crops.shape[-1], self.landmark_values)
         mask = (~face_mask(labels)).to(crops.dtype)[:, None]
         return Crops(crops * 2 - 1, points, drawn, labels, mask)
@@ -192,7 +216,7 @@ class Swapper:
         Raises UserError when a photo shows no face, one that is too small, or the weights do not fit.
         """
         mix = [1.0] * len(photos) if mix is None else mix
-        if len(mix) != len(photos) or min(mix) < 0 or sum(mix) <= 0:
+        if len(mix) != len(photos) or min(mix) < 0 or not 0 < sum(mix) < math.inf:
             raise UserError(f"--mix: give {len(photos)} weights of at least 0, one for each source")
         found = self.detector([photo.seen for photo in photos], [photo.name for photo in photos])
         crops = []
@@ -226,7 +250,11 @@ class Swapper:
         code = source.code
         if strength != 1:
             code = torch.lerp(self._code(crops), code, strength)
-        swap = self.generator.swap(crops.picture, *self._seen(crops), code)
+        seen = self._seen(crops)
+        given = (*seen, code.expand(len(seen.picture), -1))
+        parts = zip(*(x.split(self.at_once or len(x)) for x in given), strict=True)
+        with self._autocast():
+            swap = torch.cat([self.generator.swap(part[0], *part) for part in parts])
         weight = self._weight(crops, source)
         return self._finished(swap, crops, weight), weight
 
@@ -237,7 +265,12 @@ class Swapper:
     def _code(self, crops: Crops) -> Tensor:
         """Identity codes (B, id_dim)."""
         seen = self._seen(crops)
-        return self.generator.code(seen.picture, seen.mask)
+        with self._autocast():
+            return self.generator.code(seen.picture, seen.mask).float()
+
+    def _autocast(self) -> torch.autocast:
+        """The generator's precision: bf16 on a GPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def _finished(self, swaps: Tensor, crops: Crops, weight: Tensor) -> Tensor:
         """The generator's pictures in [0, 1], with the target's colours if that is asked for."""
@@ -330,9 +363,16 @@ class Swapper:
     def _follow(
         self, frames: list[np.ndarray], name: str, last: Face | None, choice: Choice
     ) -> list[Face | None]:
-        """The person's face in each frame. The finder looks near the last place first."""
+        """The person's face in each frame. The finder looks at whole frames until it finds the person, and
+        then near the last place first."""
+        if last is None and isinstance(self.detector, FinderDetector):
+            for n, frame in enumerate(frames):
+                last = self._first(self.detector([frame], [name])[0], choice)
+                if last is not None:
+                    return [None] * n + [last, *self._follow(frames[n + 1 :], name, last, choice)]
+            return [None] * len(frames)
         faces: list[Face | None] = [None] * len(frames)
-        if last is not None and isinstance(self.detector, FinderDetector):
+        if frames and isinstance(self.detector, FinderDetector):
             faces = self.detector.near(frames, last)
         missing = [n for n, face in enumerate(faces) if face is None]
         found = self.detector([frames[n] for n in missing], [name] * len(missing)) if missing else []

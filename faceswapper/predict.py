@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from faceswapper.align import DEMO_FRAMING, Framing, to_tensor
+from faceswapper.align import DEMO_FRAMING, EyeDistance, Framing, to_tensor
 from faceswapper.detect import open_detector, open_landmarker, open_parser
 from faceswapper.model import Generator, load_official
 from faceswapper.pipeline import Blending, Photo, Source, Swapped, Swapper, counted, read_photo
@@ -29,6 +29,7 @@ from faceswapper.trials import Trial, load_generators, main_name, plan
 from faceswapper.video import VideoReader, VideoWriter
 from faceswapper.weights import states_of
 from shared.io import VIDEO_ENDINGS, find_run, image_grid, images_of, load_config, progress, write_image
+from shared.ranges import Count, Natural, Share, Weight
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -50,7 +51,7 @@ class Networks:
     """wing.ckpt; default: the one inside --weights, otherwise the built-in finder."""
     parser: Path | None = None
     """79999_iter.pth of the public face parser; default: the built-in finder."""
-    eyes: tuple[float, float] | None = None
+    eyes: tuple[EyeDistance, Share] | None = None
     """Distance of the eyes in a crop, and their row, relative to its side; default: as in training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
@@ -66,24 +67,24 @@ class PredictConfig:
     """Photo, folder of photos, or video."""
     out: Path = Path("swapped")
     """Folder for the results."""
-    mix: tuple[float, ...] | None = None
+    mix: tuple[Weight, ...] | None = None
     """Weights of several sources; default: all alike."""
-    strength: float = 1.0
+    strength: Share = 1.0
     """0 keeps the target's identity, 1 is a whole swap, between mixes both."""
     face: Literal["largest", "surest"] | int = "largest"
     """Which face of the target: the largest, the surest, or its number from the left, from 0."""
     source_face: Literal["largest", "surest"] | int = "largest"
     """Which face of the sources."""
-    strip: int = 5
+    strip: Natural = 5
     """Pictures from target to source in the progressive strip of a photo; 0: none."""
     levels: bool = False
     """Also the swap of a photo from coarse to fine, by the decoder's side heads; for runs that trained them
     (--weights.side)."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Photos or frames at a time."""
     smooth: bool = True
     """Video: steady the crop over time."""
-    least: int = 48
+    least: Natural = 48
     """Faces whose crop has a smaller side than this, in pixels, are left alone."""
     blending: Blending = field(default_factory=Blending)
     """How a swap goes back into its photo."""
@@ -249,8 +250,6 @@ def swap_video(config: PredictConfig, swapper: Swapper, source: Source, made: st
 
 def predict(config: PredictConfig) -> Path:
     """Swap; returns the folder of the results."""
-    if config.batch_size < 1:
-        raise UserError(f"--batch-size {config.batch_size}: at least 1")
     if not config.target.exists():
         raise UserError(f"{config.target}: no such photo, folder or video")
     if config.levels and not trained_side(config.networks):
@@ -258,6 +257,7 @@ def predict(config: PredictConfig) -> Path:
             "--levels: the side heads of this generator were not trained; a run with --weights.side 1 "
             "trains them, the released weights do not have them trained"
         )
+    config.out.mkdir(parents=True, exist_ok=True)  # before the work, so that a wrong path is said at once
     swapper = open_swapper(config.networks, config.blending, config.least)
     source = swapper.source([read_photo(path) for path in config.source], config.source_face, config.mix)
     made = "face swapped by FaceSwapper"

@@ -17,11 +17,12 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from faceswapper.align import Framing, crop_matrix, crop_side, cut, to_tensor
+from faceswapper.align import EyeDistance, Framing, crop_matrix, crop_side, cut, to_tensor
 from faceswapper.detect import open_detector, open_landmarker, open_parser
 from faceswapper.drawing import draw_landmarks, face_mask, to_file
 from faceswapper.pipeline import profile, read_photo
 from shared.io import images_of, progress, write_image
+from shared.ranges import Count, Natural, Share
 from shared.runtime import UserError, parse, pick_device, run_main
 
 
@@ -35,11 +36,11 @@ class PrepareConfig:
     """Folder for the data set."""
     name: str = "images"
     """Name of the folder of crops; its sisters' names are made from it."""
-    size: int = 256
+    size: Count = 256
     """Side of a crop in pixels."""
     faces: Literal["largest", "all"] = "largest"
     """Of each photo."""
-    least: int = 64
+    least: Natural = 64
     """Faces whose crop has a smaller side than this in the photo, in pixels, are left out."""
     detector: str = "finder"
     """finder (built in), mtcnn, crops (the photos are aligned crops already), .csv with given boxes or eyes,
@@ -48,9 +49,9 @@ class PrepareConfig:
     """wing.ckpt or faceswapper.ckpt; default: the built-in finder."""
     parser: Path | None = None
     """79999_iter.pth of the public face parser; default: the built-in finder."""
-    eyes: tuple[float, float] = (Framing.eye_distance, Framing.eye_row)
+    eyes: tuple[EyeDistance, Share] = (Framing.eye_distance, Framing.eye_row)
     """Distance of the eyes in a crop, and their row, relative to its side."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Crops at a time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
@@ -70,6 +71,8 @@ class Sisters:
         self.parser = open_parser(config.parser, device)
         names = ("", "_lm_images", "_mask_images", "_parsing_images")
         self.folders = [config.out / f"{config.name}{name}" for name in names]
+        for folder in self.folders:
+            folder.mkdir(parents=True, exist_ok=True)  # now, so that a wrong path is said before the work
         self.rows: list[tuple] = []
         self.waiting: list[tuple] = []
 

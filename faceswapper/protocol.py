@@ -5,7 +5,6 @@ model for expression. What is measured without them is called a proxy and is not
 numbers.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -160,8 +159,3 @@ def picture_metrics(swaps: Tensor, targets: Tensor, mask: Tensor) -> dict[str, f
         "SSIM to target": ssim(a, b),
         "PSNR to target": whole,
     }
-
-
-def in_batches(function: Callable[[Tensor], Tensor], pictures: Tensor, size: int = 64) -> Tensor:
-    """A network over many pictures."""
-    return torch.cat([function(part) for part in pictures.split(size)])

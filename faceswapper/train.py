@@ -9,7 +9,7 @@ paper ...
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
@@ -36,7 +36,11 @@ from faceswapper.trials import Learner, Variant, build, helpers, names_of, offic
 from shared.io import Run, load_weights, progress
 from shared.loop import average_gradients, follow
 from shared.processes import means
+from shared.ranges import Count, Natural, Positive, Share, Weight, Within
 from shared.runtime import LoaderConfig, StepBatches, maybe_compile, run_training, start
+
+Beta = Annotated[float, Within(0, 0.999999)]
+"""Of Adam, which takes no 1."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,15 @@ class Config(LoaderConfig):
     """Folder of masks below data_root; default: the pictures' sister X_mask_images."""
     landmark_values: LandmarkValues = "unit"
     """Values of drawn landmark pictures: as in the official files, or the plain drawing on [-1, 1]."""
-    train_people: int = 400
+    train_people: Count = 400
     """Drawn faces: people in training."""
-    per_person: int = 4
+    per_person: Count = 4
     """Drawn faces: pictures of each."""
-    judge_people: int = 1200
+    judge_people: Count = 1200
     """Drawn faces: people on whom the judges are trained, one picture each."""
-    judge_steps: int = 600
+    judge_steps: Count = 600
     """Drawn faces: training steps of each recogniser and of the reader of attributes."""
-    judge_width: int = 16
+    judge_width: Count = 16
     """Drawn faces: width of those networks."""
 
     size: Size = field(default_factory=Size)
@@ -76,49 +80,49 @@ class Config(LoaderConfig):
     background and hair of the source can leak."""
     variants: tuple[Variant, ...] = ("full",)
     """What is trained: the method, and the method without one of its parts."""
-    seeds: int = 1
+    seeds: Count = 1
     """Everything is trained with so many seeds, beginning with `seed`."""
     recogniser_weights: Path | None = None
     """model_ir_se50.pth, the recogniser of the identity loss for real faces."""
-    id_crop: float = 1.0
+    id_crop: Annotated[float, Within(0, 1, above=True)] = 1.0
     """Share of the side of the picture, around its centre, that the recogniser sees."""
 
     weights: Weights = field(default_factory=Weights)
     """Weights of the objective."""
-    r1_every: int = 1
+    r1_every: Count = 1
     """Iterations between gradient penalties, which then count as many times."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Pairs per iteration, over all processes."""
-    iterations: int = 60_000
+    iterations: Count = 60_000
     """Iterations of the method and of every other variant."""
-    warmup: int = 0
+    warmup: Natural = 0
     """First iterations, in which only the reconstruction is trained. Variants that differ from the method in
     the losses alone go on from the method's own warm-up."""
-    warmup_lr: float = 1e-4
+    warmup_lr: Positive = 1e-4
     """Learning rate of these iterations."""
-    warmup_betas: tuple[float, float] = (0.9, 0.99)
+    warmup_betas: tuple[Beta, Beta] = (0.9, 0.99)
     """Betas of Adam in these iterations: without a discriminator, momentum helps."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Learning rate of Adam."""
-    id_lr: float = 1e-4
+    id_lr: Positive = 1e-4
     """Learning rate of the identity encoder."""
-    decay: float = 0.0
+    decay: Share = 0.0
     """Share of the iterations, at their end, over which the learning rates fall to 0 in a straight line."""
-    betas: tuple[float, float] = (0.0, 0.99)
+    betas: tuple[Beta, Beta] = (0.0, 0.99)
     """Betas of Adam."""
-    weight_decay: float = 1e-4
+    weight_decay: Weight = 1e-4
     """Weight decay of Adam, coupled (L2)."""
-    ema: float = 0.999
+    ema: Share = 0.999
     """Decay of the average of the generator's weights, which is what is used."""
     ema_start: Literal["copy", "official"] = "copy"
     """The average starts as a copy of the generator, or as another random network with PyTorch's own
     initialisation, as in the official code."""
 
-    log_every: int = 50
+    log_every: Count = 50
     """Iterations between lines of the log."""
-    sample_every: int = 2000
+    sample_every: Count = 2000
     """Iterations between pictures."""
-    checkpoint_every: int = 5000
+    checkpoint_every: Count = 5000
     """Iterations between checkpoints."""
 
 

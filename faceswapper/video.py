@@ -6,9 +6,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # must stand before OpenCV is imported
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-
 import cv2
 import imageio_ffmpeg
 import numpy as np

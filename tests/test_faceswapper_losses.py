@@ -235,11 +235,7 @@ def test_a_weight_of_zero_takes_its_term_out(name):
     with torch.no_grad():
         every = losses.generator_terms(g, d, r.embed, batch, swaps, Weights())
         less = losses.generator_terms(g, d, r.embed, batch, swaps, Weights(**{name: 0.0}))
-        known = losses.generator_terms(
-            g, None, r.embed, batch, swaps, Weights(adversarial=0), real_embeddings=r.embed(batch.picture)
-        )
     assert every.keys() - less.keys() == {name}
-    torch.testing.assert_close(known["identity"], every["identity"])
 
 
 def test_lazy_r1():

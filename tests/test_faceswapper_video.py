@@ -10,19 +10,16 @@ import helpers
 import imageio_ffmpeg
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_faceswapper_scenes import eyes_of, scene, small_swapper
 
-from faceswapper import datasets, video
+from faceswapper import datasets, detect, video
 from faceswapper import predict as predicting
-from faceswapper.align import (
-    DEMO_FRAMING,
-    cut,
-)
-from faceswapper.detect import (
-    open_detector,
-)
+from faceswapper.align import DEMO_FRAMING, cut, to_tensor
+from faceswapper.detect import open_detector
 from faceswapper.export import export
+from faceswapper.model import Size
 from faceswapper.pipeline import Photo, Swapper
 from faceswapper.predict import Networks, PredictConfig, predict, swap_photos, swap_video
 from faceswapper.prepare import COLUMNS, PrepareConfig, prepare
@@ -94,6 +91,34 @@ def test_batches_of_frames_equal_frame_by_frame(tmp_path, swapper):
     for a, b in zip(*runs, strict=True):
         assert np.abs(a.astype(int) - b).max() <= 1
     assert [len(g) for g in in_batches(iter(moving(5)), 2)] == [2, 2, 1]
+
+
+def test_whole_frames_are_searched_until_a_face_is_found_and_crops_read_once(tmp_path, monkeypatch):
+    swapper, whole, passes = small_swapper(), [], []
+    source = swapper.source([Photo("s.png", scene((1,)))])
+    find, read = detect.FinderDetector.__call__, detect.read_crops
+    monkeypatch.setattr(
+        detect.FinderDetector, "__call__", lambda self, p, n: whole.append(len(p)) or find(self, p, n)
+    )
+    monkeypatch.setattr(detect, "read_crops", lambda *a: passes.append(len(a[0])) or read(*a))
+    clip = film(tmp_path / "v.mp4", [scene((), ())] * 2 + moving(4))
+    results = list(swapper.video(VideoReader(clip), source))
+    assert [r.face is not None for r in results] == [False] * 2 + [True] * 4
+    assert whole == [1, 1, 1] and passes == [4]
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_pictures_a_few_at_a_time_equal_all_at_once(strength):
+    swapper = small_swapper()
+    assert swapper.at_once > 5
+    source = swapper.source([Photo("s.png", scene((1,)))])
+    face = swapper.detector([scene()], ["t"])[0][0]
+    crops = swapper.describe(to_tensor([swapper.aligned(frame, face)[0] for frame in moving(5)]))
+    whole = swapper.swap(crops, source, strength)
+    swapper.at_once = 2
+    torch.testing.assert_close(swapper.swap(crops, source, strength), whole, atol=1e-4, rtol=1e-4)
+    swapper.generator.size = Size()
+    assert swapper._at_once() == 1
 
 
 def test_frames_without_a_face_pass_and_the_same_person_is_followed(tmp_path, swapper):

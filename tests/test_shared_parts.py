@@ -3,9 +3,11 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
+import tyro
 from accelerate import Accelerator
 from torch import nn
 
@@ -232,6 +234,12 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Bare:
+    ends: tuple[Share, Share] = (0.0, 1.0)
+    """Of two."""
+
+
+@dataclass(frozen=True)
 class Settings(RunConfig):
     """Of every kind of range."""
 
@@ -247,6 +255,10 @@ class Settings(RunConfig):
     """Any."""
     term: Term = Term()
     """Nested."""
+    window: tuple[Share, Share] | None = None
+    """Optional, of two."""
+    bare: Annotated[Bare, tyro.conf.arg(name="")] = Bare()
+    """Nested, without a prefix."""
 
 
 @pytest.mark.parametrize(
@@ -260,6 +272,8 @@ class Settings(RunConfig):
         (["--limit", "0"], "--limit 0: give 1 or more"),
         (["--shift", "nan"], "--shift nan: give a number"),
         (["--term.weight", "-1"], "--term.weight -1.0: give 0 or more"),
+        (["--window", "0.5", "2"], "--window 2.0: give a number from 0 to 1"),
+        (["--ends", "0.5", "2"], "--ends 2.0: give a number from 0 to 1"),
         (["--seed", "-1"], "--seed -1: give a number from 0 to 4294967295"),
         (["--lr", "1e-9", "--sizes", "--pair", "1", "0", "--limit", "1", "--shift", "-inf"], None),
     ],
