@@ -1,6 +1,6 @@
 """The networks of a run: which ones, how they begin, what they train on, and how they are read back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -98,6 +98,10 @@ def split_data(config: "Config") -> tuple[Pairs | None, Pairs | None, Pairs | No
         config.alignment,
         config.scale,
     )
+    if not config.styles:  # one memory for all artists
+        train, test = (
+            pairs and replace(pairs, styles=torch.zeros_like(pairs.styles)) for pairs in (train, test)
+        )
     count = round(config.holdout * len(train))
     held = sorted({int((i + 0.5) * len(train) / count) for i in range(count)})
     kept = [i for i in range(len(train)) if i not in set(held)]
