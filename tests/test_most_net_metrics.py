@@ -56,6 +56,16 @@ def test_fsim_reduces_large_images_first():
     assert fsim.fsim(image, other).item() == pytest.approx(fsim.fsim(*halved).item(), abs=1e-9)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (250, 200)])
+def test_fsim_of_a_blank_page_is_a_number(size):
+    """A collapsed network draws one, and a NaN would be the mean of the whole test set."""
+    drawn = noisy(sketchlike(1, *size), 25)
+    for level in (0.0, 255.0):
+        blank = torch.full_like(drawn, level)
+        assert fsim.fsim(blank, blank).item() == 1
+        assert 0 <= fsim.fsim(drawn, blank).item() < 0.5
+
+
 @pytest.mark.parametrize("size", [(48, 40), (37, 51), (250, 200)])
 def test_scoot_equals_the_literal_form(size):
     first = sketchlike(2, *size)
