@@ -17,9 +17,9 @@ from most_net.learner import learning_rate, synthesise
 from most_net.model import TINY, MostNet
 from most_net.pairs import Alignment
 from most_net.train import PRESETS, Config, Weights, train, update
-from most_net.trials import begin, load_network, plan
+from most_net.trials import begin, load_network, plan, split_data
 from shared.io import write_image
-from shared.runtime import UserError, start
+from shared.runtime import UserError, parse_presets, start
 
 FOLDER = Path(__file__).resolve().parent.parent / "most_net"
 SMALL = replace(TINY, base=4, slots=8)
@@ -124,6 +124,8 @@ def test_training_on_files_with_a_discriminator(tmp_path):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     found = {name for line in lines for name in line}
     assert {"most-all-0/val_ssim", "most-all-0/adversarial", "grad-all-0/discriminator"} <= found
+    with pytest.raises(UserError, match="--holdout 1.0: leaves none of the 8 pairs to train on"):
+        split_data(replace(config, holdout=1.0))
     net, settings, trial = load_network(folder, Config)
     assert trial.name == "grad-all-0"
     assert settings.data_root == config.data_root
@@ -281,9 +283,35 @@ def test_plans():
         ({"size": 64}, "--size 64: larger than --load 32"),
         ({"topk": 65}, "--topk 65: the memory has 64 slots"),
         ({"artists": ("outline", "rubens")}, "--artists rubens: there are rules, "),
+        ({"artists": ("outline", "outline")}, "--artists outline outline: name each once"),
+        ({"variants": (), "extras": ()}, "--variants, --pairs: nothing to train"),
+        ({"pairs": ()}, "--variants, --pairs: nothing to train"),
+        ({"pairs": (8, 8)}, "none-8-0 would be trained twice"),
+        ({"extras": ("unet", "most")}, "most-8-0 would be trained twice"),
+        ({"arch": replace(TINY, kernel=4)}, "--arch.kernel 4: give an odd number"),
+        ({"arch": replace(TINY, downs=6)}, "--size 32: give a multiple of 64"),
+        ({"arch": replace(TINY, dilations=(1, 16))}, "more pixels than --arch.dilations .16"),
+        (
+            {"arch": replace(TINY, slots=1), "weights": replace(PRESETS["demo"].weights, slot=1)},
+            "--weights.slot tells the two best slots apart",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             plan(replace(PRESETS["demo"], **changes))
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("batch", "0"), ("steps", "0"), ("save-every", "0"), ("validate-every", "0"), ("seeds", "0")]
+    + [("scale", "0.001"), ("scale", "-1"), ("scale", "nan"), ("holdout", "2"), ("decay", "2"), ("size", "8")]
+    + [("pairs", "-1"), ("lr", "0"), ("betas", "1"), ("ema", "1.1"), ("warmup", "-1"), ("topk", "-1")]
+    + [("arch.slots", "0"), ("arch.tau", "0"), ("arch.momentum", "1.1"), ("weights.align", "-1")]
+    + [("alignment.eye-points", "-1")],
+)
+def test_settings_out_of_their_range_are_named(option, value):
+    values = [value] * (2 if option in ("betas", "alignment.eye-points") else 1)
+    with pytest.raises(UserError, match=f"--{option} {value}.*: give"):
+        parse_presets(PRESETS, "", ["demo", f"--{option}", *values])
 
 
 def test_two_processes_write_one_memory(tmp_path):
