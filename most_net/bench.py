@@ -25,6 +25,7 @@ from most_net.train import PRESETS, Weights, update
 from most_net.trials import begin, plan
 from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report, throughput
 from shared.norms import with_plain_norms
+from shared.ranges import Natural, Positive
 from shared.runtime import parse, pick_device, run_main, start
 
 STEP_WEIGHTS = Weights(pixel=1, reconstruction=1, perceptual=0, adversarial=1)
@@ -37,11 +38,11 @@ class Config:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
-    seconds: float = 2.0
+    seconds: Positive = 2.0
     """Least time of each measurement."""
     parts: tuple[Literal["networks", "training", "metrics"], ...] = ("networks", "training", "metrics")
     """What to measure. The literal loops and NLDA of `metrics` run on the CPU."""
-    batch: int = 0
+    batch: Natural = 0
     """Photos at a time at 256x256. 0: 32 and, for training, 4 on a GPU; 1 and 1 on a CPU."""
 
 

@@ -34,6 +34,7 @@ from shared.published import (
     print_claims,
     write_results,
 )
+from shared.ranges import Natural
 from shared.runtime import UserError, parse, pick_device, run_main
 
 TEST_SEED, TEST_FACES = 999, 128
@@ -51,7 +52,7 @@ class Config:
     """Run folder. Default: the newest run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
-    nlda_train: int | None = None
+    nlda_train: Natural | None = None
     """Training people of NLDA recognition. Default: 150 and 300 on the standard test sets, otherwise nearly
     half of the test people; 0 leaves it out."""
     patches: bool = True

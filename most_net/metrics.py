@@ -23,10 +23,14 @@ from most_net.nlda import Recognition, recognition
 from most_net.scoot import scoot
 from shared.io import IMAGE_ENDINGS, find_images, progress, read_image
 from shared.published import format_table
+from shared.ranges import Count, Natural
 from shared.records import write_json
 from shared.runtime import UserError, parse, run_main
 
 __all__ = ["Recognition", "fsim", "grey_bytes", "nlda_rate", "quality", "scoot", "ssim", "window_of"]
+
+
+SSIM_WINDOW = 11
 
 
 def grey_bytes(images: Tensor) -> Tensor:
@@ -35,7 +39,7 @@ def grey_bytes(images: Tensor) -> Tensor:
 
 
 def ssim(
-    first: Tensor, second: Tensor, data_range: float = 255.0, window: int = 11, sigma: float = 1.5
+    first: Tensor, second: Tensor, data_range: float = 255.0, window: int = SSIM_WINDOW, sigma: float = 1.5
 ) -> Tensor:
     """Structural similarity (Wang et al., 2004) of (B, 1, H, W): (B,), 1 when equal. Differentiable.
 
@@ -61,7 +65,7 @@ def ssim(
 
 def window_of(height: int) -> int:
     """Side of SSIM's window for pictures of that height: 11, and 7 on the small ones of the demo."""
-    return 11 if height >= 64 else 7
+    return SSIM_WINDOW if height >= 64 else 7
 
 
 def quality(truth: Tensor, prediction: Tensor, batch: int = 16) -> dict[str, Tensor]:
@@ -93,10 +97,10 @@ class Config:
     """Folder of the drawn sketches."""
     prediction: Annotated[Path, tyro.conf.Positional]
     """Folder of the synthesised sketches, with the same file names (the ending may differ)."""
-    nlda_train: int = 0
+    nlda_train: Natural = 0
     """Training people of the NLDA recognition: 150 for CUFS (338 people), 300 for CUFSF (944). 0: leave
     out."""
-    partitions: int = 20
+    partitions: Count = 20
     """Random partitions of the NLDA recognition."""
     lpips: bool = False
     """Also LPIPS (AlexNet); needs its ImageNet weights."""
@@ -108,6 +112,13 @@ class Config:
     """torch-fidelity's InceptionV3 file. Default: its download."""
     out: Path | None = None
     """Write the means, the numbers of every image and the curve of NLDA to this JSON file."""
+
+
+def result_file(path: Path) -> None:
+    """Make the folder of a result, before the work for it. UserError when the path is itself a folder."""
+    if path.is_dir():
+        raise UserError(f"--out {path}: a folder; give the name of a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def image_files(folder: Path) -> dict[str, Path]:
@@ -125,7 +136,8 @@ def image_files(folder: Path) -> dict[str, Path]:
 
 
 def load_folders(truth: Path, prediction: Path) -> tuple[list[str], Tensor, Tensor]:
-    """Names and grey images (N, 1, H, W) in [0, 1] of two folders. UserError on unpaired names and sizes."""
+    """Names and grey images (N, 1, H, W) in [0, 1] of two folders. UserError on unpaired names, on different
+    sizes and on sizes below SSIM's window."""
     first, second = image_files(truth), image_files(prediction)
     for here, there, folder in ((first, second, prediction), (second, first, truth)):
         missing = sorted(here.keys() - there.keys())
@@ -138,6 +150,10 @@ def load_folders(truth: Path, prediction: Path) -> tuple[list[str], Tensor, Tens
             expected = images[0][0] if images[0] else a
             if image.shape != expected.shape:
                 raise UserError(f"{path}: {_size(image)} pixels, expected {_size(expected)} like the others")
+            if min(image.shape[-2:]) < SSIM_WINDOW:
+                raise UserError(
+                    f"{path}: {_size(image)} pixels; the metrics need {SSIM_WINDOW} on every side"
+                )
         images[0].append(a)
         images[1].append(b)
     return sorted(first), torch.stack(images[0]), torch.stack(images[1])
@@ -164,6 +180,8 @@ def pretrained(truth: Tensor, prediction: Tensor, config: Config) -> dict[str, f
 
 def main(config: Config) -> None:
     """Print the means; with --out also write them, the numbers of every image and the curve of NLDA."""
+    if config.out:
+        result_file(config.out)
     names, truth, prediction = load_folders(config.truth, config.prediction)
     values = quality(truth, prediction)
     means = {metric: float(column.mean()) for metric, column in values.items()}
