@@ -1,6 +1,7 @@
 """MOST-Net: training, resume after a kill, evaluation."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from curves import assert_same_curves, run_one, run_two
 from safetensors.torch import load_file
 
-from most_net import claims, mechanism
+from most_net import claims, literal, mechanism
 from most_net import eval as evaluation
 from most_net.data import Batch, face_pairs, simple_pairs
 from most_net.learner import learning_rate, synthesise
@@ -175,19 +176,59 @@ def test_only_the_reconstruction_trains_in_the_warm_up(tmp_path):
         warmup=1,
         weights=Weights(pixel=1, reconstruction=0, perceptual=0, adversarial=1, ssim=1, slot=1, match=1),
     )
-    accelerator = start(config)
-    (trial,) = plan(config)
-    learner = begin(config, trial, accelerator.device)
+    trial, learner, accelerator, batch = prepared(config)
     learner.perceptual = torch.nn.L1Loss()
-    learner.prepare(accelerator, compiled=False)
-    photo, sketch = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 1, 32, 32) * 2 - 1
     for step, moves in ((0, False), (1, True)):
         before = {name: value.clone() for name, value in learner.net.named_parameters()}
         keys = learner.net.memories[0].keys.clone()
-        update(config, trial, learner, accelerator, Batch(photo, sketch, 0), step)
+        update(config, trial, learner, accelerator, batch, step)
         changed = [not torch.equal(before[name], value) for name, value in learner.net.named_parameters()]
         assert any(changed) == moves
         assert not torch.equal(learner.net.memories[0].keys, keys)  # written from the first step on
+
+
+def prepared(config: Config):
+    """Its first trial before the first step, with what `update` takes."""
+    accelerator = start(config)
+    trial = plan(config)[0]
+    learner = begin(config, trial, accelerator.device)
+    learner.prepare(accelerator, compiled=False)
+    generator = torch.Generator().manual_seed(4)
+    photo, sketch = (torch.rand(2, n, 32, 32, generator=generator) * 2 - 1 for n in (3, 1))
+    return trial, learner, accelerator, Batch(photo, sketch, 0)
+
+
+def test_a_step_has_the_gradients_of_the_equations_written_out(tmp_path):
+    """One pass of decoder and discriminator against separate ones, from the same weights."""
+    weights = Weights(pixel=1, reconstruction=1, perceptual=0, adversarial=1)
+    config = tiny(tmp_path / "run", size=32, load=32, weights=weights)
+    trial, learner, accelerator, batch = prepared(config)
+    net, discriminator = deepcopy(learner.net), deepcopy(learner.discriminator)
+    optimizers = tuple(torch.optim.SGD(module.parameters(), 0.0) for module in (net, discriminator))
+    literal.literal_update(net, discriminator, optimizers, batch.photo, batch.sketch)
+    learner.optimizers[0].zero_grad()
+    update(replace(config, lr=0.0), trial, learner, accelerator, batch, 0)
+    # The spectral norm's power iteration goes on with every pass, of which the written-out form has three.
+    for ours, theirs, apart in ((learner.net, net, 1e-3), (learner.discriminator, discriminator, 0.05)):
+        got, expected = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (ours, theirs))
+        assert expected.norm() > 0 and (got - expected).norm() < apart * expected.norm()
+    for name, value in learner.net.memories[0].state_dict().items():
+        assert torch.allclose(value, net.memories[0].state_dict()[name], atol=1e-6), name
+
+
+def test_refinement_trains_and_the_rate_falls(tmp_path):
+    moved = []
+    for variant in ("memory", "most"):
+        config = tiny(tmp_path / "run", variants=(variant,), size=32, load=32)
+        trial, learner, accelerator, batch = prepared(config)
+        update(config, trial, learner, accelerator, batch, 0)
+        moved.append(learner.net.key_head.project.weight)
+    assert not torch.equal(*moved)
+    rates = []
+    for step in (0, trial.steps - 1):
+        update(config, trial, learner, accelerator, batch, step)
+        rates += [group["lr"] for group in learner.optimizers[0].param_groups]
+    assert rates == pytest.approx([config.lr, config.lr / (0.5 * trial.steps)])
 
 
 def enlarged(image: torch.Tensor) -> torch.Tensor:
