@@ -14,7 +14,7 @@ from shared.runtime import UserError
 
 HEIGHT, WIDTH = 250, 200
 EYES = ((75.0, 125.0), (125.0, 125.0))
-"""(x, y) of the eye on the picture's left and on its right, as in the public aligned packages."""
+"""(x, y) of the eye on the picture's left and on its right, recalled from the public aligned packages."""
 
 Point = tuple[float, float]
 

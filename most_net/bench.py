@@ -89,8 +89,8 @@ def network_rows(config: Config, device: torch.device) -> list[dict]:
 def step_rows(
     config: Config, accelerator: Accelerator, arch: Architecture, size: int, batch: int, bf16: bool
 ) -> list[dict]:
-    """A training step with discriminator, and the same step in its literal form: in fp32, on a GPU also in
-    the precision of the step, which there is bf16 whatever `bf16` says."""
+    """A training step with discriminator, and the same step in its literal form: in fp32, and also in bf16
+    where the step is, which on a GPU is so whatever `bf16` says."""
     device = accelerator.device
     wrapped = accelerator.mixed_precision == "bf16"
     bf16 = bf16 or wrapped
@@ -118,7 +118,7 @@ def step_rows(
 
     name = f"training step {size}x{size}, batch {batch}"
     steps = {f"{name}, {'bf16' if bf16 else 'fp32'}": ours, f"{name}, literal form": naive(False)}
-    if device.type == "cuda":
+    if bf16:
         steps[f"{name}, literal form, bf16"] = naive(True)
     rows, seconds = [], in_turn(steps, device, config.seconds)
     for what, step in steps.items():
