@@ -20,8 +20,8 @@ from most_net.data import Pairs
 from most_net.figures import DRAWN_BY, save_figures
 from most_net.learner import styles_in, synthesise
 from most_net.mechanism import atlas, measure
-from most_net.metrics import grey_bytes, nlda_rate, pretrained, quality, ssim, window_of
-from most_net.pairs import load_dataset
+from most_net.metrics import nlda_rate, pretrained, quality, window_of
+from most_net.pairs import find_pairs, load
 from most_net.train import Config as TrainConfig
 from most_net.trials import DRAWN, Trial, drawn_pairs, load_network, plan, split_data, trial_pairs
 from shared.io import find_run, load_config, load_weights, write_image
@@ -81,12 +81,10 @@ def load_test(config: TrainConfig, trial: Trial, test: Pairs | None) -> tuple[Pa
         raise UserError("no test pairs: neither a test part in the data set nor held-out pairs in the run")
     if config.scale == 1:
         return test, test.sketches / 255
-    lists = (config.layout, config.train_list, config.test_list, config.alignment)
-    full = [pairs for pairs in load_dataset(config.dataset, config.data_root, *lists) if pairs is not None]
-    sketches = {
-        name: sketch for pairs in full for name, sketch in zip(pairs.names, pairs.sketches, strict=True)
-    }
-    return test, torch.stack([sketches[name] for name in test.names]) / 255
+    lists = (config.layout, config.train_list, config.test_list)
+    train_files, test_files = find_pairs(config.dataset, config.data_root, *lists)
+    files = {pair.name: pair for pair in train_files + test_files}
+    return test, load([files[name] for name in test.names], config.alignment).sketches / 255
 
 
 def enlarge(images: Tensor, like: Tensor) -> Tensor:
@@ -126,9 +124,8 @@ def of_first_memory(test: Pairs, net: nn.Module) -> Pairs:
 def score(config: Config, truth: Tensor, got: Tensor) -> dict[str, float]:
     """All metrics of sketches (N, 1, H, W) in [0, 1] against the drawn ones. UserError when `nlda_train` was
     given and does not leave people to train on and to search."""
-    window = window_of(truth.shape[-2])
-    values = {name: float(column.mean()) for name, column in quality(truth, got).items()}
-    values["SSIM"] = float(ssim(grey_bytes(truth), grey_bytes(got), window=window).mean())
+    columns = quality(truth, got, window_of(truth.shape[-2]))
+    values = {name: float(column.mean()) for name, column in columns.items()}
     values["L1"] = 2 * float((truth - got).abs().mean())  # on [-1, 1]
     people = len(truth)
     train_people = config.nlda_train

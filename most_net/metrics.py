@@ -68,15 +68,18 @@ def window_of(height: int) -> int:
     return SSIM_WINDOW if height >= 64 else 7
 
 
-def quality(truth: Tensor, prediction: Tensor, batch: int = 16) -> dict[str, Tensor]:
-    """SSIM, FSIM and Scoot of every pair of grey images (N, 1, H, W) in [0, 1]: name -> (N,) float64."""
+def quality(
+    truth: Tensor, prediction: Tensor, window: int = SSIM_WINDOW, batch: int = 16
+) -> dict[str, Tensor]:
+    """SSIM, FSIM and Scoot of every pair of grey images (N, 1, H, W) in [0, 1]: name -> (N,) float64.
+    window: side of SSIM's."""
     rows = []
     batches = zip(truth.split(batch), prediction.split(batch), strict=True)
     for a, b in progress(batches, "metrics", total=-(-len(truth) // batch)):
         a, b = grey_bytes(a).double(), grey_bytes(b).double()
         both = fsim_features(torch.cat([a, b]))  # one batch of transforms
         halves = [tuple(part.chunk(2)[i] for part in both) for i in range(2)]
-        rows.append(torch.stack([ssim(a, b), fsim_of_features(*halves), scoot(a, b)]))
+        rows.append(torch.stack([ssim(a, b, window=window), fsim_of_features(*halves), scoot(a, b)]))
     return dict(zip(("SSIM", "FSIM", "Scoot"), torch.cat(rows, 1).cpu(), strict=True))
 
 

@@ -134,7 +134,7 @@ def test_training_on_files_with_a_discriminator(tmp_path):
 
 
 @pytest.mark.parametrize("styles", [True, False])
-def test_every_style_of_fs2k_has_a_memory_or_all_have_one(tmp_path, monkeypatch, styles):
+def test_every_style_of_fs2k_has_a_memory_or_all_have_one(tmp_path, monkeypatch, capsys, styles):
     drawn = face_pairs(2, 0, 25, ("outline", "pencil", "bold"))
     for i in range(6):
         style, number = i // 2 + 1, i % 2
@@ -161,9 +161,11 @@ def test_every_style_of_fs2k_has_a_memory_or_all_have_one(tmp_path, monkeypatch,
         [2 * 2 * 256] * 3 if styles else [6 * 2 * 256]
     )
     examined = []
+    capsys.readouterr()
     monkeypatch.setattr(evaluation, "measure", lambda net, pairs, *rest: examined.append(pairs) or {})
     monkeypatch.setattr(evaluation, "save_figures", lambda *arguments: None)
     evaluation.evaluate(evaluation.Config(folder, device="cpu", patches=False))
+    assert capsys.readouterr().out.count("training pairs") == 1  # the full size is read without a word
     # Of several memories the first knows the first style alone.
     assert [pairs.styles.tolist() for pairs in examined] == [[0] if styles else [0, 0, 0]]
 
