@@ -152,7 +152,7 @@ def metric_rows(config: Config, device: torch.device) -> list[dict]:
     drawn = rng.integers(0, 255, (PEOPLE, PIXELS)).astype(np.float32)
     made = drawn + rng.normal(0, 60, drawn.shape).astype(np.float32)
     begin_time = time.perf_counter()
-    recognition(drawn, made, 150, 300)
+    recognition(drawn, made, 150)
     rows.append(
         {"what": f"NLDA, {PEOPLE} people, 20 partitions", "seconds": time.perf_counter() - begin_time}
     )

@@ -151,7 +151,7 @@ class Decoder(nn.Module):
 class MostNet(nn.Module):
     """Photo -> sketch, with the style retrieved from a memory.
 
-    memory: `dynamic` (the method), `static` (no writes after the start), `grad` (slots are parameters) or
+    memory: `dynamic` (the method), `grad` (slots are parameters) or
     `none` (a 1x1 convolution of the photo features takes the place of what the memory gives; no AdaIN).
     styles: number of artists; each has a memory of its own, everything else is shared.
     topk, weighting: see `Memory`.

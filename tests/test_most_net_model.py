@@ -212,6 +212,12 @@ def test_merged_memory_answers_with_both():
     assert both.slots == 8
     assert torch.allclose(both.scores(queries)[:, 3:], second.scores(queries), atol=1e-6)
     assert torch.equal(both.values[:3], first.values)
+    learned = Memory(8, 3, learned=True)
+    with torch.no_grad():
+        learned.keys *= 3  # gradient descent keeps no length
+    both = merge(learned, second)
+    assert torch.allclose(both.scores(queries)[:, :3], learned.scores(queries), atol=1e-6)
+    assert not both.learned and torch.allclose(both.keys.norm(dim=1), torch.ones(8))
 
 
 def test_only_training_writes_and_the_state_dict_holds_all():
