@@ -20,7 +20,7 @@ from most_net.data import Pairs
 from most_net.figures import DRAWN_BY, save_figures
 from most_net.learner import styles_in, synthesise
 from most_net.mechanism import atlas, measure
-from most_net.metrics import nlda_rate, pretrained, quality, window_of
+from most_net.metrics import Pretrained, nlda_rate, quality, window_of
 from most_net.pairs import find_pairs, load
 from most_net.train import Config as TrainConfig
 from most_net.trials import DRAWN, Trial, drawn_pairs, load_network, plan, split_data, trial_pairs
@@ -121,7 +121,7 @@ def of_first_memory(test: Pairs, net: nn.Module) -> Pairs:
     return test.select(own[:PROBED])
 
 
-def score(config: Config, truth: Tensor, got: Tensor) -> dict[str, float]:
+def score(config: Config, truth: Tensor, got: Tensor, pretrained: Pretrained) -> dict[str, float]:
     """All metrics of sketches (N, 1, H, W) in [0, 1] against the drawn ones. UserError when `nlda_train` was
     given and does not leave people to train on and to search."""
     columns = quality(truth, got, window_of(truth.shape[-2]))
@@ -136,7 +136,7 @@ def score(config: Config, truth: Tensor, got: Tensor) -> dict[str, float]:
         raise UserError(f"--nlda-train {config.nlda_train}: between 2 and {people - 2} of {people} people")
     if fits:
         values["NLDA"] = 100 * nlda_rate(truth, got, train_people).best
-    return values | pretrained(truth, got, config)
+    return values | pretrained(got)
 
 
 def evaluate(config: Config) -> Path:
@@ -144,19 +144,21 @@ def evaluate(config: Config) -> Path:
     start = time.perf_counter()
     folder = find_run("most_net", config.run)
     settings = load_config(folder, TrainConfig)
-    nets = networks(folder, settings, pick_device(config.device))
+    device = pick_device(config.device)
+    nets = networks(folder, settings, device)
     main = [trial for trial in nets if trial.name != "artists"]
     if not main:
         raise UserError(f"{folder}: only a network of several artists, nothing to compare it with")
     real_train, _, real_test = split_data(settings)
     test, truth = load_test(settings, main[0], real_test)
+    pretrained = Pretrained(truth, config, device)
     known = trial_pairs(settings, main[0], real_train) if config.patches else None
     methods = plain_baselines(test, known)
     methods |= {trial.name: synthesise(nets[trial], test, trial.size) for trial in main}
 
     scores: Scores = {}
     for name, got in methods.items():
-        scores[name] = score(config, truth, enlarge(got, truth))
+        scores[name] = score(config, truth, enlarge(got, truth), pretrained)
     window = window_of(test.photos.shape[-2])
     probe = test.select(list(range(min(PROBED, len(test)))))
     memories = {

@@ -166,19 +166,39 @@ def _size(image: Tensor) -> str:
     return f"{image.shape[-1]}x{image.shape[-2]}"
 
 
-def pretrained(truth: Tensor, prediction: Tensor, config: Config) -> dict[str, float]:
-    """LPIPS, FID and KID as asked, on grey sketches (N, 1, H, W) repeated to three channels."""
-    means = {}
-    real, fake = ([part.expand(-1, 3, -1, -1) for part in x.split(16)] for x in (truth, prediction))
-    if config.lpips:
-        network = shared.metrics.perceptual_network("alex", config.lpips_weights)
-        values = [shared.metrics.lpips(b, a, network) * len(a) for a, b in zip(real, fake, strict=True)]
-        means["LPIPS"] = sum(values) / len(truth)
-    if config.fid:
-        network = shared.metrics.InceptionFeatures(config.fid_weights)
-        means["FID"] = shared.metrics.fid(real, fake, network)
-        means["KID"], _ = shared.metrics.kid(real, fake, network, size=min(len(truth), 1000))
-    return means
+class Pretrained:
+    """LPIPS, FID and KID as asked, of grey sketches repeated to three channels against the same truth
+    (N, 1, H, W): the networks are loaded and the truth's features computed once. UserError when a network's
+    file is not to be had."""
+
+    def __init__(self, truth: Tensor, config: Config, device: torch.device | str = "cpu"):
+        self.device, self.lpips, self.inception = device, None, None
+        self.real = self._batches(truth)
+        if config.lpips:
+            self.lpips = shared.metrics.perceptual_network("alex", config.lpips_weights).to(device)
+        if config.fid:
+            self.inception = shared.metrics.InceptionFeatures(config.fid_weights).to(device)
+            self.real_features = self._features(self.real)
+
+    def __call__(self, prediction: Tensor) -> dict[str, float]:
+        """The means of sketches (N, 1, H, W) in [0, 1]."""
+        means, fake = {}, self._batches(prediction)
+        if self.lpips is not None:
+            pairs = zip(self.real, fake, strict=True)
+            values = [shared.metrics.lpips(b, a, self.lpips) * len(a) for a, b in pairs]
+            means["LPIPS"] = sum(values) / len(prediction)
+        if self.inception is not None:
+            features = self.real_features, self._features(fake)
+            means["FID"] = shared.metrics.fid(*features)
+            means["KID"], _ = shared.metrics.kid(*features, size=min(len(prediction), 1000))
+        return means
+
+    def _batches(self, images: Tensor) -> list[Tensor]:
+        return [part.to(self.device).expand(-1, 3, -1, -1) for part in images.split(16)]
+
+    @torch.inference_mode()
+    def _features(self, batches: list[Tensor]) -> list[Tensor]:
+        return [self.inception(images) for images in batches]
 
 
 def main(config: Config) -> None:
@@ -186,6 +206,7 @@ def main(config: Config) -> None:
     if config.out:
         result_file(config.out)
     names, truth, prediction = load_folders(config.truth, config.prediction)
+    pretrained = Pretrained(truth, config)
     values = quality(truth, prediction)
     means = {metric: float(column.mean()) for metric, column in values.items()}
     curves = {}
@@ -195,7 +216,7 @@ def main(config: Config) -> None:
         except ValueError as error:
             raise UserError(f"--nlda-train: {error}") from None
         means["NLDA"], curves["NLDA by dimensions"] = 100 * found.best, 100 * found.curve
-    means |= pretrained(truth, prediction, config)
+    means |= pretrained(prediction)
     rows = [[f"{name} [%]" if name == "NLDA" else name, value] for name, value in means.items()]
     print(format_table(["metric", f"mean of {len(names)} images"], rows))
     if config.out:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_most_net_runs import SMALL, enlarged, tiny
 
+import shared.metrics
 from most_net import adapt, mechanism, metrics, predict
 from most_net import eval as evaluation
 from most_net.data import face_pairs, simple_pairs
@@ -33,8 +34,23 @@ def run(tmp_path_factory) -> Path:
 def test_the_comparison_shows_the_first_seed_whatever_it_is(run, monkeypatch):
     shown = []
     monkeypatch.setattr(evaluation, "save_figures", lambda *arguments: shown.append(arguments))
+    loaded = []
+
+    class Network(torch.nn.Module):
+        def __init__(self, *arguments):
+            super().__init__()
+            loaded.append(arguments)
+
+        def forward(self, *images):
+            return sum(x.mean((2, 3)) for x in images)  # (B, 3)
+
+    monkeypatch.setattr(shared.metrics, "perceptual_network", Network)
+    monkeypatch.setattr(shared.metrics, "InceptionFeatures", Network)
     folder = train(tiny(run.parent / "seeds", variants=("none", "most"), seed=1, seeds=2))
-    evaluation.evaluate(evaluation.Config(folder, device="cpu", patches=False))
+    evaluation.evaluate(evaluation.Config(folder, device="cpu", patches=False, lpips=True, fid=True))
+    assert len(loaded) == 2  # not for every method again
+    scores = json.loads((folder / "results.json").read_text())["scores"]
+    assert all({"LPIPS", "FID", "KID"} <= row.keys() for row in scores.values())
     assert set(shown[0][3]) == {"grey photo", "dodge sketch", "none-4-1", "most-4-1"}
     with pytest.raises(UserError, match="--nlda-train 127: between 2 and 126 of 128 people"):
         evaluation.evaluate(evaluation.Config(folder, device="cpu", patches=False, nlda_train=127))
