@@ -1,6 +1,7 @@
 """MOST-Net: training, resume after a kill, evaluation."""
 
 import json
+import math
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from curves import assert_same_curves, run_one, run_two
 from safetensors.torch import load_file
 
-from most_net import claims, literal, mechanism
+from most_net import claims, figures, literal, mechanism
 from most_net import eval as evaluation
 from most_net.data import Batch, face_pairs, simple_pairs
 from most_net.learner import learning_rate, synthesise
@@ -261,6 +262,9 @@ def test_mechanism_measures_and_restores_the_memory():
     found = mechanism.measure(net, simple_pairs(4, 0, 16), 16, window=7)
     assert set(found) == {"cosine", "ssim", "ssim_permuted", "ssim_zero", "slots_used", "purity"}
     assert torch.equal(net.memories[0].values, before)
+    odd = simple_pairs(2, 0, 25)  # larger than the crop, and not to be halved
+    assert math.isfinite(mechanism.measure(net, odd, 16, window=7)["ssim"])
+    assert mechanism.atlas(net, odd, 16).isfinite().all() and figures.slots(net, odd, 16).isfinite().all()
     slot, parts = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 2, 0, 1, 1])
     assert mechanism.purity(slot, parts) == pytest.approx(4 / 5)
 
