@@ -15,12 +15,13 @@ from torch import Tensor
 from most_net.align import HEIGHT
 from most_net.data import pad_to, signed
 from most_net.memory import Memory, merge
-from most_net.metrics import image_files
+from most_net.metrics import image_files, result_file
 from most_net.model import MostNet, flatten
 from most_net.pairs import Alignment, load, match
 from most_net.train import Config as TrainConfig
 from most_net.trials import frame_of, load_network
 from shared.io import find_run, save_safetensors
+from shared.ranges import Count
 from shared.runtime import UserError, parse, run_main, step_generator
 
 
@@ -33,12 +34,12 @@ class Config:
     sketches: Path
     """Folder of the artist's sketches of them, with equal names."""
     out: Path = Path("artist.safetensors")
-    """Where the memory is written."""
+    """Where the memory is written, a .safetensors file."""
     run: Path | None = None
     """Run folder. Default: the newest run."""
     trial: str | None = None
     """Network of the run. Default: its last one that has a memory."""
-    rounds: int = 10
+    rounds: Count = 10
     """Rounds of k-means over the pairs' queries."""
     merge: bool = False
     """Keep the slots of the run's own first memory as well."""
@@ -64,6 +65,9 @@ def learn_artist(net: MostNet, photos: Tensor, sketches: Tensor, rounds: int = 1
 
 def main(config: Config) -> None:
     """Read the pairs, write the memory, and say how large it is."""
+    if config.out.suffix != ".safetensors":  # by which predict.py knows how to read it
+        raise UserError(f"--out {config.out}: give a name that ends in .safetensors")
+    result_file(config.out)
     net, settings, trial = load_network(find_run("most_net", config.run), TrainConfig, config.trial)
     if not hasattr(net, "memories"):
         raise UserError(f"--trial {trial.name}: a network without a memory cannot be taught")

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.io import read_utf8
 from shared.runtime import UserError
 
 HEIGHT, WIDTH = 250, 200
 EYES = ((75.0, 125.0), (125.0, 125.0))
-"""(x, y) of the eye on the picture's left and on its right, as in the public aligned packages."""
+"""(x, y) of the eye on the picture's left and on its right, recalled from the public aligned packages."""
 
 Point = tuple[float, float]
 
@@ -61,10 +62,8 @@ def read_eyes(path: Path, points: tuple[int, int] = (16, 18)) -> tuple[Point, Po
     of CUFS, `points` are the numbers of the eyes, from 0. Whichever lies further left comes first. Raises
     UserError on a missing or foreign file.
     """
-    try:
-        numbers = [float(word) for word in re.findall(r"-?\d+(?:\.\d+)?", path.read_text())]
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no landmarks ({error}); expected a text file with x y per line") from None
+    text = read_utf8(path, "landmarks, x y per line,")
+    numbers = [float(word) for word in re.findall(r"-?\d+(?:\.\d+)?", text)]
     found = list(zip(numbers[::2], numbers[1::2], strict=False))
     first, second = (0, 1) if len(found) <= 5 else points
     if len(numbers) % 2 or len(found) <= max(first, second):

@@ -25,6 +25,7 @@ from most_net.train import PRESETS, Weights, update
 from most_net.trials import begin, plan
 from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report, throughput
 from shared.norms import with_plain_norms
+from shared.ranges import Natural, Positive
 from shared.runtime import parse, pick_device, run_main, start
 
 STEP_WEIGHTS = Weights(pixel=1, reconstruction=1, perceptual=0, adversarial=1)
@@ -37,11 +38,11 @@ class Config:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
-    seconds: float = 2.0
+    seconds: Positive = 2.0
     """Least time of each measurement."""
     parts: tuple[Literal["networks", "training", "metrics"], ...] = ("networks", "training", "metrics")
     """What to measure. The literal loops and NLDA of `metrics` run on the CPU."""
-    batch: int = 0
+    batch: Natural = 0
     """Photos at a time at 256x256. 0: 32 and, for training, 4 on a GPU; 1 and 1 on a CPU."""
 
 
@@ -88,8 +89,8 @@ def network_rows(config: Config, device: torch.device) -> list[dict]:
 def step_rows(
     config: Config, accelerator: Accelerator, arch: Architecture, size: int, batch: int, bf16: bool
 ) -> list[dict]:
-    """A training step with discriminator, and the same step in its literal form: in fp32, on a GPU also in
-    the precision of the step, which there is bf16 whatever `bf16` says."""
+    """A training step with discriminator, and the same step in its literal form: in fp32, and also in bf16
+    where the step is, which on a GPU is so whatever `bf16` says."""
     device = accelerator.device
     wrapped = accelerator.mixed_precision == "bf16"
     bf16 = bf16 or wrapped
@@ -117,7 +118,7 @@ def step_rows(
 
     name = f"training step {size}x{size}, batch {batch}"
     steps = {f"{name}, {'bf16' if bf16 else 'fp32'}": ours, f"{name}, literal form": naive(False)}
-    if device.type == "cuda":
+    if bf16:
         steps[f"{name}, literal form, bf16"] = naive(True)
     rows, seconds = [], in_turn(steps, device, config.seconds)
     for what, step in steps.items():
@@ -151,7 +152,7 @@ def metric_rows(config: Config, device: torch.device) -> list[dict]:
     drawn = rng.integers(0, 255, (PEOPLE, PIXELS)).astype(np.float32)
     made = drawn + rng.normal(0, 60, drawn.shape).astype(np.float32)
     begin_time = time.perf_counter()
-    recognition(drawn, made, 150, 300)
+    recognition(drawn, made, 150)
     rows.append(
         {"what": f"NLDA, {PEOPLE} people, 20 partitions", "seconds": time.perf_counter() - begin_time}
     )

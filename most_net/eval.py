@@ -20,8 +20,8 @@ from most_net.data import Pairs
 from most_net.figures import DRAWN_BY, save_figures
 from most_net.learner import styles_in, synthesise
 from most_net.mechanism import atlas, measure
-from most_net.metrics import grey_bytes, nlda_rate, pretrained, quality, ssim, window_of
-from most_net.pairs import load_dataset
+from most_net.metrics import Pretrained, nlda_rate, quality, window_of
+from most_net.pairs import find_pairs, load
 from most_net.train import Config as TrainConfig
 from most_net.trials import DRAWN, Trial, drawn_pairs, load_network, plan, split_data, trial_pairs
 from shared.io import find_run, load_config, load_weights, write_image
@@ -34,6 +34,7 @@ from shared.published import (
     print_claims,
     write_results,
 )
+from shared.ranges import Natural
 from shared.runtime import UserError, parse, pick_device, run_main
 
 TEST_SEED, TEST_FACES = 999, 128
@@ -51,7 +52,7 @@ class Config:
     """Run folder. Default: the newest run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
-    nlda_train: int | None = None
+    nlda_train: Natural | None = None
     """Training people of NLDA recognition. Default: 150 and 300 on the standard test sets, otherwise nearly
     half of the test people; 0 leaves it out."""
     patches: bool = True
@@ -80,12 +81,10 @@ def load_test(config: TrainConfig, trial: Trial, test: Pairs | None) -> tuple[Pa
         raise UserError("no test pairs: neither a test part in the data set nor held-out pairs in the run")
     if config.scale == 1:
         return test, test.sketches / 255
-    lists = (config.layout, config.train_list, config.test_list, config.alignment)
-    full = [pairs for pairs in load_dataset(config.dataset, config.data_root, *lists) if pairs is not None]
-    sketches = {
-        name: sketch for pairs in full for name, sketch in zip(pairs.names, pairs.sketches, strict=True)
-    }
-    return test, torch.stack([sketches[name] for name in test.names]) / 255
+    lists = (config.layout, config.train_list, config.test_list)
+    train_files, test_files = find_pairs(config.dataset, config.data_root, *lists)
+    files = {pair.name: pair for pair in train_files + test_files}
+    return test, load([files[name] for name in test.names], config.alignment).sketches / 255
 
 
 def enlarge(images: Tensor, like: Tensor) -> Tensor:
@@ -122,12 +121,11 @@ def of_first_memory(test: Pairs, net: nn.Module) -> Pairs:
     return test.select(own[:PROBED])
 
 
-def score(config: Config, truth: Tensor, got: Tensor) -> dict[str, float]:
+def score(config: Config, truth: Tensor, got: Tensor, pretrained: Pretrained) -> dict[str, float]:
     """All metrics of sketches (N, 1, H, W) in [0, 1] against the drawn ones. UserError when `nlda_train` was
     given and does not leave people to train on and to search."""
-    window = window_of(truth.shape[-2])
-    values = {name: float(column.mean()) for name, column in quality(truth, got).items()}
-    values["SSIM"] = float(ssim(grey_bytes(truth), grey_bytes(got), window=window).mean())
+    columns = quality(truth, got, window_of(truth.shape[-2]))
+    values = {name: float(column.mean()) for name, column in columns.items()}
     values["L1"] = 2 * float((truth - got).abs().mean())  # on [-1, 1]
     people = len(truth)
     train_people = config.nlda_train
@@ -138,7 +136,7 @@ def score(config: Config, truth: Tensor, got: Tensor) -> dict[str, float]:
         raise UserError(f"--nlda-train {config.nlda_train}: between 2 and {people - 2} of {people} people")
     if fits:
         values["NLDA"] = 100 * nlda_rate(truth, got, train_people).best
-    return values | pretrained(truth, got, config)
+    return values | pretrained(got)
 
 
 def evaluate(config: Config) -> Path:
@@ -146,19 +144,21 @@ def evaluate(config: Config) -> Path:
     start = time.perf_counter()
     folder = find_run("most_net", config.run)
     settings = load_config(folder, TrainConfig)
-    nets = networks(folder, settings, pick_device(config.device))
+    device = pick_device(config.device)
+    nets = networks(folder, settings, device)
     main = [trial for trial in nets if trial.name != "artists"]
     if not main:
         raise UserError(f"{folder}: only a network of several artists, nothing to compare it with")
     real_train, _, real_test = split_data(settings)
     test, truth = load_test(settings, main[0], real_test)
+    pretrained = Pretrained(truth, config, device)
     known = trial_pairs(settings, main[0], real_train) if config.patches else None
     methods = plain_baselines(test, known)
     methods |= {trial.name: synthesise(nets[trial], test, trial.size) for trial in main}
 
     scores: Scores = {}
     for name, got in methods.items():
-        scores[name] = score(config, truth, enlarge(got, truth))
+        scores[name] = score(config, truth, enlarge(got, truth), pretrained)
     window = window_of(test.photos.shape[-2])
     probe = test.select(list(range(min(PROBED, len(test)))))
     memories = {

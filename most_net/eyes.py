@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from most_net.align import Point
 from shared.faces import draw, sample
 from shared.io import load_safetensors, progress, save_safetensors
+from shared.ranges import Count, Seed
 from shared.runtime import parse, run_main, seed_everything
 
 WEIGHTS = Path(__file__).with_name("eyes.safetensors")
@@ -106,13 +107,13 @@ def load_finder(path: Path = WEIGHTS) -> EyeFinder:
 class Config:
     """Train the eye finder on procedural faces."""
 
-    faces: int = 1500
+    faces: Count = 1500
     """Faces drawn once."""
-    steps: int = 600
+    steps: Count = 600
     """Steps of Adam."""
-    batch: int = 32
+    batch: Count = 32
     """Faces per step."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random."""
     out: Path = WEIGHTS
     """Where the weights are written."""

@@ -29,7 +29,8 @@ def comparison(test: Pairs, methods: dict[str, Tensor], shown: int = 8) -> Tenso
 @torch.inference_mode()
 def slots(net: nn.Module, test: Pairs, size: int, shown: int = 8) -> Tensor:
     """Photo, false colours of the slots, sketch: (3, H, W)."""
-    photos, _ = padded(test.select(list(range(min(shown, len(test))))), size, net.fuse.weight.device)
+    chosen = test.select(list(range(min(shown, len(test)))))
+    photos, _ = padded(chosen, size, net.fuse.weight.device, 2**net.arch.downs)
     rows = [photos / 2 + 0.5, slot_map(net, photos), net.sketch(photos) / 2 + 0.5]
     tiles = [tile.expand(3, -1, -1).clamp(0, 1) for row in rows for tile in row]
     return image_grid(tiles, len(photos), ["photo", "slots", "sketch"], scale=max(1, 96 // photos.shape[-1]))

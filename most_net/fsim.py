@@ -39,6 +39,8 @@ def fsim_of_features(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
     similar_pc = (2 * pc1 * pc2 + T1) / (pc1.square() + pc2.square() + T1)
     similar_g = (2 * g1 * g2 + T2) / (g1.square() + g2.square() + T2)
     weight = torch.maximum(pc1, pc2)
+    # Two pages without any structure have no weight: every pixel counts alike.
+    weight = torch.where(weight.sum((1, 2), keepdim=True) > 0, weight, 1.0)
     return (similar_pc * similar_g * weight).sum((1, 2)) / weight.sum((1, 2))
 
 
@@ -78,7 +80,7 @@ def phase_congruency(images: Tensor) -> Tensor:
         median = _median(amplitude[:, 0].flatten(1).square())
         energy_all += (energy - (median * noise[o]).sqrt()[:, None, None]).clamp(min=0)
         amplitude_all += amplitude.sum(1)
-    return energy_all / amplitude_all
+    return energy_all / amplitude_all.clamp(min=torch.finfo(amplitude_all.dtype).tiny)  # flat: 0
 
 
 def _median(x: Tensor) -> Tensor:

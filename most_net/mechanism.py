@@ -13,9 +13,12 @@ from most_net.model import MostNet
 from shared.io import image_grid
 
 
-def padded(pairs: Pairs, size: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Photos and sketches of `pairs` in [-1, 1], padded to at least `size`, on a device."""
-    height, width = (max(size, n) for n in pairs.photos.shape[-2:])
+def padded(
+    pairs: Pairs, size: int, device: torch.device | str = "cpu", multiple: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Photos and sketches of `pairs` in [-1, 1], padded to at least `size` and to sides that are multiples of
+    `multiple`, on a device."""
+    height, width = (-(-max(size, n) // multiple) * multiple for n in pairs.photos.shape[-2:])
     pairs = pairs.to(device)
     return signed(pad_to(pairs.photos, height, width)), signed(pad_to(pairs.sketches, height, width))
 
@@ -32,7 +35,7 @@ def measure(
     their slot (procedural faces only).
     """
     net.eval()
-    photos, sketches = padded(pairs, size, net.fuse.weight.device)
+    photos, sketches = padded(pairs, size, net.fuse.weight.device, 2**net.arch.downs)
     out = net(photos, sketches, style)
     truth = grey_bytes(sketches / 2 + 0.5)
 
@@ -89,7 +92,7 @@ def atlas(net: MostNet, pairs: Pairs, size: int, style: int = 0, slots: int = 32
     sketch.
     """
     net.eval()
-    photos, sketches = padded(pairs, size, net.fuse.weight.device)
+    photos, sketches = padded(pairs, size, net.fuse.weight.device, 2**net.arch.downs)
     out = net(photos, style=style)
     step = photos.shape[-1] // out["slot"].shape[-1]
     half, side = 2 * step, 4 * step

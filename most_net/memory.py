@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shared.runtime import own_type
 
-MemoryKind = Literal["none", "static", "dynamic", "grad"]
+MemoryKind = Literal["none", "dynamic", "grad"]
 
 
 class Memory(nn.Module):
@@ -153,7 +153,8 @@ def usage_perplexity(hits: Tensor) -> float:
 
 
 def merge(first: Memory, second: Memory) -> Memory:
-    """A memory that holds the slots of both: two artists' repertoires in one. Age and usage come along."""
+    """A memory that holds the slots of both: two artists' repertoires in one. Age and usage come along.
+    Learned keys are normalised, as reading does with them: the merged ones are buffers."""
     both = Memory(
         first.keys.shape[1],
         first.slots + second.slots,
@@ -162,11 +163,12 @@ def merge(first: Memory, second: Memory) -> Memory:
         first.revive_after,
         first.topk,
         first.weighting,
-        first.learned,
     )
-    both.load_state_dict(
-        {name: torch.cat([value, second.state_dict()[name]]) for name, value in first.state_dict().items()}
-    )
+    states = [memory.state_dict() for memory in (first, second)]
+    for memory, state in zip((first, second), states, strict=True):
+        if memory.learned:
+            state["keys"] = F.normalize(state["keys"], dim=1)
+    both.load_state_dict({name: torch.cat([state[name] for state in states]) for name in states[0]})
     return both
 
 

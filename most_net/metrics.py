@@ -23,10 +23,14 @@ from most_net.nlda import Recognition, recognition
 from most_net.scoot import scoot
 from shared.io import IMAGE_ENDINGS, find_images, progress, read_image
 from shared.published import format_table
+from shared.ranges import Count, Natural
 from shared.records import write_json
 from shared.runtime import UserError, parse, run_main
 
 __all__ = ["Recognition", "fsim", "grey_bytes", "nlda_rate", "quality", "scoot", "ssim", "window_of"]
+
+
+SSIM_WINDOW = 11
 
 
 def grey_bytes(images: Tensor) -> Tensor:
@@ -35,7 +39,7 @@ def grey_bytes(images: Tensor) -> Tensor:
 
 
 def ssim(
-    first: Tensor, second: Tensor, data_range: float = 255.0, window: int = 11, sigma: float = 1.5
+    first: Tensor, second: Tensor, data_range: float = 255.0, window: int = SSIM_WINDOW, sigma: float = 1.5
 ) -> Tensor:
     """Structural similarity (Wang et al., 2004) of (B, 1, H, W): (B,), 1 when equal. Differentiable.
 
@@ -61,18 +65,21 @@ def ssim(
 
 def window_of(height: int) -> int:
     """Side of SSIM's window for pictures of that height: 11, and 7 on the small ones of the demo."""
-    return 11 if height >= 64 else 7
+    return SSIM_WINDOW if height >= 64 else 7
 
 
-def quality(truth: Tensor, prediction: Tensor, batch: int = 16) -> dict[str, Tensor]:
-    """SSIM, FSIM and Scoot of every pair of grey images (N, 1, H, W) in [0, 1]: name -> (N,) float64."""
+def quality(
+    truth: Tensor, prediction: Tensor, window: int = SSIM_WINDOW, batch: int = 16
+) -> dict[str, Tensor]:
+    """SSIM, FSIM and Scoot of every pair of grey images (N, 1, H, W) in [0, 1]: name -> (N,) float64.
+    window: side of SSIM's."""
     rows = []
     batches = zip(truth.split(batch), prediction.split(batch), strict=True)
     for a, b in progress(batches, "metrics", total=-(-len(truth) // batch)):
         a, b = grey_bytes(a).double(), grey_bytes(b).double()
         both = fsim_features(torch.cat([a, b]))  # one batch of transforms
         halves = [tuple(part.chunk(2)[i] for part in both) for i in range(2)]
-        rows.append(torch.stack([ssim(a, b), fsim_of_features(*halves), scoot(a, b)]))
+        rows.append(torch.stack([ssim(a, b, window=window), fsim_of_features(*halves), scoot(a, b)]))
     return dict(zip(("SSIM", "FSIM", "Scoot"), torch.cat(rows, 1).cpu(), strict=True))
 
 
@@ -93,10 +100,10 @@ class Config:
     """Folder of the drawn sketches."""
     prediction: Annotated[Path, tyro.conf.Positional]
     """Folder of the synthesised sketches, with the same file names (the ending may differ)."""
-    nlda_train: int = 0
+    nlda_train: Natural = 0
     """Training people of the NLDA recognition: 150 for CUFS (338 people), 300 for CUFSF (944). 0: leave
     out."""
-    partitions: int = 20
+    partitions: Count = 20
     """Random partitions of the NLDA recognition."""
     lpips: bool = False
     """Also LPIPS (AlexNet); needs its ImageNet weights."""
@@ -108,6 +115,13 @@ class Config:
     """torch-fidelity's InceptionV3 file. Default: its download."""
     out: Path | None = None
     """Write the means, the numbers of every image and the curve of NLDA to this JSON file."""
+
+
+def result_file(path: Path) -> None:
+    """Make the folder of a result, before the work for it. UserError when the path is itself a folder."""
+    if path.is_dir():
+        raise UserError(f"--out {path}: a folder; give the name of a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def image_files(folder: Path) -> dict[str, Path]:
@@ -125,7 +139,8 @@ def image_files(folder: Path) -> dict[str, Path]:
 
 
 def load_folders(truth: Path, prediction: Path) -> tuple[list[str], Tensor, Tensor]:
-    """Names and grey images (N, 1, H, W) in [0, 1] of two folders. UserError on unpaired names and sizes."""
+    """Names and grey images (N, 1, H, W) in [0, 1] of two folders. UserError on unpaired names, on different
+    sizes and on sizes below SSIM's window."""
     first, second = image_files(truth), image_files(prediction)
     for here, there, folder in ((first, second, prediction), (second, first, truth)):
         missing = sorted(here.keys() - there.keys())
@@ -138,6 +153,10 @@ def load_folders(truth: Path, prediction: Path) -> tuple[list[str], Tensor, Tens
             expected = images[0][0] if images[0] else a
             if image.shape != expected.shape:
                 raise UserError(f"{path}: {_size(image)} pixels, expected {_size(expected)} like the others")
+            if min(image.shape[-2:]) < SSIM_WINDOW:
+                raise UserError(
+                    f"{path}: {_size(image)} pixels; the metrics need {SSIM_WINDOW} on every side"
+                )
         images[0].append(a)
         images[1].append(b)
     return sorted(first), torch.stack(images[0]), torch.stack(images[1])
@@ -147,24 +166,47 @@ def _size(image: Tensor) -> str:
     return f"{image.shape[-1]}x{image.shape[-2]}"
 
 
-def pretrained(truth: Tensor, prediction: Tensor, config: Config) -> dict[str, float]:
-    """LPIPS, FID and KID as asked, on grey sketches (N, 1, H, W) repeated to three channels."""
-    means = {}
-    real, fake = ([part.expand(-1, 3, -1, -1) for part in x.split(16)] for x in (truth, prediction))
-    if config.lpips:
-        network = shared.metrics.perceptual_network("alex", config.lpips_weights)
-        values = [shared.metrics.lpips(b, a, network) * len(a) for a, b in zip(real, fake, strict=True)]
-        means["LPIPS"] = sum(values) / len(truth)
-    if config.fid:
-        network = shared.metrics.InceptionFeatures(config.fid_weights)
-        means["FID"] = shared.metrics.fid(real, fake, network)
-        means["KID"], _ = shared.metrics.kid(real, fake, network, size=min(len(truth), 1000))
-    return means
+class Pretrained:
+    """LPIPS, FID and KID as asked, of grey sketches repeated to three channels against the same truth
+    (N, 1, H, W): the networks are loaded and the truth's features computed once. UserError when a network's
+    file is not to be had."""
+
+    def __init__(self, truth: Tensor, config: Config, device: torch.device | str = "cpu"):
+        self.device, self.lpips, self.inception = device, None, None
+        self.real = self._batches(truth)
+        if config.lpips:
+            self.lpips = shared.metrics.perceptual_network("alex", config.lpips_weights).to(device)
+        if config.fid:
+            self.inception = shared.metrics.InceptionFeatures(config.fid_weights).to(device)
+            self.real_features = self._features(self.real)
+
+    def __call__(self, prediction: Tensor) -> dict[str, float]:
+        """The means of sketches (N, 1, H, W) in [0, 1]."""
+        means, fake = {}, self._batches(prediction)
+        if self.lpips is not None:
+            pairs = zip(self.real, fake, strict=True)
+            values = [shared.metrics.lpips(b, a, self.lpips) * len(a) for a, b in pairs]
+            means["LPIPS"] = sum(values) / len(prediction)
+        if self.inception is not None:
+            features = self.real_features, self._features(fake)
+            means["FID"] = shared.metrics.fid(*features)
+            means["KID"], _ = shared.metrics.kid(*features, size=min(len(prediction), 1000))
+        return means
+
+    def _batches(self, images: Tensor) -> list[Tensor]:
+        return [part.to(self.device).expand(-1, 3, -1, -1) for part in images.split(16)]
+
+    @torch.inference_mode()
+    def _features(self, batches: list[Tensor]) -> list[Tensor]:
+        return [self.inception(images) for images in batches]
 
 
 def main(config: Config) -> None:
     """Print the means; with --out also write them, the numbers of every image and the curve of NLDA."""
+    if config.out:
+        result_file(config.out)
     names, truth, prediction = load_folders(config.truth, config.prediction)
+    pretrained = Pretrained(truth, config)
     values = quality(truth, prediction)
     means = {metric: float(column.mean()) for metric, column in values.items()}
     curves = {}
@@ -174,7 +216,7 @@ def main(config: Config) -> None:
         except ValueError as error:
             raise UserError(f"--nlda-train: {error}") from None
         means["NLDA"], curves["NLDA by dimensions"] = 100 * found.best, 100 * found.curve
-    means |= pretrained(truth, prediction, config)
+    means |= pretrained(prediction)
     rows = [[f"{name} [%]" if name == "NLDA" else name, value] for name, value in means.items()]
     print(format_table(["metric", f"mean of {len(names)} images"], rows))
     if config.out:

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from most_net.memory import Memory, MemoryKind
 from shared.norms import InstanceNorm
+from shared.ranges import Count, Natural, Positive, Share, Weight
 from shared.runtime import own_type
 
 
@@ -19,29 +20,29 @@ from shared.runtime import own_type
 class Architecture:
     """Sizes of the networks. The defaults are the full size, for 256x256."""
 
-    base: int = 64
+    base: Count = 64
     """Channels at full resolution."""
-    downs: int = 2
+    downs: Natural = 2
     """Halvings of the resolution; features have base * 2**downs channels."""
-    kernel: int = 7
-    """Kernel of the first and last convolution."""
-    dilations: tuple[int, ...] = (1, 1, 1, 1)
+    kernel: Count = 7
+    """Kernel of the first and last convolution, odd."""
+    dilations: tuple[Count, ...] = (1, 1, 1, 1)
     """Dilation of each residual block of an encoder."""
-    decoder_blocks: int = 4
+    decoder_blocks: Natural = 4
     """Residual blocks of the decoder."""
     transposed: bool = True
     """Double the resolution by transposed convolutions; otherwise by repetition and two 3x3 convolutions."""
     instance_norm: bool = True
     """Instance normalisation after the convolutions."""
-    slope: float = 0.0
+    slope: Weight = 0.0
     """Negative slope of the rectifiers."""
-    slots: int = 512
+    slots: Count = 512
     """Slots N of the memory."""
-    tau: float = 0.07
+    tau: Positive = 0.07
     """Temperature of reading."""
-    momentum: float = 0.9
+    momentum: Share = 0.9
     """Share of a slot that survives a write."""
-    revive_after: int = 500
+    revive_after: Natural = 500
     """Steps without a hit after which a slot is given to a badly matched query."""
 
     @property
@@ -150,7 +151,7 @@ class Decoder(nn.Module):
 class MostNet(nn.Module):
     """Photo -> sketch, with the style retrieved from a memory.
 
-    memory: `dynamic` (the method), `static` (no writes after the start), `grad` (slots are parameters) or
+    memory: `dynamic` (the method), `grad` (slots are parameters) or
     `none` (a 1x1 convolution of the photo features takes the place of what the memory gives; no AdaIN).
     styles: number of artists; each has a memory of its own, everything else is shared.
     topk, weighting: see `Memory`.

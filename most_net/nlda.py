@@ -30,15 +30,14 @@ def recognition(
     drawn: np.ndarray,
     synthesised: np.ndarray,
     train_people: int,
-    dimensions: int | None = None,
     partitions: int = 20,
     seed: int = 0,
 ) -> Recognition:
     """NLDA recognition rate of synthesised sketches.
 
     drawn, synthesised: (N, D) pixels, row i of both is person i. train_people: 150 on CUFS (of 338), 300 on
-    CUFSF (of 944). dimensions: of the principal components, 300 and 600 there; at most 2 * train_people - 1,
-    which is the default. Raises ValueError when too few people are left to be searched.
+    CUFSF (of 944), where it keeps 2 * train_people - 1 principal components, all that there are (the
+    literature says 300 and 600). Raises ValueError when too few people are left to be searched.
     """
     people = len(drawn)
     if not 2 <= train_people <= people - 2:
@@ -50,17 +49,15 @@ def recognition(
     for _ in progress(range(partitions), "NLDA"):
         order = rng.permutation(people)
         train, test = order[:train_people], order[train_people:]
-        curves.append(_accuracy(gram, people, train, test, dimensions))
+        curves.append(_accuracy(gram, people, train, test))
     return Recognition(np.mean(curves, axis=0), partitions)
 
 
-def _accuracy(
-    gram: np.ndarray, people: int, train: np.ndarray, test: np.ndarray, dimensions: int | None
-) -> np.ndarray:
+def _accuracy(gram: np.ndarray, people: int, train: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Rank-1 accuracy of one partition for every number of discriminant dimensions, (train - 1,)."""
     n = len(train)
     chosen = np.concatenate([train, train + people])
-    components = _principal(gram[np.ix_(chosen, chosen)], min(dimensions or 2 * n - 1, 2 * n - 1))
+    components = _principal(gram[np.ix_(chosen, chosen)], 2 * n - 1)
     # Coordinates of any image: its inner products with the centred training images, through the components.
     mean = gram[:, chosen].mean(1, keepdims=True)
     centre = gram[np.ix_(chosen, chosen)].mean(0) - gram[np.ix_(chosen, chosen)].mean()

@@ -16,6 +16,7 @@ from most_net.data import Pairs
 from most_net.metrics import image_files
 from shared.io import find_images, progress, read_image, read_utf8
 from shared.processes import rank
+from shared.ranges import Natural
 from shared.records import read_json
 from shared.runtime import UserError
 
@@ -42,7 +43,7 @@ class Alignment:
     """Folder of the photos' landmark files (.dat, .pos, .3pts, .txt), named like the photos."""
     sketch_landmarks: Path | None = None
     """Folder of the sketches' landmark files."""
-    eye_points: tuple[int, int] = (16, 18)
+    eye_points: tuple[Natural, Natural] = (16, 18)
     """Numbers of the eye centres, from 0, in files of more than 5 points."""
     colour: Literal["error", "grey"] = "error"
     """Sketches in colour: refuse them (photos and sketches may be swapped), or convert them to grey."""
@@ -86,12 +87,21 @@ def find_pairs(
     dataset: str, root: Path, layout: Layout, train_list: Path | None = None, test_list: Path | None = None
 ) -> tuple[list[Pair], list[Pair]]:
     """The files of the training and test pairs, in the order of list or name."""
+    if train_list is None and (layout == "list" or test_list):
+        raise UserError("layout list: name the list of the training pairs with --train-list")
     if layout == "auto":
         layout = _recognise(root, train_list)
     if layout == "list":
-        if train_list is None:
-            raise UserError("layout list: name the list of the training pairs with --train-list")
-        return read_list(root, train_list), read_list(root, test_list) if test_list else []
+        train, test = read_list(root, train_list), read_list(root, test_list) if test_list else []
+        named = Counter(pair.photo for pair in train + test)
+        twice = [photo for photo, count in named.items() if count > 1]
+        if twice:
+            raise UserError(
+                f"{twice[0]}: twice in the lists, as {len(twice)} photos are; leave one line each"
+            )
+        return train, test
+    if train_list:
+        raise UserError(f"--train-list is for layout list, not {layout}")
     if layout == "fs2k":
         return read_fs2k(root, "train"), read_fs2k(root, "test")
     if layout == "folders":
@@ -133,7 +143,7 @@ def read_list(root: Path, path: Path) -> list[Pair]:
         if not line:
             continue
         fields = line.split("||")
-        if len(fields) < 2:
+        if len(fields) < 2 or not all(Path(field.strip()).name for field in fields[:2]):
             raise UserError(f"{path}, line {number}: expected photo||sketch, found {line!r}")
         photo, sketch = (root / field.strip() for field in fields[:2])
         subset = Path(fields[0]).parts[0]
@@ -159,6 +169,9 @@ def read_original(root: Path) -> list[Pair]:
     pairs = []
     for folder in (root, *sorted(path for path in root.iterdir() if path.is_dir())):
         photos, sketches = _folder(folder, "photo"), _folder(folder, "sketch")
+        if (photos is None) != (sketches is None):
+            alone, missing = (photos, "sketch(es)") if photos else (sketches, "photo(s)")
+            raise UserError(f"{alone}: no folder {missing}/ beside it")
         if photos and sketches:
             subset = "" if folder == root else folder.name
             keyed = [_normalised(image_files(part)) for part in (photos, sketches)]
@@ -170,15 +183,21 @@ def read_original(root: Path) -> list[Pair]:
 
 def read_fs2k(root: Path, part: str) -> list[Pair]:
     """FS2K: anno_<part>.json names photo/photo<k>/image<id>, whose sketch is sketch/sketch<k>/sketch<id>;
-    style k is artist k - 1."""
+    style k of three is artist k - 1."""
+
+    def names_in(entries: list[dict]) -> list[str]:
+        return [entry["image_name"].removesuffix(".jpg").removesuffix(".png") for entry in entries]
+
     path = root / f"anno_{part}.json"
-    names = read_json(path, "FS2K's annotations", lambda entries: [entry["image_name"] for entry in entries])
+    names = read_json(path, "FS2K's annotations", names_in)
+    if not names:
+        raise UserError(f"{path}: names no image")
     files: dict[Path, dict[str, Path]] = {}
     pairs = []
     for name in names:
-        found = re.fullmatch(r"photo(\d+)/image(\w+)", name.removesuffix(".jpg").removesuffix(".png"))
+        found = re.fullmatch(r"photo([1-3])/image(\w+)", name)
         if not found:
-            raise UserError(f"{path}: image name {name!r}, expected photo<k>/image<id>")
+            raise UserError(f"{path}: image name {name!r}, expected photo<k>/image<id>, k from 1 to 3")
         style, number = found.groups()
         members = []
         for kind, stem in (("photo", "image"), ("sketch", "sketch")):

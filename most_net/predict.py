@@ -26,6 +26,7 @@ from most_net.metrics import image_files
 from most_net.train import Config as TrainConfig
 from most_net.trials import frame_of, load_network
 from shared.io import find_run, keep_inputs, progress, read_image, write_image
+from shared.ranges import Natural, Within
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 from shared.weights import load_state, load_torch
@@ -43,11 +44,11 @@ class Config:
     """Run folder. Default: the newest run."""
     trial: str | None = None
     """Network of the run. Default: its last one that has a memory."""
-    style: int = 0
+    style: Natural = 0
     """Artist, by the number of the memory."""
     memory: Path | None = None
     """Draw with this memory instead, written by most_net.adapt."""
-    strength: float = 1.0
+    strength: Annotated[float, Within(-10, 10)] = 1.0
     """Of the artist's style: 0 keeps the photo's own statistics, 1 is as trained, more exaggerates."""
     align: Literal["none", "auto", "eyes"] = "none"
     """Turn and cut the photo so that the eyes lie where training had them: found by itself, or as --eyes."""
@@ -56,7 +57,7 @@ class Config:
     resolution: Literal["trained", "own"] = "trained"
     """At which the network works: photo scaled to the height of the training photos, or as it is, in tiles
     when large. The sketch has the photo's own size either way."""
-    tile: int = 512
+    tile: Annotated[int, Within(16)] = 512
     """Side of a tile in pixels."""
     white_background: bool = False
     """Leave the paper white outside the person."""
@@ -188,8 +189,8 @@ def place_eyes(photo: Tensor, config: Config, path: Path) -> tuple[tuple[float, 
     eyes = (config.eyes[:2], config.eyes[2:])
     if any(not (0 <= x < photo.shape[-1] and 0 <= y < photo.shape[-2]) for x, y in eyes):
         raise UserError(f"{path}: --eyes {config.eyes} lie outside the photo")
-    if eyes[0][0] >= eyes[1][0]:
-        raise UserError("--eyes: first the eye that is further left in the picture")
+    if eyes[1][0] - eyes[0][0] < 2:
+        raise UserError("--eyes: first the eye further left, then the other, at least 2 pixels to its right")
     return eyes
 
 
@@ -205,10 +206,11 @@ def predict(config: Config) -> Path:
         net.memories[0] = load_memory(config.memory, net.memories[0])
     net.to(device, memory_format=torch.channels_last).eval()
     style = 0 if config.memory is not None else config.style
-    if not 0 <= style < styles_in(net):
+    if style >= styles_in(net):
         raise UserError(f"--style {style}: {trial.name} has {styles_in(net)} of them, from 0")
     frame, records, photos = frame_of(settings, trial), {}, photo_files(config.inputs)
     keep_inputs(photos, (config.out / f"{path.stem}.png" for path in photos))
+    config.out.mkdir(parents=True, exist_ok=True)  # here, where a path that cannot be used costs nothing
     for path in progress(photos, "sketches"):
         photo = read_image(path)
         record: dict[str, object] = {"photo": str(path)}

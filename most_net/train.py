@@ -8,7 +8,7 @@ on several: python train.py paper --dataset cufs --data-root DIR
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -23,6 +23,7 @@ from most_net.trials import Trial, Variant, begin, build, plan, split_data, styl
 from shared.io import Run, image_grid, load_weights, progress
 from shared.loop import follow
 from shared.processes import means
+from shared.ranges import Count, Natural, Positive, Share, Weight, Within
 from shared.runtime import (
     RunConfig,
     run_training,
@@ -30,27 +31,30 @@ from shared.runtime import (
     step_generator,
 )
 
+Beta = Annotated[float, Within(0, 0.99999)]
+"""Of Adam's averages, which never move at 1."""
+
 
 @dataclass(frozen=True)
 class Weights:
     """Weights of the terms of the objective."""
 
-    pixel: float = 10.0
+    pixel: Weight = 10.0
     """L1 of the sketch."""
-    reconstruction: float = 10.0
+    reconstruction: Weight = 10.0
     """L1 of the sketch decoded from the true style."""
-    ssim: float = 0.0
+    ssim: Weight = 0.0
     """1 - SSIM. It optimises the headline metric directly: say so when you report."""
-    perceptual: float = 1.0
+    perceptual: Weight = 1.0
     """VGG-19 activations; needs its ImageNet weights."""
-    adversarial: float = 1.0
+    adversarial: Weight = 1.0
     """Least-squares GAN on (photo, sketch)."""
-    align: float = 0.5
+    align: Weight = 0.5
     """Memory refinement: retrieved feature against the true sketch feature, in all variants with a memory
     but `memory`."""
-    slot: float = 0.0
+    slot: Weight = 0.0
     """Memory refinement: compactness and separation of the slots."""
-    match: float = 0.0
+    match: Weight = 0.0
     """Memory refinement: the true sketch feature names the slot that the photo chose."""
 
 
@@ -70,7 +74,7 @@ class Config(RunConfig):
     """List of the test pairs (layout list)."""
     alignment: Alignment = field(default_factory=Alignment)
     """What to do with pairs that are not 250x200."""
-    holdout: float = 0.1
+    holdout: Share = 0.1
     """Share of the training pairs held out: for model selection, or as the test set when there is no
     other."""
     select: Literal["last", "val"] = "val"
@@ -79,23 +83,23 @@ class Config(RunConfig):
     """What is trained: none (no memory), memory (without MR loss), most (memory and MR loss), static (writes
     the first 5 steps only), grad (slots by gradient), mispaired (writes the wrong sketches), unet
     (pix2pix)."""
-    pairs: tuple[int, ...] = (0,)
+    pairs: tuple[Natural, ...] = (0,)
     """Numbers of training pairs, 0 for all: each variant is trained with each."""
     extras: tuple[Variant, ...] = ()
     """Variants trained with the first number of pairs only."""
-    seeds: int = 1
+    seeds: Count = 1
     """Repetitions: seed, seed + 1, ..."""
     artists: tuple[str, ...] = ()
     """faces: also train one `most` on several artists, with a memory each, at twice the size."""
-    artist_pairs: int = 48
+    artist_pairs: Count = 48
     """faces: people that every artist has drawn."""
-    artist_steps: int = 600
+    artist_steps: Count = 600
     """Steps of that training."""
     styles: bool = False
     """fs2k: one memory per style; otherwise one for all."""
     arch: Architecture = FULL
     """Sizes of the networks."""
-    topk: int = 0
+    topk: Natural = 0
     """Read from the k best slots only; 0: from all."""
     weighting: Literal["mean", "mnad"] = "mean"
     """Weights of the queries that hit a slot."""
@@ -105,31 +109,31 @@ class Config(RunConfig):
     """Weights of the objective."""
     vgg: Path | None = None
     """torchvision's VGG-19 file for the perceptual term. Default: torchvision's download."""
-    size: int = 256
-    """Side of a training crop in pixels."""
-    load: int = 286
+    size: Annotated[int, Within(16)] = 256
+    """Side of a training crop in pixels, a multiple of 2**downs."""
+    load: Count = 286
     """Side to which photo and sketch are padded before the crop."""
     flip: bool = True
     """Mirror half of the crops."""
-    scale: float = 1.0
+    scale: Annotated[float, Within(0.1, 10)] = 1.0
     """Resize real pairs by this factor first; for small machines."""
-    batch: int = 4
+    batch: Count = 4
     """Pairs per step, of all processes together."""
-    steps: int = 54000
+    steps: Count = 54000
     """Steps. 54,000 are about 800 epochs of 268 pairs at batch 4."""
-    decay: float = 0.5
+    decay: Share = 0.5
     """Share of the steps at the end in which the learning rate falls linearly to 0."""
-    lr: float = 2e-4
+    lr: Positive = 2e-4
     """Learning rate of Adam."""
-    betas: tuple[float, float] = (0.5, 0.999)
+    betas: tuple[Beta, Beta] = (0.5, 0.999)
     """Betas of Adam."""
-    warmup: int = 200
+    warmup: Natural = 200
     """First steps, in which the memory is written but the sketch read from it is not trained."""
-    ema: float = 0.0
+    ema: Share = 0.0
     """Decay of an average of the weights that replaces them in the end, e.g. 0.999; 0: none."""
-    save_every: int = 1000
+    save_every: Count = 1000
     """Steps between checkpoints."""
-    validate_every: int = 1650
+    validate_every: Count = 1650
     """Steps between validations, about 25 epochs of 268 pairs at batch 4."""
 
 

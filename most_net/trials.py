@@ -1,6 +1,6 @@
 """The networks of a run: which ones, how they begin, what they train on, and how they are read back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -48,6 +48,12 @@ def plan(config: "Config") -> list[Trial]:
                 name = f"{variant}-{pairs or 'all'}-{seed}"
                 size = (config.size, config.load, config.steps)
                 trials.append(Trial(name, variant, pairs, seed, *size, (RULES,)))
+    if not trials:
+        raise UserError("--variants, --pairs: nothing to train; give at least one of each")
+    names = [trial.name for trial in trials]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"--variants, --extras, --pairs: {twice} would be trained twice; name it once")
     if config.dataset in DRAWN and min(config.pairs) < 1:
         raise UserError("--pairs: procedural faces need a number of pairs, there is no end to them")
     unet = "unet" in config.variants + config.extras
@@ -55,13 +61,25 @@ def plan(config: "Config") -> list[Trial]:
         raise UserError(f"--size {config.size}: the discriminator needs crops of at least 24 pixels")
     if unet and config.size & (config.size - 1):
         raise UserError(f"--size {config.size}: the U-Net needs a power of two")
+    halved, rest = divmod(config.size, 2**config.arch.downs)
+    if rest or halved <= max((1, *config.arch.dilations)):
+        raise UserError(
+            f"--size {config.size}: give a multiple of {2**config.arch.downs} (--arch.downs), of which the "
+            f"features keep more pixels than --arch.dilations ({halved})"
+        )
+    if config.arch.kernel % 2 == 0:
+        raise UserError(f"--arch.kernel {config.arch.kernel}: give an odd number")
     if config.size > config.load:
         raise UserError(f"--size {config.size}: larger than --load {config.load}, which crops are cut from")
     if config.topk > config.arch.slots:
         raise UserError(f"--topk {config.topk}: the memory has {config.arch.slots} slots")
+    if config.weights.slot and config.arch.slots < 2:
+        raise UserError("--weights.slot tells the two best slots apart: give --arch.slots 2 or more")
     strangers = set(config.artists) - {RULES, *ARTISTS}
     if strangers:
         raise UserError(f"--artists {min(strangers)}: there are {', '.join((RULES, *ARTISTS))}")
+    if len(set(config.artists)) < len(config.artists):
+        raise UserError(f"--artists {' '.join(config.artists)}: name each once")
     if config.dataset in DRAWN and config.artists:
         size = (2 * config.size, 2 * config.load, config.artist_steps)
         trials.append(Trial("artists", "most", config.artist_pairs, config.seed, *size, config.artists))
@@ -98,9 +116,15 @@ def split_data(config: "Config") -> tuple[Pairs | None, Pairs | None, Pairs | No
         config.alignment,
         config.scale,
     )
+    if not config.styles:  # one memory for all artists
+        train, test = (
+            pairs and replace(pairs, styles=torch.zeros_like(pairs.styles)) for pairs in (train, test)
+        )
     count = round(config.holdout * len(train))
     held = sorted({int((i + 0.5) * len(train) / count) for i in range(count)})
     kept = [i for i in range(len(train)) if i not in set(held)]
+    if not kept:
+        raise UserError(f"--holdout {config.holdout}: leaves none of the {len(train)} pairs to train on")
     held_out = train.select(held) if held else None
     return train.select(kept), held_out, test or held_out
 

@@ -53,12 +53,23 @@ def test_lists(tmp_path):
     assert got.names == ("AR-1", "CUHK-00")
     assert values(got) == [0, 2]
     assert values(held) == [1]
-    train.write_text("AR/photos/1.png AR/sketches/1.png\n")
-    with pytest.raises(UserError, match=r"train.txt, line 1: expected photo\|\|sketch"):
-        load_dataset("pairs", tmp_path, train_list=train)
-    train.write_text("\n")
-    with pytest.raises(UserError, match="train.txt: lists no pair"):
-        load_dataset("pairs", tmp_path, train_list=train)
+    first, second = (f"AR/photos/{i}.png||AR/sketches/{i}.png\n" for i in (1, 2))
+    for lines, words in (
+        ("AR/photos/1.png AR/sketches/1.png\n", r"train.txt, line 1: expected photo\|\|sketch"),
+        (first + "||AR/sketches/1.png\n", r"train.txt, line 2: expected photo\|\|sketch"),
+        ("AR/photos/1.png||\n", r"train.txt, line 1: expected photo\|\|sketch"),
+        ("\n", "train.txt: lists no pair"),
+        (first + first, "1.png: twice in the lists"),
+        (first + second, "2.png: twice in the lists"),
+    ):
+        train.write_text(lines)
+        with pytest.raises(UserError, match=words):
+            load_dataset("pairs", tmp_path, train_list=train, test_list=test)
+    for lists, layout in (({"test_list": test}, "auto"), ({}, "list")):
+        with pytest.raises(UserError, match="name the list of the training pairs with --train-list"):
+            load_dataset("pairs", tmp_path, layout, **lists)
+    with pytest.raises(UserError, match="--train-list is for layout list, not original"):
+        load_dataset("pairs", tmp_path, "original", train)
 
 
 @pytest.mark.parametrize("join", ["{}_{}", "{}/{}"])
@@ -92,6 +103,9 @@ def test_original_names_of_all_subsets(tmp_path):
     assert test is None
     assert sorted(values(train)) == list(range(7))
     assert normalise("f1-005-01-sz1") != normalise("f2-005-01-sz1") == normalise("f-005-01")
+    (tmp_path / "AR/sketch").rename(tmp_path / "AR/sktech")
+    with pytest.raises(UserError, match=r"AR/photo: no folder sketch\(es\)/ beside it"):
+        load_dataset("pairs", tmp_path)
 
 
 def test_standard_split_counts():
@@ -137,9 +151,15 @@ def test_fs2k(tmp_path):
     train, test = load_dataset("fs2k", tmp_path, alignment=Alignment(resize="stretch"))
     assert (values(train), train.styles.tolist()) == ([0], [0])
     assert (values(test), test.styles.tolist()) == ([2], [2])
-    (tmp_path / "anno_test.json").write_text(json.dumps([{"image_name": "photo2/image0009"}]))
-    with pytest.raises(UserError, match="photo2: no such folder"):
-        load_dataset("fs2k", tmp_path, alignment=Alignment(resize="stretch"))
+    for entries, words in (
+        ([{"image_name": "photo2/image0009"}], "photo2: no such folder"),
+        ([{"image_name": "photo0/image0001"}], "'photo0/image0001', expected .* k from 1 to 3"),
+        ([{"image_name": 7}], "anno_test.json: not readable as FS2K's annotations"),
+        ([], "anno_test.json: names no image"),
+    ):
+        (tmp_path / "anno_test.json").write_text(json.dumps(entries))
+        with pytest.raises(UserError, match=words):
+            load_dataset("fs2k", tmp_path, alignment=Alignment(resize="stretch"))
 
 
 # --- bad input ----------------------------------------------------------------------------------------
@@ -219,6 +239,8 @@ def test_landmark_files(tmp_path):
         (tmp_path / "c.txt").write_text(text)
         with pytest.raises(UserError, match=words):
             read_eyes(tmp_path / "c.txt")
+    with pytest.raises(UserError, match="not readable as landmarks"):
+        read_eyes(tmp_path)
 
 
 def test_alignment_of_a_data_set_by_landmarks(tmp_path):

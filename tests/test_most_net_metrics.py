@@ -56,6 +56,16 @@ def test_fsim_reduces_large_images_first():
     assert fsim.fsim(image, other).item() == pytest.approx(fsim.fsim(*halved).item(), abs=1e-9)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (250, 200)])
+def test_fsim_of_a_blank_page_is_a_number(size):
+    """A collapsed network draws one, and a NaN would be the mean of the whole test set."""
+    drawn = noisy(sketchlike(1, *size), 25)
+    for level in (0.0, 255.0):
+        blank = torch.full_like(drawn, level)
+        assert fsim.fsim(blank, blank).item() == 1
+        assert 0 <= fsim.fsim(drawn, blank).item() < 0.5
+
+
 @pytest.mark.parametrize("size", [(48, 40), (37, 51), (250, 200)])
 def test_scoot_equals_the_literal_form(size):
     first = sketchlike(2, *size)
@@ -209,14 +219,18 @@ def test_command_names_what_is_wrong(tmp_path):
     truth = write_folder(tmp_path / "gt", sketchlike(3, 50, 40))
     unpaired = write_folder(tmp_path / "unpaired", sketchlike(3, 50, 40), ["0", "1", "7"])
     padded = write_folder(tmp_path / "padded", sketchlike(3, 56, 56))
+    small = write_folder(tmp_path / "small", sketchlike(3, 30, 8))
     for arguments, words in (
         ((truth, unpaired), "unpaired: no image called 2 .1 missing"),
         ((truth, padded), "56x56 pixels, expected 40x50"),
         ((truth, tmp_path / "nowhere"), "nowhere: no such folder"),
+        ((small, small), "0.png: 8x30 pixels; the metrics need 11 on every side"),
         ((truth, truth, 3), "--nlda-train: 3 training people of 3"),
     ):
         with pytest.raises(UserError, match=words):
             metrics.main(metrics.Config(*arguments))
+    with pytest.raises(UserError, match="gt: a folder; give the name of a file"):
+        metrics.main(metrics.Config(truth, truth, out=truth))
     for metric in ("lpips", "fid"):
         options = {metric: True, f"{metric}_weights": tmp_path / "none.pth"}
         with pytest.raises(UserError, match="no file .*none.pth"):

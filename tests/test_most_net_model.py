@@ -176,6 +176,22 @@ def test_unused_slots_are_given_to_badly_matched_queries():
     assert torch.allclose(memory.scores(queries)[0].sort(descending=True).values[:9], torch.ones(9))
 
 
+def test_the_worst_matched_queries_are_taken():
+    memory = Memory(8, 12, revive_after=0)
+    near = F.normalize(memory.keys[:1] + 0.01 * plain(160, 8), dim=1)
+    far = F.normalize(-memory.keys.sum(0) + 0.01 * plain(160, 8), dim=1)
+    queries = torch.cat([near, far])
+    worst = memory.scores(queries).amax(1)
+    assert worst[:160].min() > worst[160:].max()
+    memory._revive(queries, queries, worst, torch.Generator().manual_seed(0))  # ages are 0: none yet
+    before = memory.keys.clone()
+    memory.age += 1
+    memory._revive(queries, queries, worst, torch.Generator().manual_seed(0))
+    revived = memory.keys[(memory.keys != before).any(1)]
+    assert len(revived) == 8
+    assert all((far == key).all(1).any() for key in revived)
+
+
 def test_kmeans_start_and_perplexity():
     centres = unit(4, 8)
     queries = F.normalize(centres.repeat(50, 1) + 0.02 * plain(200, 8), dim=1)
@@ -196,6 +212,12 @@ def test_merged_memory_answers_with_both():
     assert both.slots == 8
     assert torch.allclose(both.scores(queries)[:, 3:], second.scores(queries), atol=1e-6)
     assert torch.equal(both.values[:3], first.values)
+    learned = Memory(8, 3, learned=True)
+    with torch.no_grad():
+        learned.keys *= 3  # gradient descent keeps no length
+    both = merge(learned, second)
+    assert torch.allclose(both.scores(queries)[:, :3], learned.scores(queries), atol=1e-6)
+    assert not both.learned and torch.allclose(both.keys.norm(dim=1), torch.ones(8))
 
 
 def test_only_training_writes_and_the_state_dict_holds_all():

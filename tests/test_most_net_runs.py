@@ -1,6 +1,8 @@
 """MOST-Net: training, resume after a kill, evaluation."""
 
 import json
+import math
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,16 +12,16 @@ import torch
 from curves import assert_same_curves, run_one, run_two
 from safetensors.torch import load_file
 
-from most_net import claims, mechanism
+from most_net import claims, figures, literal, mechanism
 from most_net import eval as evaluation
 from most_net.data import Batch, face_pairs, simple_pairs
 from most_net.learner import learning_rate, synthesise
 from most_net.model import TINY, MostNet
 from most_net.pairs import Alignment
 from most_net.train import PRESETS, Config, Weights, train, update
-from most_net.trials import begin, load_network, plan
+from most_net.trials import begin, load_network, plan, split_data
 from shared.io import write_image
-from shared.runtime import UserError, start
+from shared.runtime import UserError, parse_presets, start
 
 FOLDER = Path(__file__).resolve().parent.parent / "most_net"
 SMALL = replace(TINY, base=4, slots=8)
@@ -124,13 +126,16 @@ def test_training_on_files_with_a_discriminator(tmp_path):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     found = {name for line in lines for name in line}
     assert {"most-all-0/val_ssim", "most-all-0/adversarial", "grad-all-0/discriminator"} <= found
+    with pytest.raises(UserError, match="--holdout 1.0: leaves none of the 8 pairs to train on"):
+        split_data(replace(config, holdout=1.0))
     net, settings, trial = load_network(folder, Config)
     assert trial.name == "grad-all-0"
     assert settings.data_root == config.data_root
     assert torch.isfinite(synthesise(net, simple_pairs(2, 1, 25), 32)).all()
 
 
-def test_every_style_of_fs2k_has_a_memory(tmp_path, monkeypatch):
+@pytest.mark.parametrize("styles", [True, False])
+def test_every_style_of_fs2k_has_a_memory_or_all_have_one(tmp_path, monkeypatch, capsys, styles):
     drawn = face_pairs(2, 0, 25, ("outline", "pencil", "bold"))
     for i in range(6):
         style, number = i // 2 + 1, i % 2
@@ -144,7 +149,7 @@ def test_every_style_of_fs2k_has_a_memory(tmp_path, monkeypatch):
         dataset="fs2k",
         data_root=tmp_path,
         alignment=Alignment(resize="stretch"),
-        styles=True,
+        styles=styles,
         pairs=(0,),
         scale=0.1,
         size=32,
@@ -152,13 +157,18 @@ def test_every_style_of_fs2k_has_a_memory(tmp_path, monkeypatch):
     )
     folder = train(config)
     net, _, _ = load_network(folder, Config)
-    # Six steps in turns: every artist's memory was written twice, from two crops each of 16x16 positions.
-    assert [int(memory.usage.sum()) for memory in net.memories] == [2 * 2 * 256] * 3
+    # Six steps of two crops of 16x16 positions; of three memories each was written twice, in turns.
+    assert [int(memory.usage.sum()) for memory in net.memories] == (
+        [2 * 2 * 256] * 3 if styles else [6 * 2 * 256]
+    )
     examined = []
+    capsys.readouterr()
     monkeypatch.setattr(evaluation, "measure", lambda net, pairs, *rest: examined.append(pairs) or {})
     monkeypatch.setattr(evaluation, "save_figures", lambda *arguments: None)
     evaluation.evaluate(evaluation.Config(folder, device="cpu", patches=False))
-    assert [pairs.styles.tolist() for pairs in examined] == [[0]]  # the first memory knows the first style
+    assert capsys.readouterr().out.count("training pairs") == 1  # the full size is read without a word
+    # Of several memories the first knows the first style alone.
+    assert [pairs.styles.tolist() for pairs in examined] == [[0] if styles else [0, 0, 0]]
 
 
 def test_only_the_reconstruction_trains_in_the_warm_up(tmp_path):
@@ -169,19 +179,59 @@ def test_only_the_reconstruction_trains_in_the_warm_up(tmp_path):
         warmup=1,
         weights=Weights(pixel=1, reconstruction=0, perceptual=0, adversarial=1, ssim=1, slot=1, match=1),
     )
-    accelerator = start(config)
-    (trial,) = plan(config)
-    learner = begin(config, trial, accelerator.device)
+    trial, learner, accelerator, batch = prepared(config)
     learner.perceptual = torch.nn.L1Loss()
-    learner.prepare(accelerator, compiled=False)
-    photo, sketch = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 1, 32, 32) * 2 - 1
     for step, moves in ((0, False), (1, True)):
         before = {name: value.clone() for name, value in learner.net.named_parameters()}
         keys = learner.net.memories[0].keys.clone()
-        update(config, trial, learner, accelerator, Batch(photo, sketch, 0), step)
+        update(config, trial, learner, accelerator, batch, step)
         changed = [not torch.equal(before[name], value) for name, value in learner.net.named_parameters()]
         assert any(changed) == moves
         assert not torch.equal(learner.net.memories[0].keys, keys)  # written from the first step on
+
+
+def prepared(config: Config):
+    """Its first trial before the first step, with what `update` takes."""
+    accelerator = start(config)
+    trial = plan(config)[0]
+    learner = begin(config, trial, accelerator.device)
+    learner.prepare(accelerator, compiled=False)
+    generator = torch.Generator().manual_seed(4)
+    photo, sketch = (torch.rand(2, n, 32, 32, generator=generator) * 2 - 1 for n in (3, 1))
+    return trial, learner, accelerator, Batch(photo, sketch, 0)
+
+
+def test_a_step_has_the_gradients_of_the_equations_written_out(tmp_path):
+    """One pass of decoder and discriminator against separate ones, from the same weights."""
+    weights = Weights(pixel=1, reconstruction=1, perceptual=0, adversarial=1)
+    config = tiny(tmp_path / "run", size=32, load=32, weights=weights)
+    trial, learner, accelerator, batch = prepared(config)
+    net, discriminator = deepcopy(learner.net), deepcopy(learner.discriminator)
+    optimizers = tuple(torch.optim.SGD(module.parameters(), 0.0) for module in (net, discriminator))
+    literal.literal_update(net, discriminator, optimizers, batch.photo, batch.sketch)
+    learner.optimizers[0].zero_grad()
+    update(replace(config, lr=0.0), trial, learner, accelerator, batch, 0)
+    # The spectral norm's power iteration goes on with every pass, of which the written-out form has three.
+    for ours, theirs, apart in ((learner.net, net, 1e-3), (learner.discriminator, discriminator, 0.05)):
+        got, expected = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (ours, theirs))
+        assert expected.norm() > 0 and (got - expected).norm() < apart * expected.norm()
+    for name, value in learner.net.memories[0].state_dict().items():
+        assert torch.allclose(value, net.memories[0].state_dict()[name], atol=1e-6), name
+
+
+def test_refinement_trains_and_the_rate_falls(tmp_path):
+    moved = []
+    for variant in ("memory", "most"):
+        config = tiny(tmp_path / "run", variants=(variant,), size=32, load=32)
+        trial, learner, accelerator, batch = prepared(config)
+        update(config, trial, learner, accelerator, batch, 0)
+        moved.append(learner.net.key_head.project.weight)
+    assert not torch.equal(*moved)
+    rates = []
+    for step in (0, trial.steps - 1):
+        update(config, trial, learner, accelerator, batch, step)
+        rates += [group["lr"] for group in learner.optimizers[0].param_groups]
+    assert rates == pytest.approx([config.lr, config.lr / (0.5 * trial.steps)])
 
 
 def enlarged(image: torch.Tensor) -> torch.Tensor:
@@ -212,6 +262,9 @@ def test_mechanism_measures_and_restores_the_memory():
     found = mechanism.measure(net, simple_pairs(4, 0, 16), 16, window=7)
     assert set(found) == {"cosine", "ssim", "ssim_permuted", "ssim_zero", "slots_used", "purity"}
     assert torch.equal(net.memories[0].values, before)
+    odd = simple_pairs(2, 0, 25)  # larger than the crop, and not to be halved
+    assert math.isfinite(mechanism.measure(net, odd, 16, window=7)["ssim"])
+    assert mechanism.atlas(net, odd, 16).isfinite().all() and figures.slots(net, odd, 16).isfinite().all()
     slot, parts = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 2, 0, 1, 1])
     assert mechanism.purity(slot, parts) == pytest.approx(4 / 5)
 
@@ -277,9 +330,35 @@ def test_plans():
         ({"size": 64}, "--size 64: larger than --load 32"),
         ({"topk": 65}, "--topk 65: the memory has 64 slots"),
         ({"artists": ("outline", "rubens")}, "--artists rubens: there are rules, "),
+        ({"artists": ("outline", "outline")}, "--artists outline outline: name each once"),
+        ({"variants": (), "extras": ()}, "--variants, --pairs: nothing to train"),
+        ({"pairs": ()}, "--variants, --pairs: nothing to train"),
+        ({"pairs": (8, 8)}, "none-8-0 would be trained twice"),
+        ({"extras": ("unet", "most")}, "most-8-0 would be trained twice"),
+        ({"arch": replace(TINY, kernel=4)}, "--arch.kernel 4: give an odd number"),
+        ({"arch": replace(TINY, downs=6)}, "--size 32: give a multiple of 64"),
+        ({"arch": replace(TINY, dilations=(1, 16))}, "more pixels than --arch.dilations .16"),
+        (
+            {"arch": replace(TINY, slots=1), "weights": replace(PRESETS["demo"].weights, slot=1)},
+            "--weights.slot tells the two best slots apart",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             plan(replace(PRESETS["demo"], **changes))
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("batch", "0"), ("steps", "0"), ("save-every", "0"), ("validate-every", "0"), ("seeds", "0")]
+    + [("scale", "0.001"), ("scale", "-1"), ("scale", "nan"), ("holdout", "2"), ("decay", "2"), ("size", "8")]
+    + [("pairs", "-1"), ("lr", "0"), ("betas", "1"), ("ema", "1.1"), ("warmup", "-1"), ("topk", "-1")]
+    + [("arch.slots", "0"), ("arch.tau", "0"), ("arch.momentum", "1.1"), ("weights.align", "-1")]
+    + [("alignment.eye-points", "-1")],
+)
+def test_settings_out_of_their_range_are_named(option, value):
+    values = [value] * (2 if option in ("betas", "alignment.eye-points") else 1)
+    with pytest.raises(UserError, match=f"--{option} {value}.*: give"):
+        parse_presets(PRESETS, "", ["demo", f"--{option}", *values])
 
 
 def test_two_processes_write_one_memory(tmp_path):

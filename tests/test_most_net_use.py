@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_most_net_runs import SMALL, enlarged, tiny
 
-from most_net import adapt, mechanism, predict
+import shared.metrics
+from most_net import adapt, mechanism, metrics, predict
 from most_net import eval as evaluation
 from most_net.data import face_pairs, simple_pairs
 from most_net.memory import Memory
 from most_net.model import MostNet
 from most_net.train import train
 from shared.io import read_image, write_image
-from shared.runtime import UserError
+from shared.runtime import UserError, parse
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,23 @@ def run(tmp_path_factory) -> Path:
 def test_the_comparison_shows_the_first_seed_whatever_it_is(run, monkeypatch):
     shown = []
     monkeypatch.setattr(evaluation, "save_figures", lambda *arguments: shown.append(arguments))
+    loaded = []
+
+    class Network(torch.nn.Module):
+        def __init__(self, *arguments):
+            super().__init__()
+            loaded.append(arguments)
+
+        def forward(self, *images):
+            return sum(x.mean((2, 3)) for x in images)  # (B, 3)
+
+    monkeypatch.setattr(shared.metrics, "perceptual_network", Network)
+    monkeypatch.setattr(shared.metrics, "InceptionFeatures", Network)
     folder = train(tiny(run.parent / "seeds", variants=("none", "most"), seed=1, seeds=2))
-    evaluation.evaluate(evaluation.Config(folder, device="cpu", patches=False))
+    evaluation.evaluate(evaluation.Config(folder, device="cpu", patches=False, lpips=True, fid=True))
+    assert len(loaded) == 2  # not for every method again
+    scores = json.loads((folder / "results.json").read_text())["scores"]
+    assert all({"LPIPS", "FID", "KID"} <= row.keys() for row in scores.values())
     assert set(shown[0][3]) == {"grey photo", "dodge sketch", "none-4-1", "most-4-1"}
     with pytest.raises(UserError, match="--nlda-train 127: between 2 and 126 of 128 people"):
         evaluation.evaluate(evaluation.Config(folder, device="cpu", patches=False, nlda_train=127))
@@ -132,6 +148,7 @@ def test_predict_names_what_is_wrong(run, tmp_path):
         ({"inputs": ()}, "no photo named"),
         ({"align": "eyes"}, "needs --eyes X Y X Y"),
         ({"align": "eyes", "eyes": (1.0, 1.0, 900.0, 1.0)}, "lie outside the photo"),
+        ({"align": "eyes", "eyes": (10.0, 10.0, 10.3, 10.0)}, "at least 2 pixels to its right"),
         ({"style": 7}, "--style 7: artists has 2 of them"),
         ({"style": 1, "trial": "none-4-0"}, "--style 1: none-4-0 has 1 of them"),
         ({"eyes": (1.0, 1.0, 9.0, 1.0)}, "--eyes is for --align eyes"),
@@ -142,6 +159,23 @@ def test_predict_names_what_is_wrong(run, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             predict.predict(replace(base, **changes))
+
+
+@pytest.mark.parametrize(
+    "config_class, arguments, option",
+    [
+        (predict.Config, ["a.png", "--tile", "0"], "--tile"),
+        (predict.Config, ["a.png", "--strength", "nan"], "--strength"),
+        (predict.Config, ["a.png", "--style", "-1"], "--style"),
+        (adapt.Config, ["--photos", "p", "--sketches", "s", "--rounds", "0"], "--rounds"),
+        (metrics.Config, ["a", "b", "--partitions", "0"], "--partitions"),
+        (metrics.Config, ["a", "b", "--nlda-train", "-1"], "--nlda-train"),
+        (evaluation.Config, ["--nlda-train", "-1"], "--nlda-train"),
+    ],
+)
+def test_options_out_of_their_range_are_named(config_class, arguments, option):
+    with pytest.raises(UserError, match=f"{option} .*: give"):
+        parse(config_class, "", arguments)
 
 
 def test_a_new_artist_is_taught_and_drawn_with(run, tmp_path):
@@ -155,6 +189,10 @@ def test_a_new_artist_is_taught_and_drawn_with(run, tmp_path):
     predict.predict(use)
     predict.predict(replace(use, memory=None, out=tmp_path / "old"))
     assert not torch.equal(read_image(tmp_path / "new/0.png"), read_image(tmp_path / "old/0.png"))
+    for out, words in (("art.png", "ends in .safetensors"), ("d.safetensors", "a folder; give the name")):
+        (tmp_path / "d.safetensors").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=words):
+            adapt.main(replace(config, out=tmp_path / out))
     adapt.main(replace(config, merge=True))
     assert len(load_file(config.out)["keys"]) == 16
     predict.predict(use)
