@@ -55,13 +55,13 @@ def _complaints(value: Any, kind: Any, option: str) -> Iterator[str]:
         for field, inner in typing.get_type_hints(type(value), include_extras=True).items():
             joint = "-" if option == "-" else "."
             yield from _complaints(getattr(value, field), inner, f"{option}{joint}{field.replace('_', '-')}")
+    elif origin in (typing.Union, types.UnionType):
+        for inner in arguments if value is not None else ():
+            yield from _complaints(value, inner, option)
     elif isinstance(value, (tuple, list)):
         kinds = arguments if origin is tuple and Ellipsis not in arguments else arguments[:1] * len(value)
         for entry, inner in zip(value, kinds, strict=False):
             yield from _complaints(entry, inner, option)
-    elif origin in (typing.Union, types.UnionType):
-        for inner in arguments if value is not None else ():
-            yield from _complaints(value, inner, option)
     elif isinstance(value, (int, float)):
         about = arguments[1:] if origin is Annotated else ()
         for allowed in [entry for entry in about if isinstance(entry, Within)] or [Within()]:
