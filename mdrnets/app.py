@@ -7,7 +7,7 @@ read.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from mdrnets.data import DataName
 from mdrnets.inpaint import Completed, Crop, Model, attention_of, complete, load_model
 from mdrnets.predict import heat, painted_parsing
 from shared import faces
+from shared.ranges import Within
 from shared.runtime import REPOSITORY, UserError, parse, pick_device, run_main
 
 EXAMPLE_SIZE = 256
@@ -34,7 +35,7 @@ class AppConfig:
     """Which refinement network; default: the most complete one."""
     host: str = "127.0.0.1"
     """Address to serve at; 0.0.0.0 lets other machines in."""
-    port: int = 7860
+    port: Annotated[int, Within(1, 65535)] = 7860
     """Port to serve at."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""

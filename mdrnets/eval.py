@@ -34,6 +34,7 @@ from shared.published import (
     print_metrics,
     write_results,
 )
+from shared.ranges import Count
 from shared.records import read_json, write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -55,7 +56,7 @@ class EvalConfig:
     """torchvision's alexnet-owt-7be5be79.pth; LPIPS is left out without it."""
     fid_weights: Path | None = None
     """torch-fidelity's weights-inception-2015-12-05-6726825d.pth; FID is left out without it."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Pictures at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""

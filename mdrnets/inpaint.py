@@ -109,7 +109,7 @@ def hiding_mask(model: Model, image: Tensor, hide: Hide, box: tuple[int, int, in
     height, width = image.shape[-2:]
     if hide == "box":
         left, top, wide, high = box or (width // 3, height // 3, width // 3, height // 3)
-        if min(left, top) < 0 or min(wide, high) < 1 or left + wide > width or top + high > height:
+        if left + wide > width or top + high > height:
             raise UserError(f"--box {left} {top} {wide} {high} is not inside the picture of {width}x{height}")
         mask = torch.zeros(1, height, width)
         mask[:, top : top + high, left : left + wide] = 1

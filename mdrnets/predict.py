@@ -33,6 +33,7 @@ from mdrnets.masks import Polarity, list_images
 from mdrnets.mechanism import memory_replaced
 from mdrnets.parser import paint_parts
 from shared.io import image_grid, keep_inputs, progress, read_photo, write_image
+from shared.ranges import Count, Natural, Seed
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -47,7 +48,7 @@ class PredictConfig:
     """Mask picture; for a folder, a folder of masks with the same names in the same folders."""
     hide: Hide | None = None
     """Instead of a mask: hide glasses, a hat or a box."""
-    box: tuple[int, int, int, int] | None = None
+    box: tuple[Natural, Natural, Count, Count] | None = None
     """With --hide box: left, top, width, height in pixels; default: the middle third."""
     mask_polarity: Polarity = "white-hole"
     """Which colour of a mask means corrupted."""
@@ -57,18 +58,18 @@ class PredictConfig:
     """Networks trained on this set; default: the run's last."""
     variant: str | None = None
     """Which refinement network; default: the most complete one."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Which seed of it; default: the run's first."""
     crop: Crop = "picture"
     """Show the network the whole picture (an aligned face), or a square around the hole (a large photo)."""
     blend: bool = True
     """Adjust colours inside the hole so that there is no seam."""
-    pixel: tuple[int, int] | None = None
+    pixel: tuple[Natural, Natural] | None = None
     """x y of a corrupted pixel whose attention and memory slots are shown."""
     part: str | None = None
     """With --slot: let this facial part read one memory slot alone, e.g. mouth."""
-    slot: int = 0
-    """Number of that slot."""
+    slot: Natural | None = None
+    """Number of that slot; default: 0."""
     out: Path = Path("completed")
     """Folder for the results."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
