@@ -142,8 +142,8 @@ class TestSet(Dataset):
 
 
 def open_pictures(config: "Config", data: DataName, part: datasets.Part, seed: int = 0) -> Pictures:
-    """Training or test pictures of a set. Raises UserError when a public set is not there, or has no labels
-    and the parser is to be trained."""
+    """Training or test pictures of a set. Raises UserError when a public set is not there, has a list for one
+    part alone, or has no labels and the parser is to be trained."""
     size, root = config.image_size, config.data_root
     if data in ("faces", "simple"):
         count = config.train_images if part == "train" else config.test_images
@@ -152,9 +152,13 @@ def open_pictures(config: "Config", data: DataName, part: datasets.Part, seed: i
     if root is None:
         layout = {"celeba-hq": datasets.CELEBA_LAYOUT, "ffhq": datasets.FFHQ_LAYOUT}.get(data, "")
         raise UserError(f"--data {data} needs --data-root. {layout}".strip())
+    if (config.train_list is None) != (config.test_list is None):
+        raise UserError(
+            "--train-list and --test-list go together: a list's pictures may be in both parts of a split"
+        )
     chosen = config.train_list if part == "train" else config.test_list
     if chosen is not None:
-        pictures = datasets.picture_list(chosen, root, size)
+        pictures = datasets.picture_list(chosen, root, size, celeba=data == "celeba-hq")
     elif data == "celeba-hq":
         pictures = datasets.celeba_hq(root, size, part, config.split)
     else:

@@ -65,7 +65,8 @@ class Config(LoaderConfig):
     split: Split = "index"
     """CelebA-HQ: by number, or CelebA's official partition."""
     train_list: Path | None = None
-    """Text file of training pictures, relative to data_root, instead of the split."""
+    """Text file of training pictures, relative to data_root, instead of the split; together with
+    test_list."""
     test_list: Path | None = None
     """The same for testing."""
     image_size: Annotated[int, Within(16)] = 256
