@@ -140,9 +140,8 @@ def _numbered(folder: Path, what: str, layout: str) -> list[Path]:
         raise UserError(f"{what}: no numbered pictures in {folder}; {layout}")
     if len(files) < len(every):
         other = next(f for f in every if not f.stem.isdigit())
-        log.warning(
-            f"{what}: {len(every) - len(files)} of {len(every)} pictures left out, with no number as a name ({other})"
-        )
+        count = f"{len(every) - len(files)} of {len(every)} pictures"
+        log.warning(f"{what}: {count} left out, whose names are no numbers ({other})")
     return files
 
 

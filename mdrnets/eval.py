@@ -20,7 +20,7 @@ from mdrnets.mechanism import interventions, repair, similarity_gaps, usage_tabl
 from mdrnets.model import composite
 from mdrnets.objective import feature_network
 from mdrnets.parser import parts_on_grid
-from mdrnets.protocol import PROTOCOL_NAMES, UNITS, Protocol, Scores, mean, optional_networks
+from mdrnets.protocol import FEWEST_FOR_FID, PROTOCOL_NAMES, UNITS, Protocol, Scores, mean, optional_networks
 from mdrnets.stages import VARIANTS, build, plan, stage_file
 from mdrnets.train import Config
 from shared.io import find_run, load_config, load_safetensors, progress, write_image
@@ -84,14 +84,15 @@ def complete(net: nn.Module, name: str, batch: dict[str, Tensor], parts: int, or
     x, m = batch["image"], batch["mask"]
     if name == "unet":
         return net(x, m)["output"]
+    if name == "coarse":
+        return composite(x, net.coarse(x.masked_fill(m > 0.5, 0.0), m), m)
     parsing = None
     if oracle:
         if int(batch["parts"].min()) < 0:
             raise UserError("--oracle-parsing: these pictures have no labels")
         cells = (x.shape[-2] // net.stride, x.shape[-1] // net.stride)
         parsing = parts_on_grid(batch["parts"], parts, cells)
-    out = net(x, m, parsing)
-    return composite(x, out["coarse"], m) if name == "coarse" else out["output"]
+    return net(x, m, parsing)["output"]
 
 
 @torch.inference_mode()
@@ -101,7 +102,11 @@ def evaluate(
     """Scores of all networks and of the untrained baselines in every bin; the bins' measured mean ratios; and
     which mask every picture had in each."""
     device = pick_device(settings.device)
-    optional = optional_networks(settings.lpips_weights, settings.fid_weights, device)
+    fid_weights = settings.fid_weights
+    if fid_weights and len(pictures) < FEWEST_FOR_FID:
+        print(f"FID: not available, {len(pictures)} test pictures of at least {FEWEST_FOR_FID}")
+        fid_weights = None
+    optional = optional_networks(settings.lpips_weights, fid_weights, device)
     results: Results = {}
     ratios: dict[str, float] = {}
     pairings: dict[str, list[tuple[str, str]]] = {}

@@ -111,10 +111,8 @@ class Scores:
         output, truth = to_bytes(output), to_bytes(x)
         scores = measure(output, truth, mask, self.protocol)
         if self.lpips is not None:
-            both = zip(output, truth, strict=True)
-            scores["LPIPS"] = torch.tensor(
-                [shared_metrics.lpips(a[None], b[None], self.lpips) for a, b in both]
-            )
+            with torch.inference_mode():
+                scores["LPIPS"] = self.lpips(output * 2 - 1, truth * 2 - 1).flatten()
         for name, value in scores.items():
             self.values.setdefault(name, []).append(value.cpu())
         self.count += len(output)

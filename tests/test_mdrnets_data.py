@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mdrnets import blend
+from mdrnets import blend, masks
 from mdrnets.baselines import CLASSICAL, UNet
 from mdrnets.blend import membrane, paste, shrink_known
 from mdrnets.data import DrawnFaces, TestSet, TrainSet, masks_by_bin, open_pictures, training_masks
@@ -76,6 +76,18 @@ def test_mask_files_polarity_bins_and_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         measure_masks(tmp_path, 10, "white-hole")
     assert "look inverted" in caplog.text
+
+
+def test_mask_files_are_measured_once(tmp_path, monkeypatch):
+    for rows in (3, 4, 6, 7, 9):
+        save(tmp_path / f"{rows}.png", np.repeat(255 * (np.arange(16) < rows), 16).reshape(16, 16))
+    read = []
+    monkeypatch.setattr(masks, "read_mask", lambda *file: read.append(file) or read_mask(*file))
+    config = replace(SMALL, masks="files", mask_root=tmp_path, test_mask_root=tmp_path)
+    for seed in range(2):
+        assert len(training_masks(config, seed).files) == 5
+        assert [len(source.files) for source in masks_by_bin(config).values()] == [1] * 5
+    assert len(read) == 5
 
 
 def test_masks_are_binned_at_the_size_of_use(tmp_path):

@@ -78,8 +78,10 @@ def test_evaluation_prints_claims_and_writes_results(run_folder):
     assert picture_of_first.endswith("face 0") and mask_of_first.startswith("strokes of seed 1000033, number")
 
 
-def test_oracle_parsing_is_reported(run_folder, capsys):
-    evaluation.main(evaluation.EvalConfig(run=run_folder, oracle_parsing=True, device="cpu"))
+def test_oracle_parsing_and_a_fid_of_too_few_are_reported(run_folder, capsys):
+    options = {"oracle_parsing": True, "fid_weights": run_folder / "any.pth"}
+    evaluation.main(evaluation.EvalConfig(run=run_folder, device="cpu", **options))
+    assert "FID: not available, 10 test pictures of at least 2000" in capsys.readouterr().out
     results = json.loads((run_folder / "results.json").read_text())
     assert results["oracle_parsing"] is True
     assert all("TRUE PARSING GIVEN" in metric["setting"] for metric in results["metrics"])
