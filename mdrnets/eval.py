@@ -188,9 +188,11 @@ def evaluate_data(
     print(f"\n=== {pictures.name}: {len(pictures)} test pictures in every bin ===\n")
     print(summary(results))
     print("\n" + by_bin(results))
+    slots = {}
     for name in ("shared", "disentangled", "full"):
         if name in nets:
             rows = usage_table(nets[name].refine.dmm, pictures.parts)
+            slots[name] = {part: {"effective": used, "top": top} for part, used, top in rows}
             print(f"\nslots in use, {name}:")
             print(format_table(["part", "effective slots", "share of the most used"], rows))
     if gaps:
@@ -210,7 +212,7 @@ def evaluate_data(
         repaired = repair(nets["disentangled-ema"], batch) if "disentangled-ema" in nets else None
         claims = make_claims(pictures.name, mean_over(results, "PSNR hole"), tampering, repaired, gaps)
     metrics = to_metrics(results, settings, pictures.name, len(pictures))
-    extra = {"hole_ratio": ratios, "by_seed": results, "gaps": gaps}
+    extra = {"hole_ratio": ratios, "by_seed": results, "gaps": gaps, "slots": slots}
     return claims, metrics, extra | {"test_masks": f"test_masks-{data}.json"}
 
 

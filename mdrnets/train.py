@@ -85,7 +85,7 @@ class Config(LoaderConfig):
     mask_polarity: Polarity = "white-hole"
     """Which colour of a mask file means corrupted."""
     mask_ratio: tuple[Share, Share] = (0.1, 0.6)
-    """Share of corrupted pixels in training masks."""
+    """Least and greatest share of corrupted pixels in training masks; 0.1 0.6 is 10 to 60 %."""
     mask_pool: Count | None = None
     """Number of different training masks that are drawn; None: a new one for every sample."""
     flip: bool = True

@@ -71,6 +71,8 @@ def test_evaluation_prints_claims_and_writes_results(run_folder):
     settings = {metric["setting"] for metric in results["metrics"]}
     assert all("SSIM 11x11" in setting for setting in settings) and len(settings) == 6
     assert {m["method"] for m in results["metrics"]} >= {"coarse", "unet", "Telea (OpenCV)", *VARIANTS_HERE}
+    slots = results["faces"]["slots"]["full"]
+    assert list(slots) == list(GROUPS) and all(1 <= entry["effective"] <= 4.01 for entry in slots.values())
     assert helpers.is_marked(run_folder / "samples" / "test-faces.png")
     holes = json.loads((run_folder / results["simple"]["test_masks"]).read_text())
     assert len(holes) == 5 and all(len(pairs) == 10 for pairs in holes.values())
