@@ -20,7 +20,16 @@ from mdrnets.mechanism import interventions, repair, similarity_gaps, usage_tabl
 from mdrnets.model import composite
 from mdrnets.objective import feature_network
 from mdrnets.parser import parts_on_grid
-from mdrnets.protocol import FEWEST_FOR_FID, PROTOCOL_NAMES, UNITS, Protocol, Scores, mean, optional_networks
+from mdrnets.protocol import (
+    FEWEST_FOR_FID,
+    PROTOCOL_NAMES,
+    UNITS,
+    Protocol,
+    Scores,
+    mean,
+    optional_networks,
+    to_bytes,
+)
 from mdrnets.stages import VARIANTS, build, plan, stage_file
 from mdrnets.train import Config
 from shared.io import find_run, load_config, load_safetensors, progress, write_image
@@ -106,7 +115,7 @@ def evaluate(
     if fid_weights and len(pictures) < FEWEST_FOR_FID:
         print(f"FID: not available, {len(pictures)} test pictures of at least {FEWEST_FOR_FID}")
         fid_weights = None
-    optional = optional_networks(settings.lpips_weights, fid_weights, device)
+    lpips, inception = optional_networks(settings.lpips_weights, fid_weights, device)
     results: Results = {}
     ratios: dict[str, float] = {}
     pairings: dict[str, list[tuple[str, str]]] = {}
@@ -120,18 +129,19 @@ def evaluate(
         )
         runs = [(method, seed) for method, seeds in networks.items() for seed in seeds]
         runs += [(method, config.seed) for method in CLASSICAL]
-        scores = {run: Scores(settings.protocol, *optional) for run in runs}
+        scores = {run: Scores(settings.protocol, lpips, inception) for run in runs}
         shares = []
         for batch in progress(loader, f"holes of {name}"):
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             shares.append(batch["mask"].mean((1, 2, 3)))
+            features = None if inception is None else inception(to_bytes(batch["image"]))
             for (method, seed), score in scores.items():
                 if method in CLASSICAL:
                     output = CLASSICAL[method](batch["image"], batch["mask"])
                 else:
                     net, parts = networks[method][seed], len(pictures.parts)
                     output = complete(net, method, batch, parts, settings.oracle_parsing)
-                score.add(output, batch["image"], batch["mask"])
+                score.add(output, batch["image"], batch["mask"], features)
         ratios[name], pairings[name] = torch.cat(shares).mean().item(), tests.pairing()
         for (method, seed), score in scores.items():
             results.setdefault(method, {}).setdefault(seed, {})[name] = score.means()

@@ -9,9 +9,11 @@ import torch
 from torch.nn import functional as F
 from torchvision.models.vgg import make_layers
 
+from mdrnets import eval as evaluation
 from mdrnets import losses, naive
+from mdrnets.baselines import CLASSICAL
 from mdrnets.copytask import CopyNet, draw
-from mdrnets.eval import complete
+from mdrnets.data import DrawnFaces
 from mdrnets.model import SIZES, CoarseNet, Discriminator, MDRNet, RefineNet
 from mdrnets.objective import feature_network, refine_losses
 from mdrnets.parser import TinyParser
@@ -318,7 +320,7 @@ def test_the_coarse_row_is_the_first_stage_alone():
     with torch.no_grad():
         wanted = net(x, mask)["coarse_comp"]
         net.refine = net.parser = None
-        got = complete(net, "coarse", {"image": x, "mask": mask}, 4, oracle=False)
+        got = evaluation.complete(net, "coarse", {"image": x, "mask": mask}, 4, oracle=False)
     assert torch.equal(got, torch.where(mask > 0.5, wanted, x))
 
 
@@ -344,6 +346,15 @@ def test_fid_is_collected_batch_by_batch(monkeypatch):
     assert scores.means()["FID"] == pytest.approx(expected, rel=1e-4)
     kept = [value for value in vars(scores).values() if isinstance(value, list)]
     assert not any(kept)
+
+
+def test_features_of_the_truth_are_computed_once_for_all_methods(monkeypatch):
+    network, seen = Colours(), []
+    network.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0]))
+    monkeypatch.setattr(evaluation, "optional_networks", lambda *options: (None, network))
+    pictures = DrawnFaces("simple", 4, 1, 16)
+    evaluation.evaluate(evaluation.EvalConfig(device="cpu"), Config(image_size=16), pictures, {})
+    assert len(seen) == 5 * (1 + len(CLASSICAL))
 
 
 def test_to_bytes_rounds_as_a_file_does():
