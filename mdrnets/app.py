@@ -7,7 +7,7 @@ read.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from mdrnets.data import DataName
 from mdrnets.inpaint import Completed, Crop, Model, attention_of, complete, load_model
 from mdrnets.predict import heat, painted_parsing
 from shared import faces
+from shared.ranges import Within
 from shared.runtime import REPOSITORY, UserError, parse, pick_device, run_main
 
 EXAMPLE_SIZE = 256
@@ -34,7 +35,7 @@ class AppConfig:
     """Which refinement network; default: the most complete one."""
     host: str = "127.0.0.1"
     """Address to serve at; 0.0.0.0 lets other machines in."""
-    port: int = 7860
+    port: Annotated[int, Within(1, 65535)] = 7860
     """Port to serve at."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
@@ -80,7 +81,10 @@ def build_page(model: Model):
             raise gr.Error("load a picture first")
         image = to_tensor(editor["background"])
         mask = brushed(editor["layers"], tuple(image.shape[-2:]))
-        done = complete(model, image, mask, crop, blend)
+        try:
+            done = complete(model, image, mask, crop, blend)
+        except UserError as error:
+            raise gr.Error(str(error)) from None
         note = f"{100 * done.hole_ratio:.1f} % of the picture completed by {model.name}."
         message = "\n\n".join([note, *(f"**Warning:** {warning}" for warning in done.warnings)])
         pictures = (done.image, done.coarse, painted_parsing(done))
@@ -93,7 +97,7 @@ def build_page(model: Model):
             weights, slots = attention_of(model, done, tuple(event.index))
         except UserError as error:
             raise gr.Error(str(error)) from None
-        kept, inside = (to_array(heat(done, each)) for each in weights)
+        kept, inside = (None, None) if weights is None else (to_array(heat(done, each)) for each in weights)
         return kept, inside, slots
 
     with gr.Blocks(title="MDRNets: face inpainting") as page:
@@ -136,7 +140,12 @@ def main(config: AppConfig) -> None:
     """Serve the page until interrupted."""
     model = load_model(config.run, config.data, config.variant, None, pick_device(config.device))
     page = build_page(model)
-    page.launch(server_name=config.host, server_port=config.port, share=False)
+    try:
+        page.launch(server_name=config.host, server_port=config.port, share=False)
+    except OSError as error:  # gradio's own, of an address that is in use or none of this machine's
+        raise UserError(
+            f"--host {config.host} --port {config.port}: cannot serve there ({error}); give another"
+        ) from None
 
 
 if __name__ == "__main__":

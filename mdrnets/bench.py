@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from mdrnets.objective import refine_losses
 from mdrnets.parser import TinyParser
 from mdrnets.train import PRESETS, Config
 from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report, throughput
+from shared.ranges import Count, Positive, Within
 from shared.runtime import parse, pick_device, run_main
 
 PARTS = 8
@@ -33,13 +34,13 @@ class BenchConfig:
 
     size: SizeName = "mdrnet_256"
     """Widths and depths of the networks."""
-    image_size: int = 256
+    image_size: Annotated[int, Within(24)] = 256
     """Side of the pictures in pixels."""
-    hole: float = 0.3
+    hole: Annotated[float, Within(0.01, 0.99)] = 0.3
     """Share of corrupted pixels."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Pictures per step; default 1 on the CPU and that of the paper preset on a GPU."""
-    seconds: float | None = None
+    seconds: Positive | None = None
     """Shortest time that each speed is measured for, default 3 on the CPU and 0.5 on a GPU; at least three
     calls are made."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -4,6 +4,7 @@ The loaders of CelebA-HQ, FFHQ, CelebAMask-HQ and plain folders are in `datasets
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -142,8 +143,8 @@ class TestSet(Dataset):
 
 
 def open_pictures(config: "Config", data: DataName, part: datasets.Part, seed: int = 0) -> Pictures:
-    """Training or test pictures of a set. Raises UserError when a public set is not there, or has no labels
-    and the parser is to be trained."""
+    """Training or test pictures of a set. Raises UserError when a public set is not there, has a list for one
+    part alone, or has no labels and the parser is to be trained."""
     size, root = config.image_size, config.data_root
     if data in ("faces", "simple"):
         count = config.train_images if part == "train" else config.test_images
@@ -152,9 +153,13 @@ def open_pictures(config: "Config", data: DataName, part: datasets.Part, seed: i
     if root is None:
         layout = {"celeba-hq": datasets.CELEBA_LAYOUT, "ffhq": datasets.FFHQ_LAYOUT}.get(data, "")
         raise UserError(f"--data {data} needs --data-root. {layout}".strip())
+    if (config.train_list is None) != (config.test_list is None):
+        raise UserError(
+            "--train-list and --test-list go together: a list's pictures may be in both parts of a split"
+        )
     chosen = config.train_list if part == "train" else config.test_list
     if chosen is not None:
-        pictures = datasets.picture_list(chosen, root, size)
+        pictures = datasets.picture_list(chosen, root, size, celeba=data == "celeba-hq")
     elif data == "celeba-hq":
         pictures = datasets.celeba_hq(root, size, part, config.split)
     else:
@@ -167,13 +172,17 @@ def open_pictures(config: "Config", data: DataName, part: datasets.Part, seed: i
     return pictures
 
 
+measured_once = lru_cache(maxsize=2)(measure_masks)
+"""Public sets have tens of thousands of masks: a process reads all of them once, not for every stage."""
+
+
 def training_masks(config: "Config", seed: int) -> MaskSource:
     """Masks of the training set, of the configured ratios."""
     low, high = config.mask_ratio
     if config.masks == "files":
         if config.mask_root is None:
             raise UserError("--masks files needs --mask-root: a folder of mask pictures")
-        measured = measure_masks(config.mask_root, config.image_size, config.mask_polarity)
+        measured = measured_once(config.mask_root, config.image_size, config.mask_polarity)
         return MaskFiles(measured, config.image_size, low, high, config.mask_polarity)
     if config.masks == "boxes":
         return BoxMasks(config.image_size, low, high, seed)
@@ -185,7 +194,7 @@ def masks_by_bin(config: "Config", bins: Sequence[tuple[float, float]] = BINS) -
     names = [f"{100 * low:.0f}-{100 * high:.0f} %" for low, high in bins]
     size = config.image_size
     if config.test_mask_root is not None:
-        measured = measure_masks(config.test_mask_root, size, config.mask_polarity)
+        measured = measured_once(config.test_mask_root, size, config.mask_polarity)
         sources = [MaskFiles(measured, size, *limits, config.mask_polarity) for limits in bins]
     else:
         drawn = BoxMasks if config.masks == "boxes" else StrokeMasks

@@ -1,6 +1,7 @@
 """Public face sets in their public layouts: CelebA-HQ with CelebAMask-HQ's labels, FFHQ, plain folders and
 lists."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,8 @@ licences)."""
 CELEBA_TRAIN, CELEBA_VALID = 162_770, 182_637
 """CelebA's official partition: pictures 1 to 162770 train, to 182637 validation, the rest test (recalled)."""
 PARTS_PER_FOLDER = 2000
+
+log = logging.getLogger(__name__)
 
 Part = Literal["train", "test"]
 Split = Literal["index", "celeba"]
@@ -106,9 +109,7 @@ def celeba_hq(root: Path, size: int, part: Part, split: Split = "index") -> Face
     folder = root / "CelebA-HQ-img"
     if not folder.is_dir():
         raise UserError(f"CelebA-HQ: no folder {folder}; {CELEBA_LAYOUT}")
-    files = sorted(
-        (f for f in list_images(folder, "CelebA-HQ") if f.stem.isdigit()), key=lambda path: int(path.stem)
-    )
+    files = _numbered(folder, "CelebA-HQ", CELEBA_LAYOUT)
     if split == "celeba":
         original = _read_mapping(root / "CelebA-HQ-to-CelebA-mapping.txt")
         absent = [f.name for f in files if int(f.stem) not in original]
@@ -121,8 +122,27 @@ def celeba_hq(root: Path, size: int, part: Part, split: Split = "index") -> Face
         files = [f for f in files if chosen(f)]
     else:
         files = _last(files, max(1, len(files) // 15), part)
-    annotations = root / "CelebAMask-HQ-mask-anno"
-    return FacePictures(files, size, "CelebA-HQ", annotations if annotations.is_dir() else None)
+    return FacePictures(files, size, "CelebA-HQ", _annotations(root))
+
+
+def _annotations(root: Path) -> Path | None:
+    """CelebAMask-HQ's label folder, if it is there."""
+    folder = root / "CelebAMask-HQ-mask-anno"
+    return folder if folder.is_dir() else None
+
+
+def _numbered(folder: Path, what: str, layout: str) -> list[Path]:
+    """Pictures below a folder whose names are numbers, in their order; warns how many have other names.
+    UserError when none is left."""
+    every = list_images(folder, what)
+    files = sorted((f for f in every if f.stem.isdigit()), key=lambda path: int(path.stem))
+    if not files:
+        raise UserError(f"{what}: no numbered pictures in {folder}; {layout}")
+    if len(files) < len(every):
+        other = next(f for f in every if not f.stem.isdigit())
+        count = f"{len(every) - len(files)} of {len(every)} pictures"
+        log.warning(f"{what}: {count} left out, whose names are no numbers ({other})")
+    return files
 
 
 def _read_mapping(path: Path) -> dict[int, int]:
@@ -142,10 +162,7 @@ def ffhq(root: Path, size: int, part: Part) -> FacePictures:
     folder = next((place for place in places if place.is_dir()), root)
     if not folder.is_dir():
         raise UserError(f"FFHQ: no folder {folder}; {FFHQ_LAYOUT}")
-    files = [f for f in list_images(folder, "FFHQ") if f.stem.isdigit()]
-    if not files:
-        raise UserError(f"FFHQ: no numbered pictures in {folder}; {FFHQ_LAYOUT}")
-    files.sort(key=lambda path: int(path.stem))
+    files = _numbered(folder, "FFHQ", FFHQ_LAYOUT)
     return FacePictures(_last(files, max(1, len(files) // 7), part), size, "FFHQ")
 
 
@@ -158,9 +175,9 @@ def picture_folder(root: Path, size: int, part: Part) -> FacePictures:
     return FacePictures(_last(files, max(1, len(files) // 10), part), size, root.name)
 
 
-def picture_list(path: Path, root: Path, size: int) -> FacePictures:
-    """A text file with one picture per line, relative to `root`. UserError names the first that is
-    missing."""
+def picture_list(path: Path, root: Path, size: int, celeba: bool = False) -> FacePictures:
+    """A text file with one picture per line, relative to `root`. celeba: they are CelebA-HQ's, whose labels
+    are used when they are there. UserError names the first that is missing or, with labels, has no number."""
     if not path.is_file():
         raise UserError(f"picture list: no file {path}")
     files = [
@@ -171,7 +188,14 @@ def picture_list(path: Path, root: Path, size: int) -> FacePictures:
         raise UserError(
             f"{path}: " + (f"names {missing}, which is not there" if missing else "names no picture")
         )
-    return FacePictures(files, size, root.name)
+    annotations = _annotations(root) if celeba else None
+    nameless = next((file for file in files if not file.stem.isdigit()), None)
+    if annotations and nameless:
+        raise UserError(
+            f"{path}: names {nameless}, whose labels in {annotations.name} are found by a number; "
+            "--data folder trains without them"
+        )
+    return FacePictures(files, size, root.name, annotations)
 
 
 def _last(files: list[Path], tested: int, part: Part) -> list[Path]:

@@ -20,7 +20,16 @@ from mdrnets.mechanism import interventions, repair, similarity_gaps, usage_tabl
 from mdrnets.model import composite
 from mdrnets.objective import feature_network
 from mdrnets.parser import parts_on_grid
-from mdrnets.protocol import PROTOCOL_NAMES, UNITS, Protocol, Scores, mean, optional_networks
+from mdrnets.protocol import (
+    FEWEST_FOR_FID,
+    PROTOCOL_NAMES,
+    UNITS,
+    Protocol,
+    Scores,
+    mean,
+    optional_networks,
+    to_bytes,
+)
 from mdrnets.stages import VARIANTS, build, plan, stage_file
 from mdrnets.train import Config
 from shared.io import find_run, load_config, load_safetensors, progress, write_image
@@ -34,6 +43,7 @@ from shared.published import (
     print_metrics,
     write_results,
 )
+from shared.ranges import Count
 from shared.records import read_json, write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -55,7 +65,7 @@ class EvalConfig:
     """torchvision's alexnet-owt-7be5be79.pth; LPIPS is left out without it."""
     fid_weights: Path | None = None
     """torch-fidelity's weights-inception-2015-12-05-6726825d.pth; FID is left out without it."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Pictures at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
@@ -83,14 +93,15 @@ def complete(net: nn.Module, name: str, batch: dict[str, Tensor], parts: int, or
     x, m = batch["image"], batch["mask"]
     if name == "unet":
         return net(x, m)["output"]
+    if name == "coarse":
+        return composite(x, net.coarse(x.masked_fill(m > 0.5, 0.0), m), m)
     parsing = None
     if oracle:
         if int(batch["parts"].min()) < 0:
             raise UserError("--oracle-parsing: these pictures have no labels")
         cells = (x.shape[-2] // net.stride, x.shape[-1] // net.stride)
         parsing = parts_on_grid(batch["parts"], parts, cells)
-    out = net(x, m, parsing)
-    return composite(x, out["coarse"], m) if name == "coarse" else out["output"]
+    return net(x, m, parsing)["output"]
 
 
 @torch.inference_mode()
@@ -100,7 +111,11 @@ def evaluate(
     """Scores of all networks and of the untrained baselines in every bin; the bins' measured mean ratios; and
     which mask every picture had in each."""
     device = pick_device(settings.device)
-    optional = optional_networks(settings.lpips_weights, settings.fid_weights, device)
+    fid_weights = settings.fid_weights
+    if fid_weights and len(pictures) < FEWEST_FOR_FID:
+        print(f"FID: not available, {len(pictures)} test pictures of at least {FEWEST_FOR_FID}")
+        fid_weights = None
+    lpips, inception = optional_networks(settings.lpips_weights, fid_weights, device)
     results: Results = {}
     ratios: dict[str, float] = {}
     pairings: dict[str, list[tuple[str, str]]] = {}
@@ -114,18 +129,19 @@ def evaluate(
         )
         runs = [(method, seed) for method, seeds in networks.items() for seed in seeds]
         runs += [(method, config.seed) for method in CLASSICAL]
-        scores = {run: Scores(settings.protocol, *optional) for run in runs}
+        scores = {run: Scores(settings.protocol, lpips, inception) for run in runs}
         shares = []
         for batch in progress(loader, f"holes of {name}"):
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             shares.append(batch["mask"].mean((1, 2, 3)))
+            features = None if inception is None else inception(to_bytes(batch["image"]))
             for (method, seed), score in scores.items():
                 if method in CLASSICAL:
                     output = CLASSICAL[method](batch["image"], batch["mask"])
                 else:
                     net, parts = networks[method][seed], len(pictures.parts)
                     output = complete(net, method, batch, parts, settings.oracle_parsing)
-                score.add(output, batch["image"], batch["mask"])
+                score.add(output, batch["image"], batch["mask"], features)
         ratios[name], pairings[name] = torch.cat(shares).mean().item(), tests.pairing()
         for (method, seed), score in scores.items():
             results.setdefault(method, {}).setdefault(seed, {})[name] = score.means()
@@ -182,9 +198,11 @@ def evaluate_data(
     print(f"\n=== {pictures.name}: {len(pictures)} test pictures in every bin ===\n")
     print(summary(results))
     print("\n" + by_bin(results))
+    slots = {}
     for name in ("shared", "disentangled", "full"):
         if name in nets:
             rows = usage_table(nets[name].refine.dmm, pictures.parts)
+            slots[name] = {part: {"effective": used, "top": top} for part, used, top in rows}
             print(f"\nslots in use, {name}:")
             print(format_table(["part", "effective slots", "share of the most used"], rows))
     if gaps:
@@ -204,7 +222,7 @@ def evaluate_data(
         repaired = repair(nets["disentangled-ema"], batch) if "disentangled-ema" in nets else None
         claims = make_claims(pictures.name, mean_over(results, "PSNR hole"), tampering, repaired, gaps)
     metrics = to_metrics(results, settings, pictures.name, len(pictures))
-    extra = {"hole_ratio": ratios, "by_seed": results, "gaps": gaps}
+    extra = {"hole_ratio": ratios, "by_seed": results, "gaps": gaps, "slots": slots}
     return claims, metrics, extra | {"test_masks": f"test_masks-{data}.json"}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -88,16 +89,19 @@ def fitting_mask(path: Path, size: tuple[int, int], polarity: Polarity) -> tuple
     is the same within 2 %; UserError otherwise."""
     mask = read_mask(path, None, polarity)
     height, width = mask.shape[-2:]
+    remarks = []
+    with Image.open(path) as opened:
+        if opened.has_transparency_data and opened.convert("RGBA").getextrema()[3][0] < 255:
+            remarks.append(f"{path.name}: what is transparent in a mask means nothing, its colours count")
     if (height, width) == size:
-        return mask, []
+        return mask, remarks
     if abs(width / height * size[0] / size[1] - 1) > 0.02:
         raise UserError(
             f"{path}: the mask is {width}x{height} and the picture {size[1]}x{size[0]}; "
             "give a mask of the same shape"
         )
-    return to_mask(mask, size, "white-hole"), [
-        f"{path.name}: scaled from {width}x{height} to the picture's size"
-    ]
+    remarks.append(f"{path.name}: scaled from {width}x{height} to the picture's size")
+    return to_mask(mask, size, "white-hole"), remarks
 
 
 def hiding_mask(model: Model, image: Tensor, hide: Hide, box: tuple[int, int, int, int] | None) -> Tensor:
@@ -109,7 +113,7 @@ def hiding_mask(model: Model, image: Tensor, hide: Hide, box: tuple[int, int, in
     height, width = image.shape[-2:]
     if hide == "box":
         left, top, wide, high = box or (width // 3, height // 3, width // 3, height // 3)
-        if min(left, top) < 0 or min(wide, high) < 1 or left + wide > width or top + high > height:
+        if left + wide > width or top + high > height:
             raise UserError(f"--box {left} {top} {wide} {high} is not inside the picture of {width}x{height}")
         mask = torch.zeros(1, height, width)
         mask[:, top : top + high, left : left + wide] = 1
@@ -134,6 +138,10 @@ def hiding_mask(model: Model, image: Tensor, hide: Hide, box: tuple[int, int, in
         reach = max(1, round(0.03 * small.shape[-1]))
         grown = F.max_pool2d(small, 2 * reach + 1, 1, reach)
         return F.interpolate(grown, (height, width), mode="nearest-exact")[0]
+
+
+LONGEST = 8
+"""Most that the network is shown of a picture: this many times as long as it is wide."""
 
 
 def crop_box(mask: Tensor, crop: Crop) -> tuple[int, int, int, int]:
@@ -162,7 +170,7 @@ def complete(
     The crop is scaled to the size that the network was trained at, completed, enlarged and pasted back. Kept
     pixels are returned bit for bit. An empty mask returns the picture; a full one, an inverted one and a
     picture that does not look like a face give a warning. Raises ValueError when image and mask differ in
-    size.
+    size, and UserError for a strip.
     """
     if image.shape[-2:] != mask.shape[-2:]:
         raise ValueError(f"image {tuple(image.shape)} and mask {tuple(mask.shape)} differ in size")
@@ -176,6 +184,11 @@ def complete(
         notes = ["the mask covers the whole picture: the result is invented, nothing is kept"]
     left, top, width, height = box = crop_box(mask, crop)
     view = (slice(None), slice(top, top + height), slice(left, left + width))
+    if max(height, width) > LONGEST * min(height, width):
+        raise UserError(
+            f"a strip of {width}x{height} pixels, over {LONGEST} times as long as wide, is no face: "
+            "use --crop hole, or cut it"
+        )
     scale = model.size / min(height, width)
     small = (max(8, round(height * scale)), max(8, round(width * scale)))
     x, m = shrink_known(image[view], mask[view], small)
@@ -197,16 +210,19 @@ def complete(
 
 
 @torch.no_grad()
-def attention_of(model: Model, done: Completed, pixel: tuple[int, int]) -> tuple[Tensor, list[dict]]:
+def attention_of(model: Model, done: Completed, pixel: tuple[int, int]) -> tuple[Tensor | None, list[dict]]:
     """Where MREM looks for a corrupted pixel (x, y) of the picture, and which memory slots its cell reads.
 
-    Returns weights (2, h, w), from kept and from corrupted cells, each summing to 1 or 0, and for every part
-    a dict of part, its probability and its three most read slots with their weights. UserError for a pixel
-    outside the crop or not corrupted, or a network without the module asked for.
+    Returns weights (2, h, w), from kept and from corrupted cells, each summing to 1 or 0 (None: the network
+    has no MREM), and for every part a dict of part, its probability and its three most read slots with their
+    weights (none: it has no memory). UserError for a pixel outside the crop or not corrupted, or a network
+    with neither module.
     """
     refine = model.net.refine
     if done.inputs is None:
         raise UserError("nothing was completed: there is no attention to show")
+    if refine.mrem is None and refine.dmm is None:
+        raise UserError(f"{model.name}: this network has neither MREM nor a memory to look into")
     seen, stride = done.inputs[0].shape[-2:], model.net.stride
     x, m = model.net.padded(*done.inputs)  # as the network itself does: a cell is `stride` of its pixels
     left, top, width, height = done.box
@@ -233,7 +249,7 @@ def attention_of(model: Model, done: Completed, pixel: tuple[int, int]) -> tuple
             most = {str(int(i)): round(float(w), 4) for i, w in zip(top_slots, top_weights, strict=True)}
             slots.append({"part": name, "probability": round(share, 4), "slots": most})
     if refine.mrem is None:
-        raise UserError(f"{model.name}: this network has no MREM, so there is no attention to show")
+        return None, slots
     if refine.dmm is not None and refine.order == "dmm>mrem":
         features = refine.dmm(features, out["parsing"].to(features.dtype))
     _, inter, intra = refine.mrem.dense(features, holes)

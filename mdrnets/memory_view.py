@@ -18,6 +18,7 @@ from mdrnets.parser import likely_cells
 from mdrnets.train import Config
 from shared.io import find_run, image_grid, load_config, progress, write_image
 from shared.published import format_table
+from shared.ranges import Count
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -32,13 +33,13 @@ class ViewConfig:
     """Networks trained on this set; default: the run's last."""
     variant: str | None = None
     """Which refinement network; default: the most complete one."""
-    slots: int = 4
+    slots: Count = 4
     """Most used slots shown of each part."""
-    patches: int = 4
+    patches: Count = 4
     """Nearest patches shown of each slot."""
-    pictures: int = 500
+    pictures: Count = 500
     """Training pictures that patches are taken from."""
-    patch: int = 5
+    patch: Count = 5
     """Side of a patch in memory cells."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""

@@ -33,6 +33,7 @@ from mdrnets.masks import Polarity, list_images
 from mdrnets.mechanism import memory_replaced
 from mdrnets.parser import paint_parts
 from shared.io import image_grid, keep_inputs, progress, read_photo, write_image
+from shared.ranges import Count, Natural, Seed
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -47,7 +48,7 @@ class PredictConfig:
     """Mask picture; for a folder, a folder of masks with the same names in the same folders."""
     hide: Hide | None = None
     """Instead of a mask: hide glasses, a hat or a box."""
-    box: tuple[int, int, int, int] | None = None
+    box: tuple[Natural, Natural, Count, Count] | None = None
     """With --hide box: left, top, width, height in pixels; default: the middle third."""
     mask_polarity: Polarity = "white-hole"
     """Which colour of a mask means corrupted."""
@@ -57,18 +58,18 @@ class PredictConfig:
     """Networks trained on this set; default: the run's last."""
     variant: str | None = None
     """Which refinement network; default: the most complete one."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Which seed of it; default: the run's first."""
     crop: Crop = "picture"
     """Show the network the whole picture (an aligned face), or a square around the hole (a large photo)."""
     blend: bool = True
     """Adjust colours inside the hole so that there is no seam."""
-    pixel: tuple[int, int] | None = None
+    pixel: tuple[Natural, Natural] | None = None
     """x y of a corrupted pixel whose attention and memory slots are shown."""
     part: str | None = None
     """With --slot: let this facial part read one memory slot alone, e.g. mouth."""
-    slot: int = 0
-    """Number of that slot."""
+    slot: Natural | None = None
+    """Number of that slot; default: 0."""
     out: Path = Path("completed")
     """Folder for the results."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -78,9 +79,7 @@ class PredictConfig:
 def read_inputs(
     config: PredictConfig, model: Model, path: Path, mask_path: Path | None
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Picture, mask and remarks. UserError when neither or both of --mask and --hide are given."""
-    if (mask_path is None) == (config.hide is None):
-        raise UserError("give either --mask FILE or --hide glasses|hat|box")
+    """Picture, mask and remarks."""
     image, remarks = read_photo(path)
     if mask_path is None:
         return image, hiding_mask(model, image, config.hide, config.box), remarks
@@ -126,7 +125,10 @@ def painted_parsing(done: Completed) -> Tensor:
 
 
 def write_outputs(folder: Path, model: Model, done: Completed, config: PredictConfig) -> None:
-    """All pictures and result.json of one completion."""
+    """All pictures and result.json of one completion. UserError, before anything is written, for a --pixel
+    that was not completed."""
+    asked = config.pixel is not None and done.inputs is not None
+    weights, slots = attention_of(model, done, config.pixel) if asked else (None, [])
     made = f"hole completed by {model.name}" if done.inputs is not None else None
     write_image(folder / "completed.png", done.image, made)
     write_image(folder / "coarse.png", done.coarse, made)
@@ -134,12 +136,12 @@ def write_outputs(folder: Path, model: Model, done: Completed, config: PredictCo
     tiles = [done.damaged, done.coarse, painted_parsing(done), done.image]
     labels = ["input", "coarse", "parsing", "completed"]
     record = {"model": model.name, "hole_ratio": done.hole_ratio, "crop": done.box, "warnings": done.warnings}
-    if config.pixel is not None and done.inputs is not None:
-        weights, record["slots"] = attention_of(model, done, config.pixel)
+    if asked:
+        record |= {"pixel": config.pixel, "slots": slots}
+    if weights is not None:
         for name, each in zip(("from kept cells", "from the hole"), weights, strict=True):
             tiles.append(heat(done, each))
             labels.append(name)
-        record["pixel"] = config.pixel
         write_image(folder / "attention.png", image_grid(tiles[-2:], columns=2, column_labels=labels[-2:]))
     scale = max(1, 128 // done.image.shape[-1])
     sheet = image_grid(tiles, columns=len(tiles), column_labels=labels, scale=scale)
@@ -149,7 +151,14 @@ def write_outputs(folder: Path, model: Model, done: Completed, config: PredictCo
 
 def main(config: PredictConfig) -> Path:
     """Complete every picture; returns the folder with the results. In a folder, a picture and its mask lie at
-    the same place below their folders, and the results too. UserError when two would get one place."""
+    the same place below their folders, and the results too. UserError when two would get one place, and for
+    options that do not go together."""
+    if (config.mask is None) == (config.hide is None):
+        raise UserError("give either --mask FILE or --hide glasses|hat|box")
+    if config.box is not None and config.hide != "box":
+        raise UserError("--box is what --hide box hides: give both")
+    if config.slot is not None and config.part is None:
+        raise UserError(f"--slot {config.slot}: of which part? Give --part too, e.g. --part mouth")
     model = load_model(config.run, config.data, config.variant, config.seed, pick_device(config.device))
     folder = config.picture.is_dir()
     pictures = list_images(config.picture, "pictures") if folder else [config.picture]
@@ -170,7 +179,7 @@ def main(config: PredictConfig) -> Path:
         inputs = [path] if mask_path is None else [path, mask_path]
         keep_inputs(inputs, (config.out / place / f"{name}.png" for name in results))
         image, mask, remarks = read_inputs(config, model, path, mask_path)
-        with one_slot(model, config.part, config.slot):
+        with one_slot(model, config.part, config.slot or 0):
             done = complete(model, image, mask, config.crop, config.blend)
             done.warnings[:0] = remarks
             write_outputs(config.out / place, model, done, config)

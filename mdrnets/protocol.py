@@ -100,28 +100,30 @@ class Scores:
         self.protocol, self.lpips = protocol, lpips
         self.values: dict[str, list[Tensor]] = {}
         self.count = 0
-        self.frechet = FrechetInceptionDistance(feature=inception) if inception is not None else None
+        self.inception, self.frechet = inception, None
+        if inception is not None:
+            given = nn.Identity()  # the features are computed here
+            given.num_features = inception.num_features
+            self.frechet = FrechetInceptionDistance(feature=given)
 
-    def add(self, output: Tensor, x: Tensor, mask: Tensor) -> None:
-        """A batch in [-1, 1]. Raises ValueError when a kept pixel was changed: the composite must be
-        exact."""
+    def add(self, output: Tensor, x: Tensor, mask: Tensor, features: Tensor | None = None) -> None:
+        """A batch in [-1, 1]. features: what `inception` makes of `to_bytes(x)`, where it is known already.
+        Raises ValueError when a kept pixel was changed: the composite must be exact."""
         kept = mask < 0.5
         if not torch.equal(output.masked_select(kept), x.masked_select(kept)):
             raise ValueError("the completed picture differs from the input outside the hole")
         output, truth = to_bytes(output), to_bytes(x)
         scores = measure(output, truth, mask, self.protocol)
         if self.lpips is not None:
-            both = zip(output, truth, strict=True)
-            scores["LPIPS"] = torch.tensor(
-                [shared_metrics.lpips(a[None], b[None], self.lpips) for a, b in both]
-            )
+            with torch.inference_mode():
+                scores["LPIPS"] = self.lpips(output * 2 - 1, truth * 2 - 1).flatten()
         for name, value in scores.items():
             self.values.setdefault(name, []).append(value.cpu())
         self.count += len(output)
         if self.frechet is not None:
             self.frechet.to(output.device)
-            for images, real in ((truth, True), (output, False)):
-                self.frechet.update(images, real=real)
+            self.frechet.update(self.inception(truth) if features is None else features, real=True)
+            self.frechet.update(self.inception(output), real=False)
 
     def means(self) -> dict[str, float]:
         """Mean over pictures of every score; FID over all of them, from 2,000 pictures on."""

@@ -74,6 +74,14 @@ def plan(config: "Config") -> list[Stage]:
         raise UserError(f"--image-size {config.image_size}: the U-Net needs a multiple of {UNet.multiple}")
     if config.adversarial and config.image_size < 24:
         raise UserError(f"--image-size {config.image_size}: the discriminator needs at least 24")
+    low, high = config.mask_ratio
+    if low >= high:
+        raise UserError(f"--mask-ratio {low:g} {high:g}: give the smaller share first; 0.1 0.6 is 10 to 60 %")
+    if config.lr_last != config.lr and config.last_steps >= config.refine_steps:
+        raise UserError(
+            f"--last-steps {config.last_steps}: all --refine-steps {config.refine_steps} would learn at "
+            "--lr-last; give fewer (the paper preset: a quarter)"
+        )
     stages = []
     for data in config.data:
         for seed in range(config.seed, config.seed + config.seeds):

@@ -10,7 +10,7 @@ import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +38,7 @@ from mdrnets.stages import TABLE_A, VARIANTS, Stage, learn_faces, plan, prepare,
 from mdrnets.writing import ParsedParts, parsing_of, write_memory
 from shared.io import Run, load_weights, progress, runs_root, save_safetensors
 from shared.loop import Position, average_gradients
+from shared.ranges import Count, Natural, Positive, Share, Weight, Within
 from shared.records import write_json
 from shared.runtime import (
     LoaderConfig,
@@ -47,6 +48,9 @@ from shared.runtime import (
     start,
     step_generator,
 )
+
+Decay = Annotated[float, Within(0, 0.999999)]
+"""Of a moving average; 1 would never move."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,15 @@ class Config(LoaderConfig):
     split: Split = "index"
     """CelebA-HQ: by number, or CelebA's official partition."""
     train_list: Path | None = None
-    """Text file of training pictures, relative to data_root, instead of the split."""
+    """Text file of training pictures, relative to data_root, instead of the split; together with
+    test_list."""
     test_list: Path | None = None
     """The same for testing."""
-    image_size: int = 256
+    image_size: Annotated[int, Within(16)] = 256
     """Side of the pictures in pixels."""
-    train_images: int = 2000
+    train_images: Count = 2000
     """Procedural faces for training."""
-    test_images: int = 256
+    test_images: Count = 256
     """Procedural faces for testing."""
 
     masks: Literal["strokes", "boxes", "files"] = "strokes"
@@ -79,9 +84,9 @@ class Config(LoaderConfig):
     """Folder of test mask files; without it test masks are drawn: boxes if `masks` says so, else strokes."""
     mask_polarity: Polarity = "white-hole"
     """Which colour of a mask file means corrupted."""
-    mask_ratio: tuple[float, float] = (0.1, 0.6)
-    """Share of corrupted pixels in training masks."""
-    mask_pool: int | None = None
+    mask_ratio: tuple[Share, Share] = (0.1, 0.6)
+    """Least and greatest share of corrupted pixels in training masks; 0.1 0.6 is 10 to 60 %."""
+    mask_pool: Count | None = None
     """Number of different training masks that are drawn; None: a new one for every sample."""
     flip: bool = True
     """Mirror pictures; mirror and turn masks."""
@@ -92,15 +97,15 @@ class Config(LoaderConfig):
     """`bisenet`: the public parser from --parser-weights; `tiny`: trained here (needs labels)."""
     parser_weights: Path | None = None
     """79999_iter.pth of the public face parser."""
-    parser_size: int = 512
+    parser_size: Annotated[int, Within(32)] = 512
     """Side at which the public parser works."""
     variants: tuple[str, ...] = ("full+inco2",)
     """Refinement networks to train on the same coarse network, by their names in VARIANTS."""
-    seeds: int = 1
+    seeds: Count = 1
     """Everything is trained with so many seeds, beginning with `seed`."""
     unet: bool = False
     """Also train a plain U-Net for as many steps as both networks together, as a baseline."""
-    copy_steps: int = 0
+    copy_steps: Natural = 0
     """Steps of the copy task with and without MREM; 0 leaves it out."""
 
     routing: Routing = "soft"
@@ -111,66 +116,66 @@ class Config(LoaderConfig):
     """Memory slots learn by gradient, or are written from clean features."""
     order: Order = "dmm>mrem"
     """Order of the two modules."""
-    tau: float = 0.1
+    tau: Positive = 0.1
     """Temperature of both modules."""
-    memory_decay: float = 0.98
+    memory_decay: Share = 0.98
     """`ema`: share of a slot that a write keeps."""
-    revive_after: int = 1000
+    revive_after: Natural = 1000
     """`ema`: a slot unused for more writes than this starts again from a random query of its part."""
     weighted_write: bool = False
     """`ema`: weight positions by their similarity, as MNAD does."""
-    write_every: int = 1
+    write_every: Count = 1
     """`ema`: steps between writes."""
     parsing_cache: bool = True
     """`ema`: keep on disk what the public parser sees in training pictures without labels, for later steps
     and runs."""
     parsing_cache_root: Path | None = None
     """Folder for that; default: runs/mdrnets/parsing-cache."""
-    memory_warmup: int = 1000
+    memory_warmup: Natural = 1000
     """`ema`: steps in which the memory is written and not yet read."""
 
-    batch_size: int = 8
+    batch_size: Count = 8
     """Images per step, over all processes."""
-    coarse_steps: int = 100_000
+    coarse_steps: Count = 100_000
     """Steps of the first stage."""
-    refine_steps: int = 400_000
+    refine_steps: Count = 400_000
     """Steps of the second stage."""
-    joint_from: int | None = 20_000
+    joint_from: Natural | None = 20_000
     """Step of the second stage from which the coarse network learns again; None: never."""
-    lr: float = 2e-4
+    lr: Positive = 2e-4
     """Learning rate of Adam."""
-    lr_last: float = 5e-5
+    lr_last: Positive = 5e-5
     """Learning rate of the last `last_steps` of the second stage."""
-    last_steps: int = 100_000
+    last_steps: Natural = 100_000
     """How many steps those are."""
-    betas: tuple[float, float] = (0.5, 0.999)
+    betas: tuple[Decay, Decay] = (0.5, 0.999)
     """Adam's moments."""
-    lr_ratio: float = 0.1
+    lr_ratio: Positive = 0.1
     """Learning rate of the discriminator relative to the generator's."""
-    average: float = 0.0
+    average: Decay = 0.0
     """Decay of an average of the weights that is kept for evaluation; 0: none. 0.999 suits long runs."""
 
-    valid: float = 1.0
+    valid: Weight = 1.0
     """Weight of the loss on kept pixels."""
-    hole: float = 6.0
+    hole: Weight = 6.0
     """Weight of the loss on corrupted pixels."""
-    perceptual: float = 0.05
+    perceptual: Weight = 0.05
     """Weight of the perceptual loss."""
-    style: float = 120.0
+    style: Weight = 120.0
     """Weight of the style loss."""
-    tv: float = 0.1
+    tv: Weight = 0.1
     """Weight of the total variation."""
-    adversarial: float = 0.1
+    adversarial: Weight = 0.1
     """Weight of the adversarial loss; 0 trains without a discriminator."""
-    inter: float = 0.1
+    inter: Weight = 0.1
     """Weight of InCo2's loss between corrupted and kept regions, in `+inco2` variants."""
-    intra: float = 0.1
+    intra: Weight = 0.1
     """Weight of InCo2's loss inside the corrupted region."""
-    inco_samples: int | None = 512
+    inco_samples: Count | None = 512
     """Cells of each region that InCo2 compares in an image; None: all."""
     inco_form: Literal["similarity", "direct"] = "similarity"
     """InCo2 on similarities between cells, or on each cell's own cosine."""
-    parsing: float = 0.5
+    parsing: Weight = 0.5
     """Weight of the cross entropy of the tiny parser."""
     features: losses.FeatureKind = "vgg"
     """Frozen network of the perceptual, style and InCo2 losses: VGG-16, the coarse encoder, or a random
@@ -178,11 +183,11 @@ class Config(LoaderConfig):
     vgg_weights: Path | None = None
     """torchvision's vgg16-397923af.pth; without it the library downloads it."""
 
-    log_every: int = 100
+    log_every: Count = 100
     """Steps between lines of the log."""
-    checkpoint_every: int = 5000
+    checkpoint_every: Count = 5000
     """Steps between checkpoints."""
-    sample_every: int = 5000
+    sample_every: Count = 5000
     """Steps between pictures."""
 
 

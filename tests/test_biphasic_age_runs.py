@@ -354,7 +354,8 @@ def test_more_test_pictures_than_the_run_was_told(run_folder, monkeypatch):
     "given",
     [
         "--log-every 0", "--batch-size 0", "--train-images 1", "--pictures 0", "--guide-lr nan", "--workers -1",
-        "--seeds 0", "--average 2", "--fold 6", "--recipe.steps 0", "--recipe.lr 0", "--scene.steps 0", "--warmup -1",
+        "--seeds 0", "--average 2", "--fold 6", "--recipe.steps 0", "--recipe.lr 0", "--scene.steps 0",
+        "--warmup -1",
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(given):
@@ -379,7 +380,7 @@ def test_limits_must_rise():
 @pytest.mark.slow
 def test_the_demo_holds_its_claims(tmp_path):
     """The demo itself: minutes. Those that the README says hold do; C3 (wrinkles are weaker than they should
-    be) and C11 (prototypes) do not, and C5 (wrinkles made for the youngest) does on one thread and not on two."""
+    be) and C11 (prototypes) do not, and C5 (wrinkles of the youngest made old) does on one thread alone."""
     folder = train(replace(PRESETS["demo"], out=tmp_path / "run", device="cpu"))
     evaluation.main(evaluation.EvalConfig(run=folder, device="cpu"))
     claims = json.loads((folder / "results.json").read_text())["claims"]

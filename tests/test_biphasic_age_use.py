@@ -119,7 +119,7 @@ def test_paste_without_change_is_the_photo_and_touches_the_square_alone():
 
 
 def test_an_enlarged_change_follows_the_edges_of_the_photo():
-    """The change of a coarse crop on one side of an edge stays there, and does not where it is only enlarged."""
+    """The change of a coarse crop on one side of an edge stays there; only enlarged it does not."""
     photo = torch.full((3, 64, 64), 0.2)
     photo[..., 29:] = 0.8  # an edge between pixels of the crop, of which each is four of the photo's
     move = Similarity(complex(0.25), complex(0.25 * 0.5 - 0.5, 0.25 * 0.5 - 0.5))

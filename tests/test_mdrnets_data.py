@@ -1,13 +1,14 @@
 """MDRNets: masks, drawn faces and every public layout, on miniatures written here; and blending."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mdrnets import blend
+from mdrnets import blend, masks
 from mdrnets.baselines import CLASSICAL, UNet
 from mdrnets.blend import membrane, paste, shrink_known
 from mdrnets.data import DrawnFaces, TestSet, TrainSet, masks_by_bin, open_pictures, training_masks
@@ -75,6 +76,18 @@ def test_mask_files_polarity_bins_and_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         measure_masks(tmp_path, 10, "white-hole")
     assert "look inverted" in caplog.text
+
+
+def test_mask_files_are_measured_once(tmp_path, monkeypatch):
+    for rows in (3, 4, 6, 7, 9):
+        save(tmp_path / f"{rows}.png", np.repeat(255 * (np.arange(16) < rows), 16).reshape(16, 16))
+    read = []
+    monkeypatch.setattr(masks, "read_mask", lambda *file: read.append(file) or read_mask(*file))
+    config = replace(SMALL, masks="files", mask_root=tmp_path, test_mask_root=tmp_path)
+    for seed in range(2):
+        assert len(training_masks(config, seed).files) == 5
+        assert [len(source.files) for source in masks_by_bin(config).values()] == [1] * 5
+    assert len(read) == 5
 
 
 def test_masks_are_binned_at_the_size_of_use(tmp_path):
@@ -209,6 +222,36 @@ def test_ffhq_layouts(tmp_path, folder):
     assert (test.load(0)[1] == -1).all()
     with pytest.raises(UserError, match="ffhq-dataset"):
         ffhq(tmp_path / "missing", 16, "train")
+
+
+def test_celeba_hq_by_lists_keeps_its_labels(celeba):
+    for part, names in (("train", "3 5"), ("test", "4")):
+        lines = [f"CelebA-HQ-img/{name}.jpg" for name in names.split()]
+        (celeba / f"{part}.txt").write_text("\n".join(lines))
+    lists = {"train_list": celeba / "train.txt", "test_list": celeba / "test.txt"}
+    config = replace(SMALL, data_root=celeba, **lists)
+    train, test = (open_pictures(config, "celeba-hq", part) for part in ("train", "test"))
+    assert [train.label(i) for i in range(2)] == ["3.jpg", "5.jpg"] and test.label(0) == "4.jpg"
+    assert train.labelled and torch.equal(train.load(1)[1], celeba_hq(celeba, 16, "train").load(5)[1])
+    for part in ("train", "test"):
+        with pytest.raises(UserError, match="--train-list and --test-list go together"):
+            open_pictures(replace(config, **{f"{part}_list": None}), "celeba-hq", "train")
+    save(celeba / "me.png", picture(0))
+    (celeba / "train.txt").write_text("me.png")
+    with pytest.raises(UserError, match="names .*me.png, whose labels"):
+        open_pictures(config, "celeba-hq", "train")
+
+
+@pytest.mark.parametrize("layout,folder", [(celeba_hq, "CelebA-HQ-img"), (ffhq, "images1024x1024")])
+def test_pictures_without_a_number_are_said_to_be_left_out(tmp_path, caplog, layout, folder):
+    save(tmp_path / folder / "me.png", picture(0))
+    with pytest.raises(UserError, match="no numbered pictures"):
+        layout(tmp_path, 16, "train")
+    for i in range(3):
+        save(tmp_path / folder / f"{i}.png", picture(i))
+    with caplog.at_level(logging.WARNING):
+        assert len(layout(tmp_path, 16, "train")) == 2
+    assert "1 of 4 pictures left out" in caplog.text and "me.png" in caplog.text
 
 
 def test_plain_folders_and_lists(tmp_path):

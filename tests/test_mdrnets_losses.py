@@ -9,8 +9,11 @@ import torch
 from torch.nn import functional as F
 from torchvision.models.vgg import make_layers
 
+from mdrnets import eval as evaluation
 from mdrnets import losses, naive
+from mdrnets.baselines import CLASSICAL
 from mdrnets.copytask import CopyNet, draw
+from mdrnets.data import DrawnFaces
 from mdrnets.model import SIZES, CoarseNet, Discriminator, MDRNet, RefineNet
 from mdrnets.objective import feature_network, refine_losses
 from mdrnets.parser import TinyParser
@@ -288,6 +291,39 @@ def test_scores_refuse_a_changed_kept_pixel():
         scores.add(x + 0.01, x, mask)
 
 
+class Brightness(torch.nn.Module):
+    """Stands in for LPIPS' network; counts its calls."""
+
+    calls = 0
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return (a - b).abs().mean((1, 2, 3), keepdim=True)
+
+
+def test_lpips_takes_a_batch_at_once_and_is_averaged_over_pictures():
+    x, mask = torch.zeros(3, 3, 16, 16), torch.ones(3, 1, 16, 16)
+    output = x + torch.tensor((0.2, 0.4, 0.6)).view(3, 1, 1, 1)
+    network = Brightness()
+    scores = Scores("ours", lpips=network)
+    scores.add(output[:2], x[:2], mask[:2])
+    scores.add(output[2:], x[2:], mask[2:])
+    assert network.calls == 2 and scores.means()["LPIPS"] == pytest.approx(0.4, abs=0.01)
+
+
+def test_the_coarse_row_is_the_first_stage_alone():
+    torch.manual_seed(0)
+    size = SIZES["unit"]
+    net = MDRNet(CoarseNet(size), TinyParser(4), RefineNet(size, 4), size.stride).eval()
+    x, mask = torch.rand(2, 3, 16, 16) * 2 - 1, torch.zeros(2, 1, 16, 16)
+    mask[..., 4:9, 3:11] = 1
+    with torch.no_grad():
+        wanted = net(x, mask)["coarse_comp"]
+        net.refine = net.parser = None
+        got = evaluation.complete(net, "coarse", {"image": x, "mask": mask}, 4, oracle=False)
+    assert torch.equal(got, torch.where(mask > 0.5, wanted, x))
+
+
 class Colours(torch.nn.Module):
     """Stands in for InceptionV3: three features."""
 
@@ -310,6 +346,15 @@ def test_fid_is_collected_batch_by_batch(monkeypatch):
     assert scores.means()["FID"] == pytest.approx(expected, rel=1e-4)
     kept = [value for value in vars(scores).values() if isinstance(value, list)]
     assert not any(kept)
+
+
+def test_features_of_the_truth_are_computed_once_for_all_methods(monkeypatch):
+    network, seen = Colours(), []
+    network.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0]))
+    monkeypatch.setattr(evaluation, "optional_networks", lambda *options: (None, network))
+    pictures = DrawnFaces("simple", 4, 1, 16)
+    evaluation.evaluate(evaluation.EvalConfig(device="cpu"), Config(image_size=16), pictures, {})
+    assert len(seen) == 5 * (1 + len(CLASSICAL))
 
 
 def test_to_bytes_rounds_as_a_file_does():

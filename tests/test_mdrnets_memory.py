@@ -75,6 +75,7 @@ def test_hard_routing_has_the_gradients_of_soft_routing_with_one_hot_parsing():
     soft.count_reads()
     hard.count_reads()
     assert torch.allclose(soft.usage, hard.usage, atol=1e-6)
+    assert torch.allclose(soft.usage.sum(1), torch.full((3,), 0.01))  # from nothing, by a hundredth a step
 
 
 def test_shared_memory_has_one_softmax_over_all_slots():

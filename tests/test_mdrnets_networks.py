@@ -283,6 +283,11 @@ def test_residual_output_starts_near_the_coarse_result():
     with torch.no_grad():
         assert (RefineNet(UNIT, 4)(comp, mask, parsing) - comp).abs().mean() < 0.1
         assert RefineNet(UNIT, 4, output="direct")(comp, mask, parsing).abs().max() <= 1
+    lasts = []
+    for output in ("residual", "direct"):
+        torch.manual_seed(0)
+        lasts.append(RefineNet(UNIT, 4, output=output).decoder.last.weight)
+    assert torch.allclose(lasts[0], 0.1 * lasts[1]) and lasts[1].abs().max() > 0
 
 
 def test_switches_change_what_they_name():
@@ -359,6 +364,12 @@ def test_face_space_tells_faces_from_other_pictures():
     }
     for name, picture in others.items():
         assert not space.contains(picture[None]).any(), name
+
+
+def test_the_tiny_parser_gives_probabilities():
+    with torch.no_grad():
+        parts = TinyParser(4)(torch.rand(2, 3, 16, 16) * 2 - 1, (4, 4))
+    assert parts.min() >= 0 and torch.allclose(parts.sum(1), torch.ones(2, 4, 4))
 
 
 def test_parts_on_grid_are_shares():

@@ -251,6 +251,8 @@ class Settings(RunConfig):
     """Of two kinds."""
     limit: Count | None = None
     """Optional."""
+    box: tuple[Natural, Count] | None = None
+    """Several, optional."""
     shift: float = 0.0
     """Any."""
     term: Term = Term()
@@ -270,6 +272,7 @@ class Settings(RunConfig):
         (["--pair", "1.5", "0"], "--pair 1.5: give a number from 0 to 1"),
         (["--pair", "1", "-1"], "--pair -1: give 0 or more"),
         (["--limit", "0"], "--limit 0: give 1 or more"),
+        (["--box", "0", "0"], "--box 0: give 1 or more"),
         (["--shift", "nan"], "--shift nan: give a number"),
         (["--term.weight", "-1"], "--term.weight -1.0: give 0 or more"),
         (["--window", "0.5", "2"], "--window 2.0: give a number from 0 to 1"),
