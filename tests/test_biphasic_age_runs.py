@@ -353,9 +353,9 @@ def test_more_test_pictures_than_the_run_was_told(run_folder, monkeypatch):
 @pytest.mark.parametrize(
     "given",
     [
-        "--log-every 0", "--batch-size 0", "--train-images 1", "--pictures 0", "--guide-lr nan", "--workers -1",
-        "--seeds 0", "--average 2", "--fold 6", "--recipe.steps 0", "--recipe.lr 0", "--scene.steps 0",
-        "--warmup -1",
+        "--log-every 0", "--batch-size 0", "--train-images 1", "--pictures 0", "--guide-lr nan",
+        "--workers -1", "--seeds 0", "--average 2", "--fold 6", "--recipe.steps 0", "--recipe.lr 0",
+        "--scene.steps 0", "--warmup -1",
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(given):
