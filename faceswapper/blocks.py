@@ -64,7 +64,7 @@ def instance_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Instance norm of (B, C, h, w) with biased variance, then a scale and shift for each sample and channel.
 
     scale, shift: (C,), (1, C) or (B, C). One fused batch norm over B x C channels does all of it, with
-    statistics in fp32 whatever the type of x.
+    statistics in fp32 also where x is of half precision.
     """
     batch, channels = x.shape[:2]
     if torch.onnx.is_in_onnx_export():  # which knows no batch norm with statistics of the batch
@@ -74,7 +74,8 @@ def instance_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     # One picture is what it is already; a view of it, with strides that fit either order in memory, gets a
     # wrong gradient on a CPU (PyTorch 2.15) when the gradient comes in the other order.
     flat = x if batch == 1 else x.reshape(1, batch * channels, *x.shape[2:])
-    out = F.batch_norm(flat, None, None, scale.float(), shift.float(), training=True, eps=EPS)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = F.batch_norm(flat, None, None, scale.to(wide), shift.to(wide), training=True, eps=EPS)
     if batch == 1:
         return out
     # The order in memory of x, which what comes next meets again; `reshape` made it NCHW.
