@@ -165,7 +165,7 @@ def translate(
     for age in ages:
         shown = ager.trained.scale.shown(age)
         if abs(age - shown) > 0.5:
-            warnings.append(f"{name}: the network knows no age beyond {shown:.0f}; {age:g} shows that")
+            warnings.append(f"{name}: for {age:g} the face is shown at {shown:.0f}, the outermost age learnt")
     crop = warp(photo, move, (size, size))
     looks_like_one = True
     if layout is None:
