@@ -457,9 +457,6 @@ def _recover(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-_STATE = {"objects", "progress", "random", "log_bytes", "log_step"}
-
-
 @contextmanager
 def foreign_state(path: Path) -> Iterator[None]:
     """Within it what a saved state is put into refuses it by whatever error: UserError, a state of another
@@ -473,12 +470,13 @@ def foreign_state(path: Path) -> Iterator[None]:
         ) from None
 
 
+_STATE = {"objects", "progress", "random", "log_bytes", "log_step"}
+"""What `Run.save` writes."""
+
+
 def _read_state(checkpoint: Path) -> dict:
     state = load_torch(checkpoint / "state.pt")
-    if (
-        not isinstance(state, dict)
-        or not {"objects", "progress", "random", "log_bytes", "log_step"} <= state.keys()
-    ):
+    if not isinstance(state, dict) or _STATE - state.keys():
         raise UserError(f"{checkpoint / 'state.pt'}: not a checkpoint of this project")
     return state
 
