@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ from shared.published import (
     print_metrics,
     write_results,
 )
-from shared.ranges import Count, Within
+from shared.ranges import Count, Part
 from shared.runtime import UserError, parse, pick_device, run_main
 
 Table = dict[str, dict[int, dict[str, float]]]
@@ -76,7 +76,7 @@ class EvalConfig:
     """Pictures in each of those steps."""
     scene_judge_steps: Count = 1200
     """Steps of the two-head scene's judge, 32 pictures each."""
-    far: Annotated[float, Within(0, 1, above=True)] | None = None
+    far: Part | None = None
     """False accept rate at the identity judge's threshold; default 1e-2 on drawn faces, elsewhere 1e-5. Where
     the impostor pairs are too few for it, the smallest that they support."""
     parser_weights: Path | None = None
@@ -156,7 +156,7 @@ def scene_sheet(test: SceneTest, nets: dict[str, nn.Module], device: torch.devic
     return image_grid(tiles, len(labels), column_labels=labels, scale=3)
 
 
-class Optional(NamedTuple):
+class Given(NamedTuple):
     """Networks whose files may be given."""
 
     parser: nn.Module | None
@@ -164,7 +164,7 @@ class Optional(NamedTuple):
     perceptual: nn.Module | None
 
 
-def open_optional(settings: EvalConfig, device: torch.device) -> Optional:
+def open_given(settings: EvalConfig, device: torch.device) -> Given:
     """Those whose files are given. UserError when one is missing, damaged or another, of the judges' too."""
     for path, embeds in ((settings.age_judge, False), (settings.identity_judge, True)):
         if path is not None:
@@ -174,7 +174,7 @@ def open_optional(settings: EvalConfig, device: torch.device) -> Optional:
         (settings.fid_weights, shared_metrics.InceptionFeatures),
         (settings.lpips_weights, partial(shared_metrics.perceptual_network, "alex")),
     )
-    return Optional(*(None if path is None else load(path).to(device) for path, load in opening))
+    return Given(*(None if path is None else load(path).to(device) for path, load in opening))
 
 
 def evaluate_faces(
@@ -182,7 +182,7 @@ def evaluate_faces(
     config: Config,
     folder: Path,
     data: str,
-    optional: Optional,
+    given: Given,
     device: torch.device,
 ) -> tuple[list[Claim], Table, dict]:
     """Tables, claims and pictures of one set of faces."""
@@ -201,8 +201,8 @@ def evaluate_faces(
     for name, accuracy in judges.attribute_accuracy.items():
         print(f"attribute judge, {name}: {100 * accuracy:.1f} % right on real test faces")
 
-    inception, perceptual = optional.inception, optional.perceptual
-    parser = optional.parser or own_parser(config, data, folder, device)
+    inception, perceptual = given.inception, given.perceptual
+    parser = given.parser or own_parser(config, data, folder, device)
     jobs = [(name, config.seed, method, None) for name, method in baselines(config, data, device).items()]
     jobs += [(name, seed, as_method(net), net) for name, seeds in nets.items() for seed, net in seeds.items()]
     table: Table = {}
@@ -318,14 +318,14 @@ def main(settings: EvalConfig) -> Path:
         raise UserError(f"--judge-width {settings.judge_width}: give a multiple of 4")
     if settings.test_images is not None:
         config = replace(config, test_images=settings.test_images)
-    optional = open_optional(settings, device)  # before the judges learn
+    given = open_given(settings, device)  # before the judges learn
     claims, metrics, extra = [], [], {}
     for data in config.data:
         if data == "scene":
             found, table = evaluate_scene(settings, config, folder, device)
             extra[data] = {"by seed": table}
         else:
-            found, table, about = evaluate_faces(settings, config, folder, data, optional, device)
+            found, table, about = evaluate_faces(settings, config, folder, data, given, device)
             extra[data] = {"by seed": table, **about}
         claims += found
         seeds = f"{config.seeds} seed" + ("s" if config.seeds > 1 else "")

@@ -149,15 +149,15 @@ def age_stages(config: "Config", data: str) -> int:
     return min(config.age_stages, 3) if data == "scene" else config.age_stages
 
 
-def given_guides(config: "Config", data: str) -> dict[str, nn.Module]:
-    """The networks whose files are given, frozen. UserError when one is missing, damaged or another."""
-    groups, stages = len(config.limits) + 1, age_stages(config, data)
-    given = {
-        "age": (config.age_weights, lambda path: load_age(path, groups, config.age_width, stages)),
-        "identity": (config.identity_weights, load_identity),
-        "parser": (config.parser_weights, load_parser),
-    }
-    return {name: load(path) for name, (path, load) in given.items() if path is not None}
+def load_given(config: "Config", data: str, name: str) -> nn.Module:
+    """The age, identity or parsing network from the user's file, frozen. UserError when there is none, or it
+    is damaged or of another network."""
+    if name == "identity":
+        return load_identity(config.identity_weights)
+    if name == "parser":
+        return load_parser(config.parser_weights)
+    groups = len(config.limits) + 1
+    return load_age(config.age_weights, groups, config.age_width, age_stages(config, data))
 
 
 def build_guides(config: "Config", data: str, people: int) -> dict[str, nn.Module]:
@@ -184,9 +184,9 @@ def load_guides(
         "identity": weights.identity or weights.perceptual,
         "parser": config.reparse and stage.data != "scene",
     }
-    for name, network in given_guides(config, stage.data).items():
-        if needed[name]:
-            networks[name] = network.to(device)
+    for name, yes in needed.items():
+        if yes and name not in networks:
+            networks[name] = load_given(config, stage.data, name).to(device)
     parse = networks["parser"].labels if needed["parser"] else None
     means = torch.tensor(AgeScale.of(source.ages, source.limits).means, device=device)
     return Guides(networks.get("age"), networks.get("identity"), means, parse)

@@ -35,8 +35,8 @@ from biphasic_age.stages import (
     build,
     build_critic,
     build_guides,
-    given_guides,
     guide_file,
+    load_given,
     load_guides,
     people_in,
     plan,
@@ -48,7 +48,7 @@ from biphasic_age.stages import (
 from shared.io import Run, load_weights, progress, save_safetensors
 from shared.loop import Position, average_gradients, follow
 from shared.processes import as_one, drawn, mean
-from shared.ranges import Count, Natural, Positive, Share, Within
+from shared.ranges import Count, Decay, Natural, Positive, Share, Within
 from shared.runtime import (
     LoaderConfig,
     StepBatches,
@@ -131,7 +131,7 @@ class Config(LoaderConfig):
     """Pictures per step, over all processes; as many again are the real ones of the discriminator."""
     warmup: Natural = 2000
     """First steps in which only the self-driven strategy runs."""
-    betas: tuple[Share, Share] = (0.5, 0.99)
+    betas: tuple[Decay, Decay] = (0.5, 0.99)
     """Adam's moments."""
     average: Share = 0.999
     """Decay of the average of the generator's weights that is kept for use; 0: none."""
@@ -363,7 +363,9 @@ def train(config: Config) -> Path:
     opened = (stages[0].data, stages[0].seed)
     source = open_faces(config, stages[0].data, "train", stages[0].seed)
     for data in config.data:
-        given_guides(config, data)
+        for name in ("age", "identity", "parser"):
+            if getattr(config, f"{name}_weights") is not None:
+                load_given(config, data, name)
     run = Run("biphasic_age", config, accelerator.is_main_process)
     position = Position()
     run.load({}, {"position": position})

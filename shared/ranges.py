@@ -35,9 +35,13 @@ Natural = Annotated[int, Within(0)]
 Positive = Annotated[float, Within(0, above=True)]
 """A rate, a temperature, a bound on a norm."""
 Weight = Annotated[float, Within(0)]
-"""Of a term in a sum; 0 leaves it out."""
+"""Of a term in a sum, or another amount; 0 leaves it out."""
 Share = Annotated[float, Within(0, 1)]
 """A part of a whole, a probability."""
+Part = Annotated[float, Within(0, 1, above=True)]
+"""A share that is not empty."""
+Decay = Annotated[float, Within(0, 0.999999)]
+"""Of a moving average, such as Adam's moments; with 1 it would never move."""
 Seed = Annotated[int, Within(0, 2**32 - 1)]
 """What NumPy's and PyTorch's generators both take."""
 

@@ -308,6 +308,12 @@ def test_a_wrong_file_is_said_before_there_is_a_run(option, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_parser_that_nobody_has_is_asked_for(tmp_path):
+    """Without layouts none is trained, and parsing the translated faces needs one."""
+    with pytest.raises(UserError, match="79999_iter.pth"):
+        train(tiny(out=tmp_path / "run", variants=("no-layout",), layouts=False, reparse=True))
+
+
 def test_an_age_network_of_a_run_is_taken_by_another_of_its_sizes(run_folder, tmp_path):
     config = tiny(out=tmp_path / "run", age_weights=run_folder / "trained" / "faces-age-0.safetensors")
     assert "age" not in learned_guides(config, "faces")
