@@ -81,6 +81,11 @@ class PredictConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
 
+    @property
+    def editing(self) -> bool:
+        """Whether a given face is edited, rather than faces made."""
+        return self.edit is not None or self.code is not None
+
 
 EDITING = ("degree", "alpha", "landmarks", "steps", "e4e", "row")
 PLUS_PLUS = ("memory", "clip", "bf16")
@@ -88,8 +93,7 @@ PLUS_PLUS = ("memory", "clip", "bf16")
 
 def require_used(config: PredictConfig) -> None:
     """UserError when an option is given that would change nothing."""
-    editing = config.edit is not None or config.code is not None
-    idle = [] if editing else [(name, "--edit or --code") for name in EDITING]
+    idle = [] if config.editing else [(name, "--edit or --code") for name in EDITING]
     idle += [] if config.checkpoint is not None else [(name, "--checkpoint") for name in PLUS_PLUS]
     for name, without in idle:
         if getattr(config, name) != getattr(PredictConfig, name):
@@ -236,9 +240,8 @@ def main(config: PredictConfig) -> Path:
     captions = read_captions(config)
     model = open_model(config)
     config.out.mkdir(parents=True, exist_ok=True)
-    editing = config.edit is not None or config.code is not None
-    remarks = use.notices_of(model, captions, config.together or editing)
-    record = (manipulate if editing else generate)(config, model, captions)
+    remarks = use.notices_of(model, captions, config.together or config.editing)
+    record = (manipulate if config.editing else generate)(config, model, captions)
     for remark in [*remarks, *record.get("warnings", [])]:
         print(f"warning: {remark}")
     write_json(

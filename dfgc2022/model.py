@@ -186,12 +186,16 @@ class Detector:
     fixed: bool = False
     """Whether the network is built for one side of its input (`img_size`), as Swin and ViT are."""
 
+    def sized(self, size: int | None, **options: Any) -> nn.Module:
+        """The network for inputs of another side; None: its own."""
+        return self.build(**options, **({"img_size": size} if size and self.fixed else {}))
+
     def at(self, size: int | None, **options: Any) -> nn.Module:
-        """The network for inputs of another side; None: its own. Raises UserError where it takes no such."""
+        """`sized`, tried out. Raises UserError for a side that the network does not take."""
         if size is None:
-            return self.build(**options)
+            return self.sized(size, **options)
         try:
-            network = self.build(**options, **({"img_size": size} if self.fixed else {})).eval()
+            network = self.sized(size, **options).eval()
             with torch.no_grad():
                 network(torch.zeros(1, 3, size, size))
         except (RuntimeError, AssertionError, ValueError) as error:

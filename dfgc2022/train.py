@@ -276,7 +276,7 @@ def load_members(folder: Path, config: Config) -> dict[str, tuple[nn.Module, Det
         if not member_path(folder, name).exists():
             raise UserError(f"{folder}: {name} is not trained yet; run the same train.py command again")
         for path in (member_path(folder, name), *epochs):
-            network = entry.at(settings.size, num_classes=settings.classes)
+            network = entry.sized(settings.size, num_classes=settings.classes)
             load_safetensors(path, network)
             found[path.stem] = (network, entry, settings.size or entry.size)
     return found

@@ -19,11 +19,8 @@ from dfl.federation import Federation, evaluate
 from dfl.trials import CLAIMS, TRIALS, plan, save_trial
 from shared.io import Run, foreign_state, progress
 from shared.loop import Standing
-from shared.ranges import Count, Natural, Positive, Share, Weight, Within
+from shared.ranges import Count, Natural, Part, Positive, Share, Weight, Within
 from shared.runtime import LoaderConfig, UserError, run_training, start
-
-Part = Annotated[float, Within(0, 1, above=True)]
-"""A share that is not empty."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Config(LoaderConfig):
     """Share of the samples whose attribute follows the client's own rule (skewed digits)."""
     strength: Share = 0.8
     """How visible the attribute is, 0 to 1 (skewed digits)."""
-    noise: Annotated[float, Within(0)] = 0.2
+    noise: Weight = 0.2
     """Standard deviation of the pixel noise (skewed digits)."""
     clients: Count = 8
     """Clients of a federation of skewed digits."""

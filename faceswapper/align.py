@@ -2,19 +2,17 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from shared.ranges import Share, Within
+from shared.ranges import Part, Share
 
 Point = tuple[float, float]
 Matrix = np.ndarray
-EyeDistance = Annotated[float, Within(0, 1, above=True)]
-"""Of the eyes in a crop, relative to its side."""
 
 
 class Face(NamedTuple):
@@ -40,7 +38,7 @@ class Framing:
     has about 2.3 eye distances in width and 3 in height, which gives these numbers.
     """
 
-    eye_distance: EyeDistance = 0.24
+    eye_distance: Part = 0.24
     eye_row: Share = 0.43
 
 

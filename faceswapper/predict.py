@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from faceswapper.align import DEMO_FRAMING, EyeDistance, Framing, to_tensor
+from faceswapper.align import DEMO_FRAMING, Framing, to_tensor
 from faceswapper.detect import open_detector, open_landmarker, open_parser
 from faceswapper.model import Generator, load_official
 from faceswapper.pipeline import Blending, Photo, Source, Swapped, Swapper, counted, read_photo
@@ -29,7 +29,7 @@ from faceswapper.trials import Trial, load_generators, main_name, plan
 from faceswapper.video import VideoReader, VideoWriter
 from faceswapper.weights import states_of
 from shared.io import VIDEO_ENDINGS, find_run, image_grid, images_of, load_config, progress, write_image
-from shared.ranges import Count, Natural, Share, Weight
+from shared.ranges import Count, Natural, Part, Share, Weight
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -51,7 +51,7 @@ class Networks:
     """wing.ckpt; default: the one inside --weights, otherwise the built-in finder."""
     parser: Path | None = None
     """79999_iter.pth of the public face parser; default: the built-in finder."""
-    eyes: tuple[EyeDistance, Share] | None = None
+    eyes: tuple[Part, Share] | None = None
     """Distance of the eyes in a crop, and their row, relative to its side; default: as in training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""

@@ -17,12 +17,12 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from faceswapper.align import EyeDistance, Framing, crop_matrix, crop_side, cut, to_tensor
+from faceswapper.align import Framing, crop_matrix, crop_side, cut, to_tensor
 from faceswapper.detect import open_detector, open_landmarker, open_parser
 from faceswapper.drawing import draw_landmarks, face_mask, to_file
 from faceswapper.pipeline import profile, read_photo
 from shared.io import images_of, progress, write_image
-from shared.ranges import Count, Natural, Share
+from shared.ranges import Count, Natural, Part, Share
 from shared.runtime import UserError, parse, pick_device, run_main
 
 
@@ -49,7 +49,7 @@ class PrepareConfig:
     """wing.ckpt or faceswapper.ckpt; default: the built-in finder."""
     parser: Path | None = None
     """79999_iter.pth of the public face parser; default: the built-in finder."""
-    eyes: tuple[EyeDistance, Share] = (Framing.eye_distance, Framing.eye_row)
+    eyes: tuple[Part, Share] = (Framing.eye_distance, Framing.eye_row)
     """Distance of the eyes in a crop, and their row, relative to its side."""
     batch_size: Count = 16
     """Crops at a time."""

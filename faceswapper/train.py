@@ -9,7 +9,7 @@ paper ...
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -36,11 +36,8 @@ from faceswapper.trials import Learner, Variant, build, helpers, names_of, offic
 from shared.io import Run, load_weights, progress
 from shared.loop import average_gradients, follow
 from shared.processes import means
-from shared.ranges import Count, Natural, Positive, Share, Weight, Within
+from shared.ranges import Count, Decay, Natural, Part, Positive, Share, Weight
 from shared.runtime import LoaderConfig, StepBatches, maybe_compile, run_training, start
-
-Beta = Annotated[float, Within(0, 0.999999)]
-"""Of Adam, which takes no 1."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Config(LoaderConfig):
     """Everything is trained with so many seeds, beginning with `seed`."""
     recogniser_weights: Path | None = None
     """model_ir_se50.pth, the recogniser of the identity loss for real faces."""
-    id_crop: Annotated[float, Within(0, 1, above=True)] = 1.0
+    id_crop: Part = 1.0
     """Share of the side of the picture, around its centre, that the recogniser sees."""
 
     weights: Weights = field(default_factory=Weights)
@@ -100,7 +97,7 @@ class Config(LoaderConfig):
     the losses alone go on from the method's own warm-up."""
     warmup_lr: Positive = 1e-4
     """Learning rate of these iterations."""
-    warmup_betas: tuple[Beta, Beta] = (0.9, 0.99)
+    warmup_betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Betas of Adam in these iterations: without a discriminator, momentum helps."""
     lr: Positive = 1e-4
     """Learning rate of Adam."""
@@ -108,7 +105,7 @@ class Config(LoaderConfig):
     """Learning rate of the identity encoder."""
     decay: Share = 0.0
     """Share of the iterations, at their end, over which the learning rates fall to 0 in a straight line."""
-    betas: tuple[Beta, Beta] = (0.0, 0.99)
+    betas: tuple[Decay, Decay] = (0.0, 0.99)
     """Betas of Adam."""
     weight_decay: Weight = 1e-4
     """Weight decay of Adam, coupled (L2)."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from irisusformer.datasets import Pair, read_pair
-from irisusformer.eyes import LOOKS, Eye, Look, draw_eye, draw_simple_eye
+from irisusformer.eyes import LOOKS, Eye, Look, draw_eye, draw_simple_eye, require_looks
 from irisusformer.iris import identity
 from irisusformer.losses import IGNORE
 from shared.io import progress
@@ -84,8 +84,7 @@ class EyeWorld(Dataset):
         looks: tuple[Look, ...] = LOOKS,
         seed: int = 0,
     ):
-        if not looks:
-            raise UserError(f"--looks: give at least one of {', '.join(LOOKS)}")
+        require_looks(looks)
         if world == "simple" and size[0] != size[1]:
             raise UserError(f"--image-size {size[0]} {size[1]}: simple eyes are square, give one side twice")
         first = {"train": 0, "test": 500_000}[split] + 1_000_000 * seed

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 from irisusformer.data import Side
-from irisusformer.eyes import LOOKS, Look, draw_eye
+from irisusformer.eyes import LOOKS, Look, draw_eye, require_looks
 from irisusformer.geometry import Ellipse
 from irisusformer.iris import identity
 from irisusformer.pictures import BLUE, GREEN, RED, outlined, with_ellipse
 from shared.io import image_grid, progress, write_image
 from shared.ranges import Count, Natural
 from shared.records import write_json
-from shared.runtime import UserError, parse, run_main
+from shared.runtime import parse, run_main
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class DrawConfig:
 
 def draw(config: DrawConfig) -> None:
     """Write every picture. UserError without looks."""
-    if not config.looks:
-        raise UserError(f"--looks: give at least one of {', '.join(LOOKS)}")
+    require_looks(config.looks)
     ellipses, tiles = {}, []
     numbers = [(config.first + i, k) for i in range(config.count) for k in range(config.pictures)]
     for i, (person, k) in enumerate(progress(numbers, "drawing")):

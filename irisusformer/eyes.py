@@ -23,9 +23,16 @@ from irisusformer.eye_parts import (
     strokes,
 )
 from irisusformer.iris import Identity, mix, paint_iris, smoothstep
+from shared.runtime import UserError
 
 Look = Literal["nir", "distance", "visible", "phone"]
 LOOKS: tuple[Look, ...] = ("nir", "distance", "visible", "phone")
+
+
+def require_looks(looks: tuple[Look, ...]) -> None:
+    """UserError when there are none to draw eyes in."""
+    if not looks:
+        raise UserError(f"--looks: give at least one of {', '.join(LOOKS)}")
 
 
 @dataclass(frozen=True)

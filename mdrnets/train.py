@@ -38,7 +38,7 @@ from mdrnets.stages import TABLE_A, VARIANTS, Stage, learn_faces, plan, prepare,
 from mdrnets.writing import ParsedParts, parsing_of, write_memory
 from shared.io import Run, load_weights, progress, runs_root, save_safetensors
 from shared.loop import Position, average_gradients
-from shared.ranges import Count, Natural, Positive, Share, Weight, Within
+from shared.ranges import Count, Decay, Natural, Positive, Share, Weight, Within
 from shared.records import write_json
 from shared.runtime import (
     LoaderConfig,
@@ -48,9 +48,6 @@ from shared.runtime import (
     start,
     step_generator,
 )
-
-Decay = Annotated[float, Within(0, 0.999999)]
-"""Of a moving average; 1 would never move."""
 
 
 @dataclass(frozen=True)

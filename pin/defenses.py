@@ -126,7 +126,7 @@ def quilting_patches(images: Tensor, width: int, count: int, generator: torch.Ge
 
 
 def fixed_components(x: Tensor, basis: Basis, kept: Tensor) -> Tensor:
-    """Projection on one set of eigenfaces for all images: kept (K,) of 0 and 1."""
+    """Projection on a set of eigenfaces: kept of 0 and 1, (K,) for all images or (B, K) for each."""
     return basis.reconstruct(basis.coefficients(x) * kept, x.shape)
 
 

@@ -222,17 +222,17 @@ def selection_bounds(lab: Lab, images: dict[str, Tensor]) -> dict[str, dict[str,
     def best(x: Tensor) -> Tensor:
         return mask_cost(basis, x, add_noise(x, lab.noise, lab.generator(13)), price).oracle()
 
-    def project(x: Tensor, q: Tensor) -> Tensor:
-        return basis.reconstruct(basis.coefficients(x) * q, x.shape)
-
     q, other = best(lab.first), best(lab.second)
-    parts = project(lab.first, q), project(lab.second, other)
+    project = partial(defenses.fixed_components, basis=basis)
+    parts = project(lab.first, kept=q), project(lab.second, kept=other)
     verifier = Verifier(lab.recognizer, defenses.identity, *parts, lab.pairs)
     verifier.plain = in_batches(lab.recognizer, lab.first)
     leading = defenses.top_components(basis, max(round(q.sum(1).mean().item()), 1))
     large = partial(defenses.large_components, basis=basis, price=price)
     return {
-        "oracle of the clean face": {name: verifier.outcome(project(x, q)) for name, x in images.items()},
+        "oracle of the clean face": {
+            name: verifier.outcome(project(x, kept=q)) for name, x in images.items()
+        },
         "leading, as many as the oracle": outcomes([lab.verifier(leading)], images),
         "large coefficients": outcomes([lab.verifier(large)], images),
     }

@@ -422,8 +422,8 @@ def test_the_demo_shows_the_claims(tmp_path):
     assert done.returncode == 0, done.stderr
     assert script("eval.py", "--run", str(tmp_path / "run")).returncode == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    failed = {claim["id"] for claim in results["claims"] if not claim["holds"]}
-    assert failed <= {"C8"}  # which lies near its margin and turns with the order of sums; see the README
+    failed = [claim["text"] for claim in results["claims"] if not claim["holds"]]
+    assert not failed
 
 
 def test_bench_says_where_the_time_goes():
