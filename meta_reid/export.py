@@ -10,51 +10,41 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from meta_reid.aggregation import Aggregation
 from meta_reid.model import META
-from meta_reid.predict import Options as PredictOptions
-from meta_reid.predict import load_model
+from meta_reid.predict import Network, load_model
 from shared.onnxfile import require_close, run_onnx, write_onnx
 from shared.records import replacing
 from shared.runtime import UserError, parse, run_main
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Network):
     """Weights and target file."""
 
     out: Path = Path("meta.pt")
     """File to write, .pt or .onnx."""
-    run: Path | None = None
-    """Run folder with the weights. Default: the newest."""
-    official: Path | None = None
-    """Checkpoint of the official trainer, instead of a run."""
-    row: str | None = None
-    """Which row of the run. Default: its first META row."""
-    aggregation: Aggregation | None = None
-    """Aggregation mode. Default: the network's own."""
 
 
 class Embedding(nn.Module):
     """`META.embed` as a module of its own."""
 
-    def __init__(self, model: META, mode: Aggregation | None):
+    def __init__(self, model: META):
         super().__init__()
-        self.model, self.mode = model, mode
+        self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) RGB in 0..255 -> (B, 2C)."""
-        return self.model.embed(images, self.mode)
+        return self.model.embed(images)
 
 
-def export(model: META, size: tuple[int, int], path: Path, mode: Aggregation | None = None) -> float:
+def export(model: META, size: tuple[int, int], path: Path) -> float:
     """Trace a network, write it, and return the largest difference of the file's output on other images.
 
     Raises UserError on another ending, and when the written file does not reproduce the network.
     """
     if path.suffix not in (".pt", ".onnx"):
         raise UserError(f"{path}: the ending must be .pt (TorchScript) or .onnx")
-    embedding = Embedding(model, mode).eval()
+    embedding = Embedding(model).eval()
     example, images = torch.rand(2, 3, *size) * 255, torch.rand(3, 3, *size) * 255
     with replacing(path) as file, torch.no_grad(), warnings.catch_warnings():
         # TorchScript warns of its successor, and of sizes that are constants here on purpose.
@@ -74,9 +64,8 @@ def export(model: META, size: tuple[int, int], path: Path, mode: Aggregation | N
 def main() -> None:
     """Export one network."""
     options = parse(Options, __doc__)
-    chosen = PredictOptions(run=options.run, official=options.official, row=options.row)
-    model, _, size, weights = load_model(chosen)
-    gap = export(model, size, options.out, options.aggregation)
+    model, _, size, weights = load_model(options)
+    gap = export(model, size, options.out)
     print(f"{weights}: written to {options.out}, largest difference {gap:.2g}")
 
 

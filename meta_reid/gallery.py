@@ -28,7 +28,7 @@ class Index:
     model: str
     """Where the weights were from that made them."""
     maker: str
-    """`fingerprint` of those weights and their aggregation."""
+    """`fingerprint` of those weights and how they were joined."""
 
     @classmethod
     def of(cls, embeddings: Tensor, paths: list[str], model: str, maker: str) -> "Index":
@@ -75,14 +75,14 @@ class Index:
         return tuple(torch.cat(which) for which in zip(*found, strict=True))
 
 
-def fingerprint(model: nn.Module, mode: str) -> str:
-    """Digest of a network's weights, and the aggregation: two that differ give embeddings that cannot be
+def fingerprint(model: nn.Module, joining: str) -> str:
+    """Digest of a network's weights, and how it joins them: two that differ give embeddings that cannot be
     compared, whatever their files are called."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return f"{digest.hexdigest()} {mode}"
+    return f"{digest.hexdigest()} {joining}"
 
 
 def faiss_module() -> ModuleType:

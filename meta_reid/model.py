@@ -243,16 +243,20 @@ class META(nn.Module):
         """The two halves of the embedding: mixture and global feature, (B, C) each."""
         return self.mixture(description, mode), self.heads_agg.feature(description.universal)
 
+    def joined(self, description: Description, mode: Aggregation | None = None) -> Tensor:
+        """The embedding of what `describe` gave, (B, 2C); see `embed`."""
+        halves = self.parts(description, mode)
+        if self.normalize_parts:
+            halves = tuple(nn.functional.normalize(half) for half in halves)
+        return torch.cat(halves, 1)
+
     def embed(self, images: Tensor, mode: Aggregation | None = None) -> Tensor:
         """Embedding [mixture | global], (B, 2C), to be compared by the cosine distance.
 
         `aggregation` (or mode), `temperature` and `normalize_parts` of this object apply; the last gives
         each half length 1, where the release lets the larger one dominate.
         """
-        halves = self.parts(self.describe(images), mode)
-        if self.normalize_parts:
-            halves = tuple(nn.functional.normalize(half) for half in halves)
-        return torch.cat(halves, 1)
+        return self.joined(self.describe(images), mode)
 
 
 NETWORKS = ("meta_r50_3experts",)

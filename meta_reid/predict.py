@@ -9,7 +9,6 @@ Ranked lists are written as pictures and JSON, with the source domain that each 
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from meta_reid.aggregation import Aggregation
@@ -22,7 +21,7 @@ from meta_reid.protocols import embed, prepare
 from meta_reid.rows import plan
 from meta_reid.train import Config, trained_on
 from shared.io import find_run, image_grid, images_of, load_config, load_weights, write_image
-from shared.ranges import Count, Natural
+from shared.ranges import Count, Natural, Positive
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
@@ -34,7 +33,25 @@ PRINTED = 20
 
 
 @dataclass(frozen=True)
-class Options:
+class Network:
+    """Which trained network, and how it joins its experts."""
+
+    run: Path | None = None
+    """Run folder with the weights. Default: the newest."""
+    official: Path | None = None
+    """Checkpoint of the official trainer, instead of a run."""
+    row: str | None = None
+    """Which row of the run. Default: its first META row."""
+    aggregation: Aggregation | None = None
+    """Aggregation mode. Default: the network's own."""
+    temperature: Positive = 1.0
+    """Divides what enters the softmax of the weights, as in eval.py."""
+    normalize_parts: bool = False
+    """Give mixture and global feature length 1 before they are joined, as in eval.py."""
+
+
+@dataclass(frozen=True)
+class Options(Network):
     """Gallery, queries and weights."""
 
     gallery: Path | None = None
@@ -45,14 +62,6 @@ class Options:
     """Index file: written with --gallery, otherwise read."""
     out: Path = Path("results")
     """Folder for ranked lists: one picture for each query, and results.json."""
-    run: Path | None = None
-    """Run folder with the weights. Default: the newest."""
-    official: Path | None = None
-    """Checkpoint of the official trainer, instead of a run."""
-    row: str | None = None
-    """Which row of the run. Default: its first META row."""
-    aggregation: Aggregation | None = None
-    """Aggregation mode. Default: the network's own."""
     top: Count = 10
     """Length of the ranked lists."""
     faiss: bool = False
@@ -73,8 +82,15 @@ def official_sources(model: META) -> list[str]:
     return names if len(set(names)) == len(names) else numbered
 
 
-def load_model(options: Options) -> tuple[META, list[str], tuple[int, int], str]:
-    """Network, names of its sources, image size, and where the weights are from."""
+def load_model(options: Network) -> tuple[META, list[str], tuple[int, int], str]:
+    """Network with the options' aggregation, names of its sources, image size, where the weights are from."""
+    model, *about = _read(options)
+    model.aggregation = options.aggregation or model.aggregation
+    model.temperature, model.normalize_parts = options.temperature, options.normalize_parts
+    return model, *about
+
+
+def _read(options: Network) -> tuple[META, list[str], tuple[int, int], str]:
     if options.official is not None:
         model = load_official("meta_r50_3experts", options.official)
         return model, official_sources(model), (256, 128), str(options.official)
@@ -103,8 +119,7 @@ def describe_files(
 
     def everything(images: Tensor) -> tuple[Tensor, ...]:
         described = model.describe(images)
-        embedding = torch.cat(model.parts(described, options.aggregation), 1)
-        return embedding, model.expert_weights(described, options.aggregation), described.relevance.sum(-1)
+        return model.joined(described), model.expert_weights(described), described.relevance.sum(-1)
 
     files = Files([Item(path, 0, 0) for path in paths], size)
     return embed(everything, files, pick_device(options.device), options.batch, options.workers)
@@ -116,6 +131,16 @@ def ranked_list(query: Path, found: list[str], similarity: list[float], size: tu
     tiles = [framed(files[i][0] / 255, BLUE if i == 0 else (1.0, 1.0, 1.0)) for i in range(len(files))]
     labels = ["query", *(f"{value:.2f}" for value in similarity)]
     return image_grid(tiles, len(tiles), column_labels=labels, scale=2 if size[1] < 64 else 1)
+
+
+def joining(options: Network, model: META) -> str:
+    """How embeddings are joined, in words: the aggregation, and what differs from the defaults."""
+    said = [model.aggregation]
+    if options.temperature != 1:
+        said.append(f"temperature {options.temperature:g}")
+    if options.normalize_parts:
+        said.append("normalized parts")
+    return ", ".join(said)
 
 
 def make_places(options: Options) -> None:
@@ -137,7 +162,8 @@ def main() -> None:
     make_places(options)
     model, names, size, weights_from = load_model(options)
     prepare(model, pick_device(options.device))
-    maker = fingerprint(model, options.aggregation or model.aggregation)
+    how = joining(options, model)
+    maker = fingerprint(model, how)
     if options.gallery is not None:
         paths = images_of(options.gallery)
         embeddings = describe_files(model, paths, size, options)[0]
@@ -148,9 +174,9 @@ def main() -> None:
     index, queries = Index.load(options.index), images_of(options.query)
     if index.maker != maker:
         raise UserError(
-            f"{options.index}: built with other weights or another --aggregation ({index.model}, "
-            f"{index.maker.split()[-1]}) than the queries would be ({weights_from}, {maker.split()[-1]}); "
-            "give the same ones, or build the index anew with --gallery"
+            f"{options.index}: built with other weights or another --aggregation, --temperature or "
+            f"--normalize-parts ({index.model}, {index.maker.partition(' ')[2]}) than the queries would be "
+            f"({weights_from}, {how}); give the same ones, or build the index anew with --gallery"
         )
     embeddings, weights, distances = describe_files(model, queries, size, options)
     similarity, order = index.search(embeddings, options.top, options.faiss)

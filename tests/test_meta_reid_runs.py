@@ -173,6 +173,8 @@ def test_train_evaluate_and_search_from_the_folder(tmp_path, monkeypatch):
             predict.main()
 
     refused(UserError, "another --aggregation", *arguments[2:], "--aggregation", "learned")
+    refused(UserError, "shared, temperature 2, normalized parts", *arguments[2:], "--temperature", "2",
+            "--normalize-parts")  # fmt: skip
     refused(UserError, "a folder; give the name of a", *arguments[:2], "--index", str(tmp_path))
     refused(FileExistsError, "file", "--query", arguments[1], *index, "--out", str(tmp_path / "file"))
     # A gallery picture that is gone costs the pictures, not the answers.
@@ -292,6 +294,7 @@ def test_faiss_finds_the_same_and_its_absence_is_said(monkeypatch):
 def test_export_reproduces_the_network(ending, tmp_path, monkeypatch):
     monkeypatch.setattr("meta_reid.norms.IMAGE", 0)  # as for large maps, which a graph leaves whole
     model = META((3, 3, 3), "mini", scoring="shared")
+    model.aggregation, model.temperature, model.normalize_parts = "nearest", 0.5, True
     assert export(model, (48, 24), tmp_path / f"meta.{ending}") < 1e-4
     with pytest.raises(UserError, match="ending"):
         export(model, (48, 24), tmp_path / "meta.zip")
@@ -438,8 +441,7 @@ def test_numbers_out_of_range_are_refused(option, value, allowed):
 
 @pytest.mark.parametrize("options", [Options, predict.Options])
 def test_batches_and_workers_out_of_range_are_refused(options):
-    wrong = [("batch", "0"), ("workers", "-1"), ("temperature", "0") if options is Options else ("top", "0")]
-    for option, value in wrong:
+    for option, value in (("batch", "0"), ("workers", "-1"), ("temperature", "0")):
         with pytest.raises(UserError, match=rf"--{option} {value}(\.0)?: give"):
             parse(options, "", [f"--{option}", value])
 
@@ -469,6 +471,9 @@ def test_a_row_that_is_not_trained_yet_is_not_searched_with(monkeypatch):
     monkeypatch.setattr(predict, "load_config", lambda *_: config)
     monkeypatch.setattr(predict, "load_weights", lambda *_: {"row": 1, "step": 20})
     assert predict.load_model(predict.Options())[3] == "run meta-0"
+    asked = predict.Options(aggregation="nearest", temperature=2, normalize_parts=True)
+    joined = predict.load_model(asked)[0]
+    assert (joined.aggregation, joined.temperature, joined.normalize_parts) == ("nearest", 2, True)
     with pytest.raises(UserError, match="no-in-0 is not trained yet"):
         predict.load_model(predict.Options(row="no-in-0"))
 
