@@ -11,7 +11,7 @@ from torch import Tensor
 from meta_reid.aggregation import MODES
 from meta_reid.claims import walker_claims
 from meta_reid.data import Target, file_target
-from meta_reid.figures import PLOTTED, embedding_plot, ranking_lists, weight_bars
+from meta_reid.figures import embedding_plot, ranking_lists, to_plot, weight_bars
 from meta_reid.items import Split
 from meta_reid.measure import measure, measure_plain
 from meta_reid.protocols import SETTINGS, Result, average, manifest_domains, targets_of
@@ -105,13 +105,13 @@ def as_published(row: Row, options: Options) -> bool:
 
 
 def one_target(
-    row: Row, target: Target, options: Options, device: torch.device, folder: Path
-) -> tuple[dict[str, Result], Tensor | None, Tensor | None]:
+    row: Row, target: Target, options: Options, device: torch.device, folder: Path, alone: bool
+) -> tuple[dict[str, Result], Tensor | None, dict[str, Tensor]]:
     """Results of a row on a target by part or mode, mean weights of the experts, (K,), of META with `shared`
-    scoring, and the first of META's embeddings, for a plot. Writes META's ranking lists. The other embeddings
-    are gone with the call."""
+    scoring, and some of META's embeddings, for a plot. Writes META's ranking lists. The other embeddings are
+    gone with the call. alone: the protocol has no other target."""
     if row.config.method == "plain":
-        return {row.name: measure_plain(row, target, options, device)}, None, None
+        return {row.name: measure_plain(row, target, options, device)}, None, {}
     measured = measure(row, target, options, device)
     query, gallery = target.splits[0]
     whole = measured.full(measured.modes[0])
@@ -119,7 +119,7 @@ def one_target(
     write_image(folder / "samples" / f"ranking-{target.name}-{row.name}.png", sheet)
     mean = None if measured.weights is None else measured.weights.mean(0)
     results = {f"{row.name} {part}": result for part, result in measured.results.items()}
-    return results, mean, whole[:PLOTTED].clone()
+    return results, mean, to_plot(whole, target, alone)
 
 
 def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, folder: Path) -> list[Metric]:
@@ -142,9 +142,8 @@ def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, fol
         weights: dict[str, Tensor] = {}
         embeddings: dict[str, Tensor] = {}
         for target in targets:
-            found, mean, few = one_target(row, target, options, device, folder)
-            if few is not None:
-                embeddings[target.name] = few
+            found, mean, few = one_target(row, target, options, device, folder, len(targets) == 1)
+            embeddings |= few
             if mean is not None:
                 weights[target.name] = mean
             for part, result in found.items():
@@ -157,7 +156,8 @@ def protocol_metrics(config: Config, rows: dict[str, Row], options: Options, fol
             experts = trained_on(folder, config)[0]
             weight_bars(weights, experts, folder / "samples" / f"weights-{row.name}.png")
         if len(embeddings) > 1:
-            embedding_plot(embeddings, folder / "samples" / f"embedding-{row.name}.png")
+            of = "site" if len(targets) > 1 else "person"
+            embedding_plot(embeddings, folder / "samples" / f"embedding-{row.name}.png", of)
         if len(targets) > 1:
             for part, results in by_part.items():
                 record(row, part, average(results), "average")

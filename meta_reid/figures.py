@@ -19,6 +19,8 @@ from matplotlib import pyplot as plt  # noqa: E402 - the backend must be chosen 
 GREEN, RED, BLUE = (0.1, 0.7, 0.2), (0.85, 0.1, 0.1), (0.2, 0.3, 0.8)
 PLOTTED = 150
 """Embeddings of a domain in a plot."""
+PEOPLE = 10
+"""People in a plot of one target."""
 
 
 def framed(image: Tensor, colour: tuple[float, float, float], width: int = 2) -> Tensor:
@@ -108,13 +110,25 @@ def weight_bars(weights: dict[str, Tensor], experts: list[str], path: Path) -> N
     plt.close(figure)
 
 
-def embedding_plot(features: dict[str, Tensor], path: Path) -> None:
-    """t-SNE of the embeddings of several domains, domain name -> (N, D); at most `PLOTTED` of each."""
+def to_plot(embeddings: Tensor, target: Target, alone: bool) -> dict[str, Tensor]:
+    """What `embedding_plot` shows of a target's embeddings, (N, D): its first images beside those of other
+    sites or, where it is alone, the `PEOPLE` people with most images."""
+    if not alone:
+        return {target.name: embeddings[:PLOTTED].clone()}
+    # Distractors are no query's identity.
+    queried = torch.isin(target.identities, target.identities[target.splits[0][0]])
+    found, counts = target.identities[queried].unique(return_counts=True)
+    most = found[counts.argsort(descending=True, stable=True)[:PEOPLE]].tolist()
+    return {str(person): embeddings[target.identities == person] for person in most}
+
+
+def embedding_plot(features: dict[str, Tensor], path: Path, of: str = "site") -> None:
+    """t-SNE of embeddings, (N, D), by the name of their site or of `of`; at most `PLOTTED` of each."""
     from sklearn.manifold import TSNE  # takes seconds, and training needs this module too
 
     parts = {name: normalize(feature[:PLOTTED]) for name, feature in features.items()}
     joined = torch.cat(list(parts.values())).numpy()
-    perplexity = min(30, (len(joined) - 1) // 3)
+    perplexity = min(30, max(1, (len(joined) - 1) // 3))
     points = TSNE(perplexity=perplexity, init="pca", random_state=0, max_iter=300).fit_transform(joined)
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
     start = 0
@@ -122,7 +136,7 @@ def embedding_plot(features: dict[str, Tensor], path: Path) -> None:
         chosen = points[start : start + len(part)]
         axes.scatter(chosen[:, 0], chosen[:, 1], s=8, label=name)
         start += len(part)
-    axes.legend(title="site")
+    axes.legend(title=of)
     axes.set_xticks([])
     axes.set_yticks([])
     figure.savefig(path, dpi=120)

@@ -21,6 +21,7 @@ from meta_reid.claims import claims_from
 from meta_reid.data import Target, Tensors, walker_target
 from meta_reid.eval import Options, protocol_metrics, rows_of
 from meta_reid.export import export
+from meta_reid.figures import to_plot
 from meta_reid.gallery import Index, fingerprint
 from meta_reid.losses import objective
 from meta_reid.measure import Measured, measure
@@ -209,7 +210,7 @@ def test_a_manifest_of_the_users_own_domains_is_trained_and_evaluated(tmp_path, 
     assert capsys.readouterr().out.splitlines() == ["T: queries without a true match, left out: 1"]
     with pytest.raises(UserError, match="mine.csv: no domain 'yard'; it has A, B, T"):
         evaluation.target_sets(replace(config, target="yard"))
-    for name in ("ranking-T-meta-0.png", "weights-meta-0.png"):
+    for name in ("ranking-T-meta-0.png", "weights-meta-0.png", "embedding-meta-0.png"):
         assert (folder / "samples" / name).stat().st_size > 0
     shutil.rmtree(tmp_path / "A")
     (tmp_path / "mine.csv").unlink()
@@ -360,6 +361,15 @@ def test_only_the_method_itself_stands_beside_the_published_numbers(tmp_path, mo
     for changes in ({"shares": 4}, {"seed": 3}, {"protocol": "3"}, {"scoring": "separate"}):
         rows["meta-0"] = Row("meta-0", replace(whole, **changes), None)
         assert beside() == own | {"META"}, changes
+
+
+def test_one_target_alone_is_plotted_by_its_people():
+    identities = torch.tensor([7, 7, -1, 7, 3, 3, 0, 9])
+    target = Target("T", None, identities, None, [(torch.tensor([0, 4]), torch.arange(8))])
+    embeddings = torch.arange(8.0)[:, None]
+    shown = to_plot(embeddings, target, alone=True)
+    assert {name: part.flatten().tolist() for name, part in shown.items()} == {"7": [0, 1, 3], "3": [4, 5]}
+    assert torch.equal(to_plot(embeddings, target, alone=False)["T"], embeddings)
 
 
 def test_protocol_1_has_means_and_deviations_over_splits_and_the_targets_average(tmp_path, monkeypatch):
