@@ -110,6 +110,8 @@ def test_only_the_method_itself_stands_beside_the_published_numbers(tmp_path, mo
     target = Target("Market1501", Tensors(torch.zeros(4, 3, 8, 4)), ids, cameras, [split])
     monkeypatch.setattr(evaluation, "target_sets", lambda config: [target])
     monkeypatch.setattr(evaluation, "measure", lambda *_: measured("official", "shared"))
+    for picture in ("embedding_plot", "weight_bars"):
+        monkeypatch.setattr(evaluation, picture, lambda *_: None)
     config = replace(PRESETS["paper"], preset="paper", target="M")
     rows = {name: Row(name, replace(config, **VARIANTS[name[:-2]]), None) for name in ("meta-0", "no-in-0")}
 
