@@ -194,6 +194,15 @@ def test_mc_dropout_is_measured_where_dropout_was_trained():
     assert "mc_dropout" in results["dropout"].detection and "mc_dropout" not in results["d2"].detection
 
 
+def test_evaluation_takes_fewer_large_eyes_at_a_time(monkeypatch):
+    config, passes = replace(DEMO, variants=("d2",), test_images=5, image_size=(32, 64)), []
+    model = build(variants(config)["d2"]).eval()
+    model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    monkeypatch.setattr(evaluation, "PIXELS", 2 * 32 * 64 + 1)
+    evaluation.evaluate_run(config, {"d2": model}, torch.device("cpu"))
+    assert passes == [2, 2, 1]
+
+
 def test_nice_compat_reaches_the_results():
     image = {"e1": 80.0, "e1_nice": 20.0, "iou": 1.0, "f1": 1.0}
     result = Result(images=[image], mean_uncertainty=[0.1], edges=[(1.0, 1.0)])
@@ -246,7 +255,7 @@ def test_large_images_are_shrunk_in_evaluation_for_the_network_only():
     image, mask = torch.rand(3, 120, 200), torch.zeros(1, 120, 200, dtype=torch.uint8)
     mask[:, 40:80, 60:100] = 1
     sample = {"image": image, "mask": mask, "regions": mask.repeat(2, 1, 1)}
-    more = evaluation.other_scores(model, [model, model])
+    more = evaluation.other_scores(model, [model])
     result = evaluate(model, [sample], torch.device("cpu"), more=more, short_side=60)
     assert set(seen) == {(60, 100)}
     pixels = {int(d.wrong.sum() + d.right.sum()) for d in result.detection.values()}
