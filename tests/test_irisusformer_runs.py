@@ -16,6 +16,7 @@ from irisusformer import eval as evaluation
 from irisusformer import export as exporting
 from irisusformer import predict
 from irisusformer.bench import BenchConfig, rows_of
+from irisusformer.data import EyeWorld
 from irisusformer.export import export, largest_difference
 from irisusformer.eyes import draw_eye
 from irisusformer.iris import identity
@@ -259,6 +260,8 @@ def test_export_writes_the_8_bit_file_beside_the_other(tmp_path, monkeypatch, ca
     torch.manual_seed(0)
     model, target = IrisUsformer("tiny").eval(), tmp_path / "iris.onnx"
     monkeypatch.setattr(exporting, "load_network", lambda *rest: (model, DEMO))
+    monkeypatch.setattr(exporting, "EyeWorld", lambda *rest: EyeWorld("eyes", "train", 4, (32, 64)))
+    monkeypatch.setattr(exporting, "CHECKED", ((1, 3, 64, 64),))
     monkeypatch.setattr("sys.argv", ["export.py", "--output", str(target), "--int8"])
     with caplog.at_level("ERROR"):  # gives the root logger back the level that the script takes from it
         exporting.main()
