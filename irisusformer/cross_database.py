@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from irisusformer.protocol import evaluate
 from irisusformer.train import PAPER, Config, build, test_set, variants, working_side
 from shared.io import find_run, load_config, load_weights
@@ -54,7 +56,7 @@ def matrix(folders: list[Path], device_name: str) -> dict[str, dict[str, dict[st
         network, own = next(iter(variants(config).items()))
         model = build(own)
         load_weights(folder, {network: model})
-        model.to(device).eval()
+        model.to(device, memory_format=torch.channels_last).eval()
         result[name] = {}
         for other, data in tests.items():
             scores = evaluate(model, data, device, short_side=working_side(own))

@@ -48,6 +48,7 @@ TEST_IMAGES = {"UBIRIS.v2": (445,), "MICHE-I": (429,), "CASIA-Iris-Distance": (9
 
 # Networks whose errors every other uncertainty looks for as well; MC dropout was made for one like dropout.
 COMPARED = ("learned", "ce", "dropout", "learned_noisy")
+PIXELS = 2**20  # of a batch: base has 72 channels at full resolution, 300 MB
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class EvalConfig:
     """Report min(E1, 1 - E1) per image, as the official NICE.I script does."""
 
 
-def other_scores(model: IrisUsformer, members: list[IrisUsformer]) -> Scores:
-    """The baselines of uncertainty for one network (and an ensemble, where there are members)."""
+def other_scores(model: IrisUsformer, others: list[IrisUsformer]) -> Scores:
+    """The baselines of uncertainty for one network (and the ensemble with others, where there are any)."""
 
     def scores(image: Tensor, out: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         prob = out["prob"].to(image.device)
@@ -71,8 +72,8 @@ def other_scores(model: IrisUsformer, members: list[IrisUsformer]) -> Scores:
             "flip": (prob, flip_disagreement(model, image, prob)),
             "mc_dropout": mc_dropout(model, image),
         }
-        if len(members) > 1:
-            found["ensemble"] = ensemble(members, image)
+        if others:
+            found["ensemble"] = ensemble(prob, others, image)
         return found
 
     return scores
@@ -83,11 +84,14 @@ def evaluate_run(
 ) -> tuple[dict[str, Result], Any]:
     """Every network of a run on the run's test set; those COMPARED with all baselines."""
     data = test_set(config)
-    batch = 50 if config.dataset in ("eyes", "simple") else 1
-    members = [model for name, model in models.items() if name.split("-")[0] == "ce"]
+    # procedural eyes are of one size, which may be a photo's
+    batch = 1
+    if config.dataset in ("eyes", "simple"):
+        batch = min(50, max(1, PIXELS // (config.image_size[0] * config.image_size[1])))
+    others = [model for name, model in models.items() if name.startswith("ce-")]
     results = {}
     for name, model in models.items():
-        more = other_scores(model, members if name == "ce" else []) if name in COMPARED else None
+        more = other_scores(model, others if name == "ce" else []) if name in COMPARED else None
         results[name] = evaluate(model, data, device, batch, more, short_side=working_side(config))
     return results, data
 

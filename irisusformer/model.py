@@ -284,22 +284,30 @@ class IrisUsformer(nn.Module):
         for head in (self.head, self.aux_head[-1]):
             nn.init.constant_(head.bias, math.log(IRIS_PRIOR / (1 - IRIS_PRIOR)))
 
-    def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, 3, H, W) in [-1, 1], H and W multiples of 32 -> full-resolution maps and d2 at a quarter."""
-        f0 = x = self.stem(x)
-        skips = []
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """x (B, 3, H, W) in [-1, 1], H and W multiples of 32 -> f0 at its size, e1 at half... e4 at 1/16."""
+        x = self.stem(x)
+        maps = [x]
         for level, (embed, blocks) in enumerate(zip(self.embeds, self.encoder, strict=True)):
             x = embed(x)
             if self.places is not None:
                 x = x + F.interpolate(self.places[level], x.shape[-2:], mode="bilinear", align_corners=False)
             x = blocks(x)
-            skips.append(x)
-        d2 = x
-        for up, fuse, blocks, skip in zip(self.ups, self.fusions, self.decoder, skips[2::-1], strict=True):
+            maps.append(x)
+        return maps
+
+    def decode(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Maps of `encode` -> full-resolution maps and d2 at a quarter of the resolution."""
+        f0, *skips, x = maps
+        stages = []
+        for up, fuse, blocks, skip in zip(self.ups, self.fusions, self.decoder, skips[::-1], strict=True):
             x = self.drop(blocks(fuse(up(x), skip)))
-            if skip is skips[1]:
-                d2 = x
-        return torch.cat([upsample(x), f0], 1), d2
+            stages.append(x)
+        return torch.cat([upsample(x), f0], 1), stages[1]
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, 3, H, W) in [-1, 1], H and W multiples of 32 -> full-resolution maps and d2 at a quarter."""
+        return self.decode(self.encode(x))
 
     def forward_head(self, full: Tensor, d2: Tensor, return_uncertainty: bool = True) -> dict[str, Tensor]:
         """Maps of `forward_features` -> logits at the padded size; see the class."""
@@ -322,9 +330,9 @@ class IrisUsformer(nn.Module):
     def predict(self, image: Tensor, tau: float | None = None) -> dict[str, Tensor]:
         """Mask and uncertainty of a batch of images.
 
-        Returns `prob` and `uncertainty` (B, 1, H, W) in [0, 1], `mask` (uint8) and `high_region` (bool;
-        uncertainty above `tau`, by default the one stored at the end of training), and with boundary heads
-        `pupil` and `outer`, probabilities of the two filled regions.
+        Returns `logits` (B, 1, H, W), `prob` and `uncertainty` in [0, 1], `mask` (uint8) and `high_region`
+        (bool; uncertainty above `tau`, by default the one stored at the end of training), and with boundary
+        heads `pupil` and `outer`, probabilities of the two filled regions.
         """
         out = {name: value.float() for name, value in self(image).items()}
         result = readout(self.mode, out["logits"], out["aux"])
@@ -335,7 +343,7 @@ class IrisUsformer(nn.Module):
 
 
 def readout(mode: Mode, logits: Tensor, aux: Tensor) -> dict[str, Tensor]:
-    """Probability, mask and uncertainty from the logits of the two heads, all (B, 1, H, W).
+    """Probability, mask and uncertainty from the logits of the two heads (B, 1, H, W), and the mask's logits.
 
     The uncertainty is sigmoid(a) where the head learned the discrepancy, 1 - exp(-u) of the attenuation
     mode, and 1 - exp(-KL(q || p)) where the auxiliary head is a second segmentation head.
@@ -347,7 +355,8 @@ def readout(mode: Mode, logits: Tensor, aux: Tensor) -> dict[str, Tensor]:
         uncertainty = 1 - torch.exp(-F.softplus(aux - 2))
     else:
         uncertainty = 1 - torch.exp(-discrepancy(logits, aux))
-    return {"prob": prob, "mask": (prob >= 0.5).to(torch.uint8), "uncertainty": uncertainty}
+    mask = (prob >= 0.5).to(torch.uint8)
+    return {"logits": logits, "prob": prob, "mask": mask, "uncertainty": uncertainty}
 
 
 def initialise(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +51,7 @@ from shared.runtime import UserError, parse, pick_device, run_main
 
 SUMMARY = ("name", "score", "usable", "mean_uncertainty", "iris_pixels")
 PICTURES = ("mask", "overlay", "uncertainty", "polar", "polar_mask", "polar_reliability")
+FRAMES = 8  # of a video, segmented in one pass
 
 
 @dataclass(frozen=True)
@@ -99,27 +101,32 @@ def load_network(run: Path | None, network: str | None, weights: Path | None) ->
     return fold_batch_norm(model), config
 
 
-def segment(
-    model: IrisUsformer, image: Tensor, tau: float | None = None, short_side: int = 960
-) -> dict[str, Tensor]:
+Maps = dict[str, Tensor]
+
+
+def segment(model: IrisUsformer, image: Tensor, tau: float | None = None, short_side: int = 960) -> Maps:
     """Maps of one image (3, H, W) in [0, 1]: `prob`, `uncertainty` (H, W), `mask`, `high_region` bool, and
     `pupil`, `outer` where the network has boundary heads; computed at a shorter side of
     at most `short_side` pixels."""
-    maps = model.predict(shrunk(image[None].to(model.tau.device), short_side), tau)
-    result = {name: enlarged(value, image.shape[-2:])[0, 0].cpu() for name, value in maps.items()}
-    result["mask"] = result["prob"] >= 0.5
-    result["high_region"] = result["high_region"] >= 0.5
-    for name in ("pupil", "outer"):
-        if name in result:
-            result[name] = result[name] >= 0.5
-    return result
+    return segment_all(model, image[None], tau, short_side)[0]
+
+
+def segment_all(model: IrisUsformer, images: Tensor, tau: float | None, short_side: int) -> list[Maps]:
+    """The maps of `segment` for each of several images (B, 3, H, W), in one pass."""
+    found = model.predict(shrunk(images.to(model.tau.device), short_side), tau)
+    maps = {name: enlarged(value, images.shape[-2:])[:, 0].cpu() for name, value in found.items()}
+    maps["mask"] = maps["prob"] >= 0.5
+    for name in ("high_region", "pupil", "outer"):
+        if name in maps:
+            maps[name] = maps[name] >= 0.5
+    return [{name: value[i] for name, value in maps.items()} for i in range(len(images))]
 
 
 Ellipses = tuple[Ellipse | None, Ellipse | None]
 Sheet = dict[str, np.ndarray]
 
 
-def measure(image: Tensor, maps: dict[str, Tensor]) -> tuple[dict[str, Any], Sheet | None, Ellipses]:
+def measure(image: Tensor, maps: Maps) -> tuple[dict[str, Any], Sheet | None, Ellipses]:
     """Geometry and quality of one image: a JSON record, the rubber sheet when both boundaries were found,
     and the ellipses of pupil and limbus."""
     mask, uncertainty = maps["mask"].numpy(), maps["uncertainty"].numpy()
@@ -149,7 +156,7 @@ def measure(image: Tensor, maps: dict[str, Tensor]) -> tuple[dict[str, Any], She
     return record, sheet, (pupil, limbus)
 
 
-def overlay(image: Tensor, maps: dict[str, Tensor], ellipses: Ellipses) -> Tensor:
+def overlay(image: Tensor, maps: Maps, ellipses: Ellipses) -> Tensor:
     """Image (3, H, W) with mask, contour of the high-uncertainty region and ellipses drawn in."""
     picture = tint(image, maps["mask"], GREEN, 0.3)
     picture = outlined(picture, maps["high_region"], RED)
@@ -159,7 +166,7 @@ def overlay(image: Tensor, maps: dict[str, Tensor], ellipses: Ellipses) -> Tenso
 
 
 def write_maps(
-    folder: Path, name: str, image: Tensor, maps: dict[str, Tensor], sheet: Sheet | None, ellipses: Ellipses
+    folder: Path, name: str, image: Tensor, maps: Maps, sheet: Sheet | None, ellipses: Ellipses
 ) -> None:
     """Write the pictures of one image that the module's description lists."""
     write_image(folder / f"{name}_mask.png", maps["mask"][None].float())
@@ -197,6 +204,14 @@ def frames(path: Path, every: int) -> tuple[float, Iterator[Tensor]]:
     return video.get(cv2.CAP_PROP_FPS) or 25.0, read()
 
 
+def segmented(
+    model: IrisUsformer, images: Iterator[Tensor], tau: float | None, short_side: int
+) -> Iterator[tuple[Tensor, Maps]]:
+    """Every image of a video with its maps, FRAMES in a pass."""
+    while batch := list(islice(images, FRAMES)):
+        yield from zip(batch, segment_all(model, torch.stack(batch), tau, short_side), strict=True)
+
+
 def summary_row(name: str, record: dict[str, Any]) -> list:
     """A line of summary.csv, in the order of SUMMARY."""
     q = record["quality"]
@@ -208,8 +223,7 @@ def predict_video(model: IrisUsformer, config: PredictConfig, short_side: int) -
     records, rows, writer = [], [], None
     path, name = config.input, config.input.stem
     rate, images = frames(path, config.every)
-    for number, image in enumerate(progress(images, name)):
-        maps = segment(model, image, config.tau, short_side)
+    for number, (image, maps) in enumerate(progress(segmented(model, images, config.tau, short_side), name)):
         record, sheet, ellipses = measure(image, maps)
         if config.frame_maps:
             write_maps(config.output / name, f"{number * config.every:06d}", image, maps, sheet, ellipses)

@@ -110,13 +110,12 @@ def evaluate(
         scores |= {
             name: tuple(enlarged(value, size).cpu() for value in pair) for name, pair in others.items()
         }
-        valid = batch["mask"] != IGNORE
-        truth = (batch["mask"] == 1).numpy()
+        truth = (batch["mask"] == 1).numpy()  # only augmented samples have pixels to ignore
         for name, (prob, score) in scores.items():
             wrong = (prob >= 0.5).numpy() != truth
             detector = result.detection.setdefault(name, ErrorDetection.empty())
-            detector.add(score[valid].numpy(), wrong[valid.numpy()])
-        result.calibration.add(out["prob"][valid].numpy(), truth[valid.numpy()])
+            detector.add(score.numpy(), wrong)
+        result.calibration.add(out["prob"].numpy(), truth)
         for i in range(len(image)):
             mask, u = out["prob"][i, 0].numpy() >= 0.5, out["uncertainty"][i, 0].numpy()
             result.images.append(segmentation_scores(mask, truth[i, 0]))

@@ -1,12 +1,10 @@
 """Per-pixel uncertainty by other means, to set beside the learned map; every score is in [0, 1]."""
 
-import copy
-
 import torch
 from torch import Tensor
 
 from irisusformer.losses import cross_entropy
-from irisusformer.model import IrisUsformer
+from irisusformer.model import IrisUsformer, pad_to_stride
 
 DRAWS = 8  # forward passes of MC dropout
 
@@ -26,21 +24,29 @@ def flip_disagreement(model: IrisUsformer, image: Tensor, prob: Tensor) -> Tenso
 def mc_dropout(model: IrisUsformer, image: Tensor, rate: float = 0.1) -> tuple[Tensor, Tensor]:
     """Mean probability and its confidence over DRAWS passes with channel dropout switched on.
 
-    Also works on a network trained without dropout; its rate is then the given one.
+    Also works on a network trained without dropout; its rate is then the given one. Dropout sits in the
+    decoder alone, so the encoder runs once.
     """
-    model = copy.deepcopy(model)
-    model.drop.p = model.drop.p or rate
+    height, width = image.shape[-2:]
+    maps = model.encode(pad_to_stride(image * 2 - 1))
+    trained = model.drop.p
+    model.drop.p = trained or rate
     model.drop.train()
-    draws = [model(image, return_uncertainty=False)["logits"].sigmoid() for _ in range(DRAWS)]
-    mean = torch.stack(draws).mean(0)
+    try:
+        draws = [model.forward_head(*model.decode(maps), False)["logits"].sigmoid() for _ in range(DRAWS)]
+    finally:
+        model.drop.eval()
+        model.drop.p = trained
+    mean = torch.stack(draws).mean(0)[..., :height, :width]
     return mean, confidence(mean)
 
 
 @torch.no_grad()
-def ensemble(models: list[IrisUsformer], image: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean probability of independently initialised networks and its confidence."""
-    members = [model(image, return_uncertainty=False)["logits"].sigmoid() for model in models]
-    mean = torch.stack(members).mean(0)
+def ensemble(prob: Tensor, others: list[IrisUsformer], image: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean probability of independently initialised networks, of which the first gave `prob`, and its
+    confidence."""
+    members = [model(image, return_uncertainty=False)["logits"].sigmoid() for model in others]
+    mean = torch.stack([prob, *members]).mean(0)
     return mean, confidence(mean)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from irisusformer import recognition
 from irisusformer.eyes import draw_eye
 from irisusformer.geometry import Ellipse, fit_boundaries, quality, robust_ellipse, rubber_sheet
 from irisusformer.iris import identity
@@ -20,7 +21,15 @@ from irisusformer.recognition import (
     iris_code,
     pictures_of,
 )
-from irisusformer.uncertainty import confidence, ensemble, fit_temperature, flip_disagreement, mc_dropout
+from irisusformer.train import DEMO
+from irisusformer.uncertainty import (
+    DRAWS,
+    confidence,
+    ensemble,
+    fit_temperature,
+    flip_disagreement,
+    mc_dropout,
+)
 from shared.runtime import UserError
 
 
@@ -155,10 +164,19 @@ def test_flip_disagreement_is_zero_on_the_mirror_axis_of_symmetric_predictions(m
 
 
 def test_mc_dropout_varies_and_leaves_the_model_alone(model):
-    image = torch.rand(1, 3, 32, 32)
+    image = torch.rand(1, 3, 40, 33)
     before = model.predict(image)["prob"]
+    encoded = []
+    model.stem.register_forward_hook(lambda *rest: encoded.append(1))
+    torch.manual_seed(2)
     mean, score = mc_dropout(model, image)
+    assert len(encoded) == 1, "the encoder has no dropout"
     assert not torch.equal(mean, before) and not model.drop.training and model.drop.p == 0
+    torch.manual_seed(2)
+    model.drop.p, _ = 0.1, model.drop.train()
+    passes = [model(image)["logits"].sigmoid() for _ in range(DRAWS)]
+    model.drop.p, _ = 0.0, model.drop.eval()
+    torch.testing.assert_close(mean, torch.stack(passes).mean(0))
     torch.testing.assert_close(score, confidence(mean))
     torch.testing.assert_close(model.predict(image)["prob"], before)
 
@@ -167,7 +185,7 @@ def test_ensemble_averages_probabilities(model):
     torch.manual_seed(1)
     other = IrisUsformer("tiny").eval()
     image = torch.rand(1, 3, 32, 32)
-    mean, _ = ensemble([model, other], image)
+    mean, _ = ensemble(model.predict(image)["prob"], [other], image)
     torch.testing.assert_close(mean, (model.predict(image)["prob"] + other.predict(image)["prob"]) / 2)
 
 
@@ -212,12 +230,14 @@ def test_codes_of_one_eye_agree_and_of_two_do_not():
     assert found[0, 1] < 0.4 < found[0, 2]
 
 
-def test_recognition_with_true_boundaries_separates_people():
+def test_recognition_with_true_boundaries_separates_people(monkeypatch, capsys):
     torch.manual_seed(0)
-    config = RecognitionConfig(people=3, pictures=2)
-    rows = compare(IrisUsformer("tiny").eval(), pictures_of(config), 64, 0.5, 12)
-    name, number, rate = rows[-1]
-    assert (name, number, rate) == ("true boundaries and mask", 6, 0)
+    monkeypatch.setattr(recognition, "load_network", lambda *rest: (IrisUsformer("tiny").eval(), DEMO))
+    monkeypatch.setattr("sys.argv", ["recognition.py", "--people", "3", "--pictures", "2", "--device", "cpu"])
+    recognition.main()
+    first, second, *table = capsys.readouterr().out.splitlines()
+    assert first == "6 pictures of 3 eyes" and second.startswith("boundaries were found in ")
+    assert table[-1].split() == ["true", "boundaries", "and", "mask", "6", "0"]
 
 
 def test_recognition_without_pictures_or_boundaries_says_so(tmp_path):

@@ -253,6 +253,7 @@ def test_predict_reads_mask_uncertainty_and_high_region():
     model = settled(boundaries=True)
     image = torch.rand(2, 3, 40, 50)
     out, raw = model.predict(image, tau=0.2), model(image)
+    torch.testing.assert_close(out["logits"], raw["logits"])
     torch.testing.assert_close(out["prob"], raw["logits"].sigmoid())
     torch.testing.assert_close(out["uncertainty"], raw["aux"].sigmoid())
     assert torch.equal(out["mask"], (out["prob"] >= 0.5).to(torch.uint8))

@@ -13,16 +13,19 @@ import torch
 from PIL import Image
 
 from irisusformer import eval as evaluation
+from irisusformer import export as exporting
 from irisusformer import predict
 from irisusformer.bench import BenchConfig, rows_of
+from irisusformer.data import EyeWorld
 from irisusformer.export import export, largest_difference
 from irisusformer.eyes import draw_eye
 from irisusformer.iris import identity
 from irisusformer.metrics import ErrorDetection
 from irisusformer.model import IrisUsformer
-from irisusformer.predict import PredictConfig, frames, predict_images, predict_video, segment
+from irisusformer.predict import PredictConfig, frames, predict_images, predict_video, segment, segment_all
 from irisusformer.protocol import Result, evaluate
 from irisusformer.train import DEMO, build, test_set, variants
+from shared.onnxfile import run_onnx
 from shared.runtime import UserError
 
 test_set.__test__ = False  # a function of train.py, no test
@@ -105,7 +108,8 @@ def test_predict_writes_the_pictures_of_frames_when_asked(tmp_path):
     for seed in range(4):
         writer.write((draw_eye(identity(1), seed, 60, 80, "visible", 1).image * 255).astype(np.uint8))
     writer.release()
-    model = IrisUsformer("tiny").eval()
+    model, passes = IrisUsformer("tiny").eval(), []
+    model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
     for asked in (False, True):
         out = tmp_path / f"out-{asked}"
         out.mkdir()
@@ -114,6 +118,17 @@ def test_predict_writes_the_pictures_of_frames_when_asked(tmp_path):
     for kind in ("mask", "overlay", "uncertainty"):
         found = sorted(path.name for path in (out / "film").glob(f"*_{kind}.png"))
         assert found == [f"000000_{kind}.png", f"000002_{kind}.png"]
+    assert passes == [2, 2], "frames are segmented together"
+
+
+def test_images_segmented_together_have_the_maps_that_each_has_alone():
+    torch.manual_seed(0)
+    model, images = IrisUsformer("tiny", boundaries=True).eval(), torch.rand(3, 3, 70, 90)
+    for image, maps in zip(images, segment_all(model, images, 0.1, 48), strict=True):
+        alone = segment(model, image, 0.1, 48)
+        assert maps.keys() == alone.keys() and {value.shape for value in maps.values()} == {(70, 90)}
+        for name in ("prob", "uncertainty"):
+            torch.testing.assert_close(maps[name], alone[name], atol=1e-5, rtol=1e-4)
 
 
 def test_predict_names_the_videos_of_a_folder_that_it_leaves_out(eyes, tmp_path, capsys):
@@ -194,6 +209,15 @@ def test_mc_dropout_is_measured_where_dropout_was_trained():
     assert "mc_dropout" in results["dropout"].detection and "mc_dropout" not in results["d2"].detection
 
 
+def test_evaluation_takes_fewer_large_eyes_at_a_time(monkeypatch):
+    config, passes = replace(DEMO, variants=("d2",), test_images=5, image_size=(32, 64)), []
+    model = build(variants(config)["d2"]).eval()
+    model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    monkeypatch.setattr(evaluation, "PIXELS", 2 * 32 * 64 + 1)
+    evaluation.evaluate_run(config, {"d2": model}, torch.device("cpu"))
+    assert passes == [2, 2, 1]
+
+
 def test_nice_compat_reaches_the_results():
     image = {"e1": 80.0, "e1_nice": 20.0, "iou": 1.0, "f1": 1.0}
     result = Result(images=[image], mean_uncertainty=[0.1], edges=[(1.0, 1.0)])
@@ -232,6 +256,23 @@ def test_onnx_reproduces_the_network_at_any_size(tmp_path):
             assert largest_difference(graph, tmp_path / "iris.onnx", shape) < 1e-4
 
 
+def test_export_writes_the_8_bit_file_beside_the_other(tmp_path, monkeypatch, capsys, caplog):
+    torch.manual_seed(0)
+    model, target = IrisUsformer("tiny").eval(), tmp_path / "iris.onnx"
+    monkeypatch.setattr(exporting, "load_network", lambda *rest: (model, DEMO))
+    monkeypatch.setattr(exporting, "EyeWorld", lambda *rest: EyeWorld("eyes", "train", 4, (32, 64)))
+    monkeypatch.setattr(exporting, "CHECKED", ((1, 3, 64, 64),))
+    monkeypatch.setattr("sys.argv", ["export.py", "--output", str(target), "--int8"])
+    with caplog.at_level("ERROR"):  # gives the root logger back the level that the script takes from it
+        exporting.main()
+    small = target.with_suffix(".int8.onnx")
+    assert capsys.readouterr().out.splitlines()[-2:] == [str(small), str(target)]
+    assert {path.name for path in tmp_path.iterdir()} == {"iris.onnx", "iris.int8.onnx"}
+    image = torch.from_numpy(draw_eye(identity(0), 0, 64, 64, "nir", 1).image).permute(2, 0, 1)[None]
+    full, eight = (run_onnx(path, image=image)[0] for path in (target, small))
+    assert 0 < (full - eight).abs().max() < 0.05
+
+
 def test_large_images_are_shrunk_for_the_network_only():
     torch.manual_seed(0)
     maps = segment(IrisUsformer("tiny", boundaries=True).eval(), torch.rand(3, 300, 500), short_side=64)
@@ -246,7 +287,7 @@ def test_large_images_are_shrunk_in_evaluation_for_the_network_only():
     image, mask = torch.rand(3, 120, 200), torch.zeros(1, 120, 200, dtype=torch.uint8)
     mask[:, 40:80, 60:100] = 1
     sample = {"image": image, "mask": mask, "regions": mask.repeat(2, 1, 1)}
-    more = evaluation.other_scores(model, [model, model])
+    more = evaluation.other_scores(model, [model])
     result = evaluate(model, [sample], torch.device("cpu"), more=more, short_side=60)
     assert set(seen) == {(60, 100)}
     pixels = {int(d.wrong.sum() + d.right.sum()) for d in result.detection.values()}

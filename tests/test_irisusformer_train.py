@@ -12,6 +12,7 @@ from curves import assert_same_curves, furthest_weights, run_one, run_two
 from PIL import Image
 from torch.utils.data import Subset
 
+from irisusformer import cross_database
 from irisusformer import eval as evaluation
 from irisusformer.bench import BenchConfig
 from irisusformer.cross_database import label, matrix
@@ -236,7 +237,7 @@ def test_boundary_heads_need_masks_to_learn_from_and_others_read_none(tmp_path):
         (tmp_path / name).rename(tmp_path / "train" / name)
 
 
-def test_cross_database_matrix(tmp_path):
+def test_cross_database_matrix(tmp_path, monkeypatch, capsys):
     folders = [
         train(replace(SMALL, out=tmp_path / "nir", looks=("nir",))),
         train(replace(SMALL, out=tmp_path / "simple", dataset="simple")),
@@ -244,6 +245,12 @@ def test_cross_database_matrix(tmp_path):
     found = matrix(folders, "cpu")
     assert set(found) == {"eyes:nir", "simple"} and set(found["simple"]) == {"eyes:nir", "simple"}
     assert all(0 <= cell["e1"] <= 100 for row in found.values() for cell in row.values())
+    written = tmp_path / "found" / "matrix.json"
+    arguments = ["--runs", *map(str, folders), "--output", str(written), "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["cross_database.py", *arguments])
+    cross_database.main()
+    assert json.loads(written.read_text()) == found
+    assert f"{found['simple']['eyes:nir']['e1']:.4g}"[:4] in capsys.readouterr().out
     with pytest.raises(UserError, match="same data"):
         matrix([folders[0], folders[0]], "cpu")
     with pytest.raises(UserError, match="at least two runs"):
