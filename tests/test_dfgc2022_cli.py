@@ -7,6 +7,7 @@ from pathlib import Path
 
 import helpers
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from curves import assert_same_curves, furthest_weights, run_one, run_two
@@ -20,6 +21,7 @@ from dfgc2022.protocol import FUSION, write_submission
 from dfgc2022.recipe import of_the_contest
 from dfgc2022.video import read_frames, write_clips
 from dfgc2022.world import Size, build_world
+from shared.io import load_config
 from shared.published import load_published
 from shared.runtime import REPOSITORY, UserError, parse, parse_presets
 
@@ -156,6 +158,24 @@ def test_extract_and_train_on_lists_then_export(trained, tmp_path, capsys):
     lists = tuple(moved / kind / "list.txt" for kind in ("real", "lowres"))
     with pytest.raises(UserError, match="looks like a clip of the contest"):
         train.train(dataclasses.replace(config, lists=lists, out=tmp_path / "other"))
+
+
+@pytest.mark.parametrize("detector", ["swin_micro", "timm/test_vit"])
+def test_a_run_of_another_side_is_read_at_that_side(trained, tmp_path, detector):
+    """Both are built for one side of their input, which evaluation has to know."""
+    world, folder, out = trained / "world", tmp_path / "run", tmp_path / "out"
+    lists = ("--lists", world / "crops" / "diverse.txt", "--members")
+    options = ("--detector", detector, "--size", "48", "--steps", "1", "--out", folder)
+    run("train.py", "demo", *TINY, *lists, *options)
+    ((_, _, size),) = train.load_members(folder, load_config(folder, train.Config)).values()
+    assert size == 48
+    export.main(export.Config(tmp_path / "d.onnx", run=folder))
+    (image,) = onnxruntime.InferenceSession(tmp_path / "d.onnx").get_inputs()
+    assert image.shape[-2:] == [48, 48]
+    clip, boxes = next((world / "Train").glob("*.mp4")), str(world / "boxes.csv")
+    predict.main(predict.Config(clip, out, run=folder, boxes=boxes, every=3, device="cpu"))
+    record = json.loads((out / f"{clip.name}.json").read_text())
+    assert len(record["frames"]) == 2 and 0 < record["score"] < 1 and record["score"] != 0.5
 
 
 def test_the_contests_clips_are_told_from_this_projects_folders(tmp_path, monkeypatch):
@@ -493,9 +513,10 @@ def test_two_processes_share_batch_norm_and_attacked_fakes(trained, tmp_path):
         "sgd",
     ]
     arguments += ["--adversarial", "0.2", "--epsilon", "1e-4", "--steps", "6", "--log-every", "1"]
+    arguments += ["--val-share", "0.4", "--val-every", "3"]
     one, two = (
         run_one(train.train, train.PRESETS, tmp_path, *arguments),
         run_two("dfgc2022", tmp_path, *arguments),
     )
-    assert_same_curves(one, two, lines=6)
+    assert_same_curves(one, two, lines=8)  # two of them of the validation
     assert furthest_weights(one / "members", two / "members") < 1e-3
