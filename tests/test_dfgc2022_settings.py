@@ -106,6 +106,15 @@ def test_another_side_of_the_input(detector, size, fits):
             entry.at(size)
 
 
+def test_a_missing_weight_file_leaves_no_folder(tmp_path):
+    clip, out = tmp_path / "a.mp4", tmp_path / "out"
+    clip.write_bytes(b"x")
+    given = {"official": ("xception_dfgc21_baseline",), "weights": (tmp_path / "absent.pth",)}
+    with pytest.raises(UserError, match="absent.pth: no such file"):
+        predict.main(predict.Config(clip, out, **given))
+    assert not out.exists()
+
+
 def test_a_mistake_on_the_command_line_exits_with_2(tmp_path):
     arguments = ("train.py", "demo", "--members", "nobody", "--out", tmp_path / "x")
     result = helpers.script("dfgc2022", *arguments, code=2)
