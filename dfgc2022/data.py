@@ -16,7 +16,11 @@ from torch.utils.data import Dataset
 
 from dfgc2022.augment import self_blend, test_transform, train_transform
 from shared.io import read_utf8
+from shared.records import read_json
 from shared.runtime import UserError
+
+PEOPLE = "people.json"
+"""Beside a list: its folders -> whom their videos show, where a public set says so."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,19 @@ class CropFolder:
 
     folder: Path
     label: int
+    people: tuple[str, ...] = ()
+    """Whom the video shows. Empty where only the folder's name may tell."""
 
 
 def read_list(path: Path) -> tuple[list[CropFolder], int]:
     """A list file of the winner -> (crop folders, number of empty ones left out).
 
     Lines are `<folder> <label>`, label 0 or 1; those that name landmarks are passed over, as there. A
-    relative folder is looked for beside the list. Raises UserError on a bad line or a missing folder.
+    relative folder is looked for beside the list, and so is people.json, which extract.py writes for some
+    public sets. Raises UserError on a bad line or a missing folder.
     """
+    known = path.with_name(PEOPLE)
+    people = read_json(known, "people of videos", _people) if known.exists() else {}
     lines = read_utf8(path, "a list of crop folders, which extract.py writes,").splitlines()
     found, empty = [], 0
     for number, line in enumerate(lines, 1):
@@ -49,10 +58,14 @@ def read_list(path: Path) -> tuple[list[CropFolder], int]:
         if next(place.glob("*.png"), None) is None:
             empty += 1
         else:
-            found.append(CropFolder(place, int(label)))
+            found.append(CropFolder(place, int(label), people.get(folder.strip(), ())))
     if not found:
         raise UserError(f"{path}: names no folder with crops")
     return found, empty
+
+
+def _people(found: dict) -> dict[str, tuple[str, ...]]:
+    return {folder: tuple(map(str, names)) for folder, names in found.items()}
 
 
 class CropFolders(Dataset):

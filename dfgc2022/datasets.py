@@ -31,6 +31,10 @@ class Video:
     """Set and method, e.g. FaceForensics++/Deepfakes/c23."""
     split: str = ""
     """train, val or test, where the release says so."""
+    people: tuple[str, ...] = ()
+    """Whom it shows, by the set's own names: of a fake the target and the donor. Where a set does not name
+    people, the recording that a fake was made from stands for its person.
+    """
 
 
 def faceforensics(root: Path, compression: str = "c23", methods: Sequence[str] = FF_METHODS) -> list[Video]:
@@ -60,7 +64,8 @@ def faceforensics(root: Path, compression: str = "c23", methods: Sequence[str] =
     for place, label, method in places:
         for path in _videos(place / compression / "videos", "FaceForensics++"):
             source = f"FaceForensics++/{method}/{compression}"
-            videos.append(Video(path, label, source, splits.get(path.stem, "")))
+            people = tuple(path.stem.split("__")[0].split("_"))  # 000_003, 01_02__walking__ABC
+            videos.append(Video(path, label, source, splits.get(path.stem, ""), people))
     return videos
 
 
@@ -77,7 +82,8 @@ def celeb_df(root: Path) -> list[Video]:
     for name, label in (("Celeb-real", 0), ("YouTube-real", 0), ("Celeb-synthesis", 1)):
         for path in _videos(root / name, "Celeb-DF v2"):
             split = "test" if f"{name}/{path.name}" in testing else "train"
-            videos.append(Video(path, label, f"Celeb-DF-v2/{name}", split))
+            people = tuple(part for part in path.stem.split("_") if part.startswith("id"))  # id0_id1_0000
+            videos.append(Video(path, label, f"Celeb-DF-v2/{name}", split, people or (path.stem,)))
     return videos
 
 
@@ -88,22 +94,27 @@ def dfdc(root: Path) -> list[Video]:
         raise UserError(f"{root}: no dfdc_train_part_* here; get DFDC from its Kaggle page")
     videos = []
     for folder in folders:
-        for name, label in _dfdc_labels(folder).items():
+        for name, (label, original) in _dfdc_labels(folder).items():
             path = folder / name
             if not path.is_file():
                 raise UserError(f"{path}: named in metadata.json but not there")
-            videos.append(Video(path, label, f"DFDC/{folder.name}", "train"))
+            videos.append(Video(path, label, f"DFDC/{folder.name}", "train", (original,)))
     return videos
 
 
-def _dfdc_labels(folder: Path) -> dict[str, int]:
-    """metadata.json of a part: name of a video -> 1 for a fake, otherwise 0."""
+def _dfdc_labels(folder: Path) -> dict[str, tuple[int, str]]:
+    """metadata.json of a part: name of a video -> 1 for a fake, otherwise 0, and the name of the recording
+    that it was made from, or is.
+    """
     path = folder / "metadata.json"
     entries = read_json(path, "DFDC's labels", lambda found: dict(found.items()))
     for name, entry in entries.items():
         if not isinstance(entry, dict) or entry.get("label") not in ("FAKE", "REAL"):
             raise UserError(f"{path}: {name} has no label FAKE or REAL")
-    return {name: int(entry["label"] == "FAKE") for name, entry in entries.items()}
+    return {
+        name: (int(entry["label"] == "FAKE"), str(entry.get("original") or name))
+        for name, entry in entries.items()
+    }
 
 
 def dfdc_crops(root: Path, parts: range = range(50)) -> tuple[list[CropFolder], int]:
@@ -114,11 +125,11 @@ def dfdc_crops(root: Path, parts: range = range(50)) -> tuple[list[CropFolder], 
     folders = [root / f"dfdc_train_part_{part}" for part in parts]
     here = [folder for folder in folders if folder.is_dir()]
     for folder in here:
-        for name, label in _dfdc_labels(folder).items():
+        for name, (label, original) in _dfdc_labels(folder).items():
             if next((folder / name).glob("*.png"), None) is None:
                 empty += 1
             else:
-                found.append(CropFolder(folder / name, label))
+                found.append(CropFolder(folder / name, label, (original,)))
     if not found:
         raise UserError(f"{root}: no crops in dfdc_train_part_0 ... dfdc_train_part_49")
     if len(here) < len(folders):
@@ -137,9 +148,14 @@ def deeperforensics(root: Path, method: str = "end_to_end_mix_4_distortions") ->
             lines = read_utf8(path, "a list of videos").splitlines()
             splits |= {Path(line.strip()).name: split for line in lines if line.strip()}
     fakes = _videos(root / "manipulated_videos" / method, "DeeperForensics-1.0")
-    reals = _videos(root / "source_videos", "DeeperForensics-1.0")
-    videos = [Video(path, 0, "DeeperForensics/source") for path in reals]
-    return videos + [Video(path, 1, f"DeeperForensics/{method}", splits.get(path.name, "")) for path in fakes]
+    videos = []
+    for path in _videos(root / "source_videos", "DeeperForensics-1.0"):
+        actor = path.relative_to(root / "source_videos").parts[0]  # M101/light_up/...
+        videos.append(Video(path, 0, "DeeperForensics/source", people=(Path(actor).stem,)))
+    for path in fakes:
+        people = tuple(path.stem.split("_"))  # 000_M101, 000 being FaceForensics++'s
+        videos.append(Video(path, 1, f"DeeperForensics/{method}", splits.get(path.name, ""), people))
+    return videos
 
 
 @dataclass

@@ -9,6 +9,7 @@ crops are there is not read again; what was wrong with it is said again.
 """
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -18,6 +19,7 @@ from typing import Literal
 import cv2
 
 from dfgc2022.boxes import Rule, box_source, crop_face, source_mark
+from dfgc2022.data import PEOPLE
 from dfgc2022.datasets import DATASETS
 from dfgc2022.video import VideoError, batched, list_videos, read_frames
 from shared.io import progress
@@ -109,10 +111,12 @@ def extract_all(
     crop: Rule = "winner",
     workers: int = 1,
     root: Path | None = None,
+    people: Sequence[tuple[str, ...]] = (),
 ) -> list[str]:
     """Crops of many videos and list.txt of those with a label and a face; returns the notes on bad ones.
 
-    root: a folder whose structure the crops repeat; None: they lie side by side.
+    root: a folder whose structure the crops repeat; None: they lie side by side. people: whom each video
+    shows, for people.json beside the list.
     """
     box_source(boxes)  # reports a wrong choice once
     names = [path.relative_to(root).as_posix() if root else path.name for path, _ in videos]
@@ -134,13 +138,16 @@ def extract_all(
     ]
     if lines:
         (out / "list.txt").write_text("".join(lines))
+    if people:
+        write_json(out / PEOPLE, dict(zip(names, people, strict=True)))
     return [note for _, note in results if note]
 
 
 def main(config: Config) -> None:
     if config.dataset:
         found = DATASETS[config.dataset](config.videos)
-        videos = [(v.path, v.label) for v in found if config.split in (None, v.split)]
+        chosen = [v for v in found if config.split in (None, v.split)]
+        videos, people = [(v.path, v.label) for v in chosen], [v.people for v in chosen]
         loose = [v for v in found if not v.split]
         if config.split and loose:
             print(
@@ -150,9 +157,11 @@ def main(config: Config) -> None:
         if not videos:
             raise UserError(f"{config.videos}: no video of split {config.split}")
     else:
-        videos = [(path, config.label) for path in list_videos(config.videos)]
+        videos, people = [(path, config.label) for path in list_videos(config.videos)], []
     root = config.videos if config.dataset else None
-    notes = extract_all(videos, config.out, config.boxes, config.every, config.crop, config.workers, root)
+    notes = extract_all(
+        videos, config.out, config.boxes, config.every, config.crop, config.workers, root, people
+    )
     for note in notes:
         print(f"warning: {note}")
     print(f"{len(videos) - len(notes)} of {len(videos)} videos without a remark, crops in {config.out}")

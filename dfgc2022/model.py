@@ -4,6 +4,7 @@ A detector maps normalised RGB crops (N, 3, S, S) to logits (N, C). C = 2: (real
 C = 3: (real, fake, adversarial fake), the 2021 winner's classes.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -127,6 +128,10 @@ def swin(**options: Any) -> nn.Module:
     """
     network = timm_swin.SwinTransformer(**{"num_classes": 2, **options})
     network.head.fc.reset_parameters()
+    return _with_legacy_names(network)
+
+
+def _with_legacy_names(network: nn.Module) -> nn.Module:
     network.register_state_dict_post_hook(_legacy_names)
     network.register_load_state_dict_pre_hook(_current_names)
     return network
@@ -282,7 +287,9 @@ def detector(name: str) -> Detector:
 
 
 def _timm_model(name: str, num_classes: int = 2, **options: Any) -> nn.Module:
-    return timm.create_model(name, num_classes=num_classes, **options)
+    network = timm.create_model(name, num_classes=num_classes, **options)
+    # Every Swin has one set of names here, whichever way it was built.
+    return _with_legacy_names(network) if isinstance(network, timm_swin.SwinTransformer) else network
 
 
 def official(name: str, **options: Any) -> nn.Module:
@@ -332,8 +339,8 @@ def _unwrapped(content: Any, source: Path | str) -> dict[str, Any]:
 def load_imagenet(network: nn.Module, name: str, path: Path | None) -> None:
     """ImageNet weights of detector `name` into all of `network` but its head, from a file or timm's download.
 
-    path: timm's or the authors' original file. Raises UserError without file and network, or on one that
-    does not fit.
+    path: timm's or the authors' original file; position tables are resampled to the side of the network.
+    Raises UserError without file and network, or on one that does not fit.
     """
     tag = detector(name).imagenet
     if not tag:
@@ -346,11 +353,11 @@ def load_imagenet(network: nn.Module, name: str, path: Path | None) -> None:
         partial(hf_hub_download, hub, "model.safetensors") if hub else None,
     )
     content = _unwrapped(load_torch(path), path)
+    # What timm does to a file of this kind of network before it loads it.
+    adapted = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    content = adapted(content, network) if adapted else content
     if isinstance(network, timm_swin.SwinTransformer):
-        content = timm_swin.checkpoint_filter_fn(content, network)
         content = {legacy_name(key): value for key, value in content.items()}
-    elif isinstance(network, timm_convnext.ConvNeXt):
-        content = timm_convnext.checkpoint_filter_fn(content, network)
     own = network.state_dict()
     heads = ("head.weight", "head.bias", "head.fc.", "fc.", "classifier.")
     fresh = {key for key in own if key.startswith(heads) or key.endswith(_COMPUTED)}

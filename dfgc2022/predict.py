@@ -148,9 +148,9 @@ def draw_timeline(path: Path, video: Path, clip: ClipScore, settings: Settings) 
 def main(config: Config) -> None:
     videos = list_videos(config.input, crops=True)
     settings = Settings(config.boxes, config.every, config.crop, config.faces, config.average)
-    config.out.mkdir(parents=True, exist_ok=True)
     device = pick_device(config.device)
     networks = load_detectors(config.run, config.members, config.official, config.weights)
+    config.out.mkdir(parents=True, exist_ok=True)
     scorer = Scorer(networks, device, bf16=device.type == "cuda")
     clips = score_videos(videos, scorer, settings, config.out / "scores.jsonl", workers=config.workers)
     scores = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from dfgc2022.data import CropFolder, CropFolders, read_list
+from dfgc2022.data import CropFolder, CropFolders, Middle, read_list
 from dfgc2022.datasets import dfdc_crops
 from dfgc2022.extract import extract_all
 from dfgc2022.model import Detector, fake_probability, load_detector_state, load_imagenet
@@ -21,7 +21,7 @@ from dfgc2022.pipeline import normalise, per_channel
 from dfgc2022.video import list_videos
 from dfgc2022.world import build_world
 from shared.io import runs_root
-from shared.processes import gathered, rank
+from shared.processes import gathered, mean, rank, world
 from shared.runtime import REPOSITORY, StepBatches, UserError, one_opencv_thread
 from shared.weights import load_torch
 
@@ -187,30 +187,68 @@ def add_adversarial(
     return images, labels
 
 
+def validation_loader(
+    config: "Config", held_out: list[CropFolder], size: int, device: torch.device
+) -> DataLoader:
+    """Batches of (crops, labels) of this process's share of the held-out videos, in their order."""
+    return DataLoader(
+        Middle(held_out[rank() :: world()], size),
+        batch_size=64,
+        num_workers=config.workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=config.workers > 0,
+        generator=torch.Generator(),  # training's random numbers are not for it
+        multiprocessing_context="spawn" if config.workers else None,
+        worker_init_fn=one_opencv_thread,
+    )
+
+
 @torch.no_grad()
-def validation_loss(network: nn.Module, loader: DataLoader, entry: Detector, device: torch.device) -> float:
-    """Mean log loss of the probability of fake over the held-out videos."""
+def validation_loss(
+    network: nn.Module, loader: DataLoader, entry: Detector, accelerator: Accelerator
+) -> float:
+    """Mean log loss of the probability of fake over the held-out videos of all processes, in the precision
+    of the training.
+    """
     network.eval()
-    losses = []
+    sums = torch.zeros(2, device=accelerator.device)
     for crops, labels in loader:
-        p = fake_probability(network(normalise(crops.to(device), entry))).cpu().clamp(1e-6, 1 - 1e-6)
-        losses.append(nn.functional.binary_cross_entropy(p, labels.float(), reduction="none"))
+        images = normalise(crops.to(accelerator.device, non_blocking=True), entry)
+        with accelerator.autocast():
+            logits = network(images.contiguous(memory_format=torch.channels_last))
+        p = fake_probability(logits).clamp(1e-6, 1 - 1e-6)
+        true = labels.to(accelerator.device, non_blocking=True).float()
+        loss = nn.functional.binary_cross_entropy(p, true, reduction="sum")
+        sums += torch.stack([loss, loss.new_tensor(len(true))])
     network.train()
-    return torch.cat(losses).mean().item()
+    loss, count = mean(sums).tolist()
+    return loss / count
 
 
 def split_people(
     folders: list[CropFolder], share: float, seed: int
 ) -> tuple[list[CropFolder], list[CropFolder]]:
-    """(training, validation) folders without a common person, told from the first part of the folder's
-    name. Raises UserError when that leaves one of them empty, or only real or only fake videos to train on.
+    """(training, validation) folders without a common person; where a set does not name people, the first
+    part of a folder's name does. Videos of people of both sides are in neither, which a warning says.
+
+    Raises UserError when that leaves one side empty, or only real or only fake videos to train on.
     """
-    person = [re.split(r"[-_.]", folder.folder.name)[0] for folder in folders]
-    names = np.random.default_rng((seed, 1)).permutation(sorted(set(person)))
-    held_out = set(names[: round(share * len(names))])
-    parts = ([], [])
-    for folder, name in zip(folders, person, strict=True):
-        parts[name in held_out].append(folder)
-    if not parts[1] or len({folder.label for folder in parts[0]}) < 2:
-        raise UserError(f"--val-share {share}: {len(names)} people cannot be divided so; give another share")
-    return parts
+    shown = [set(f.people or re.split(r"[-_.]", f.folder.name)[:1]) for f in folders]
+    # Whoever shares a video is held out together: of FaceForensics++'s pairs nothing is lost.
+    pairs = {tuple(sorted(people)) for people in shown if len(people) > 1}
+    everyone, paired = set().union(*shown), set().union(*pairs)
+    together, held_out = sorted(pairs | {(person,) for person in everyone - paired}), set()
+    for number in np.random.default_rng((seed, 1)).permutation(len(together)):
+        if len(held_out) >= round(share * len(everyone)):
+            break
+        held_out.update(together[number])
+    kept = [f for f, people in zip(folders, shown, strict=True) if not people & held_out]
+    validation = [f for f, people in zip(folders, shown, strict=True) if people <= held_out]
+    if not validation or len({folder.label for folder in kept}) < 2:
+        raise UserError(
+            f"--val-share {share}: {len(everyone)} people cannot be divided so; give another share"
+        )
+    lost = len(folders) - len(kept) - len(validation)
+    if lost:
+        print(f"warning: --val-share: {lost} videos show people of both sides and are left out")
+    return kept, validation

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dfgc2022.data import CropFolder, Middle
+from dfgc2022.data import CropFolder
 from dfgc2022.losses import LOSSES
 from dfgc2022.model import Detector, detector
 from dfgc2022.pipeline import normalise
@@ -30,6 +30,7 @@ from dfgc2022.recipe import (
     split_people,
     training_folders,
     training_loader,
+    validation_loader,
     validation_loss,
 )
 from dfgc2022.world import Size
@@ -145,7 +146,9 @@ class Config(LoaderConfig):
     keep_every: Natural = 10
     """Keep the weights of every epoch whose index is divisible by this. 0: only the last."""
     val_share: Annotated[float, Within(0, 0.9)] = 0.0
-    """Share of the people (first part of a folder's name) held out for validation."""
+    """Share of the people held out for validation, as the public sets name them; in other lists the first
+    part of a folder's name does.
+    """
     val_every: Count = 500
     """Iterations between validations; the weights with the lowest validation loss become the member's."""
     log_every: Count = 50
@@ -318,6 +321,7 @@ def train_member(
         schedule.load_state_dict(position.state["schedule"])
     model, optimizer = accelerator.prepare(maybe_compile(network, config.compile), optimizer)
     loader = training_loader(config, folders, size, seed, steps, position.step, accelerator)
+    validation = validation_loader(config, held_out, size, device) if held_out else None
     total, loss_of = torch.zeros((), device=device), LOSSES[config.loss]
     if position.state is not None:
         total += position.state["total"]
@@ -342,8 +346,8 @@ def train_member(
             total.zero_()
         if step == config.log_every and accelerator.is_main_process:
             run.picture(f"batch-{name}", image_grid(crops[:32].permute(0, 3, 1, 2) / 255, 8))
-        if held_out and step % config.val_every == 0:
-            _validate(name, network, held_out, entry, size, run, offset + step, position, device)
+        if validation is not None and step % config.val_every == 0:
+            _validate(name, network, validation, entry, run, offset + step, position, accelerator)
         epoch, rest = divmod(step, epoch_steps)
         if rest == 0 and config.keep_every and (epoch - 1) % config.keep_every == 0 and run.is_main:
             save_safetensors(member_path(run.folder, f"{name}-epoch{epoch - 1}"), network)
@@ -365,15 +369,14 @@ def train_member(
 def _validate(
     name: str,
     network: nn.Module,
-    held_out: list[CropFolder],
+    held_out: DataLoader,
     entry: Detector,
-    size: int,
     run: Run,
     step: int,
     position: Position,
-    device: torch.device,
+    accelerator: Accelerator,
 ) -> None:
-    loss = validation_loss(network, DataLoader(Middle(held_out, size), batch_size=64), entry, device)
+    loss = validation_loss(network, held_out, entry, accelerator)
     run.log(step, **{f"{name}/validation_loss": loss})
     if loss < position.best:
         position.best = loss

@@ -12,13 +12,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 
 from dfgc2022.creation import TERMS
+from dfgc2022.simple import simple_scenes
 from dfgc2022.video import write_clips
 from shared.faces import IDENTITY, Params, draw, sample
 from shared.io import progress
@@ -48,6 +49,8 @@ class Size:
     """Blended frames between two drawn ones; the pipeline skips them."""
     pixels: Annotated[int, Within(16)] = 64
     """Side of a frame, an even number, as the encoder wants it."""
+    people: Literal["drawn", "simple"] = "drawn"
+    """Faces of shared/faces.py, or ellipses with eyes and a mouth (simple.py; 32 pixels in their trial)."""
 
     @property
     def every(self) -> int:
@@ -60,7 +63,7 @@ class Scene(NamedTuple):
 
     target: np.ndarray  # (n, keys, P, P, 3) float32 in [0, 255]
     donor: np.ndarray
-    landmarks: np.ndarray  # (n, keys, 68, 2)
+    landmarks: np.ndarray  # (n, keys, 68, 2), or two corners of the face
 
 
 class Recording(NamedTuple):
@@ -180,6 +183,8 @@ def scenes(people: int, seed: int, size: Size, donors: bool = True) -> Scene:
 
     Pure function of the arguments.
     """
+    if size.people == "simple":
+        return Scene(*simple_scenes(people, seed, size.keys, size.pixels))
     base = sample(people, seed, strength=0.6, worn=0.3).replace(noise=0.0, hat=0.0)
     base = base.replace(scale=1.15)
     donor = sample(people, seed + 1000, strength=0.6, worn=0.3)

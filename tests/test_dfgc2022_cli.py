@@ -2,28 +2,24 @@
 
 import dataclasses
 import json
-import re
-from pathlib import Path
 
 import helpers
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from curves import assert_same_curves, furthest_weights, run_one, run_two
 
-import dfgc2022
 from dfgc2022 import boxes as box_sources
 from dfgc2022 import eval as evaluation
-from dfgc2022 import export, extract, model, pipeline, predict, train, vra
+from dfgc2022 import export, extract, model, pipeline, predict, train
 from dfgc2022.datasets import dfgc2022 as read_release
-from dfgc2022.protocol import FUSION, write_submission
-from dfgc2022.recipe import of_the_contest
+from dfgc2022.protocol import FUSION
 from dfgc2022.video import read_frames, write_clips
-from dfgc2022.world import Size, build_world
-from shared.published import load_published
-from shared.runtime import REPOSITORY, UserError, parse, parse_presets
+from dfgc2022.world import Size
+from shared.io import load_config
+from shared.runtime import UserError
 
-FOLDER = Path(dfgc2022.__file__).parent
 TINY = helpers.TINY["dfgc2022"]
 TEAM = ["diverse-swin", "diverse-convnext-0", "diverse-convnext-1"]
 
@@ -158,118 +154,22 @@ def test_extract_and_train_on_lists_then_export(trained, tmp_path, capsys):
         train.train(dataclasses.replace(config, lists=lists, out=tmp_path / "other"))
 
 
-def test_the_contests_clips_are_told_from_this_projects_folders(tmp_path, monkeypatch):
-    monkeypatch.setenv("PAPERS_RUNS", str(tmp_path / "runs"))
-    for own in (tmp_path / "runs" / "dfgc2022" / "demo-0/world/crops/a", REPOSITORY / "dfgc2022/crops/ff/a"):
-        assert not of_the_contest(own)
-    for place in (
-        "DFGC-2022/Public/a",
-        "dfgc2022/a",
-        "sets/Detection Dataset/Public/a",
-        "runs/dfgc2022/x/Result Clips/a",
-    ):
-        assert of_the_contest(tmp_path / place)
-    assert of_the_contest(REPOSITORY / "dfgc2022" / "DFGC-2022" / "a")
-
-
-def test_contest_from_submission_files(tmp_path, capsys):
-    build_world(tmp_path, 0, Size(train=2, test=4, keys=2))
-    clips = read_release(tmp_path).clips
-    rng = np.random.default_rng(0)
-    for name, noise in (("a", 0.3), ("b", 2.0), ("c", 0.5)):
-        scores = {clip.name: float(np.clip(clip.label + rng.normal(0, noise), 0, 1)) for clip in clips}
-        write_submission(tmp_path / f"{name}.txt", scores)
-    (tmp_path / "bad.txt").write_text("x.mp4, nan\n")
-    preds = tuple(tmp_path / f"{name}.txt" for name in ("a", "b", "c", "bad"))
-    config = evaluation.Config(
-        dfgc=tmp_path,
-        preds=preds,
-        weights=FUSION,
-        ratings=tmp_path / "ratings.csv",
-        anti_detection="auc5",
-        draws=20,
-        out=tmp_path / "o",
-    )
-    evaluation.main(config)
-    said = capsys.readouterr().out
-    assert "not scored" in said and "leaderboard" in said and "announced formula" in said
-    assert "AUC by compression" in said and "weights and temperatures chosen on Public" in said
-    results = json.loads((tmp_path / "o" / "results.json").read_text())
-    board = {m["method"]: m["value"] for m in results["metrics"] if m["dataset"].endswith("Private (1+2)")}
-    assert set(board) == {"a", "b", "c", "fusion"} and board["a"] > board["b"]
-    choices = [m["setting"] for m in results["metrics"] if m["table"] == "fusion"]
-    assert choices[0] == "fixed 0.2, 0.3, 0.5" and any(name.startswith("searched on") for name in choices)
-    by_group = {m["method"] for m in results["metrics"] if m["table"] == "by identity group"}
-    assert by_group == set(board)
-
-
-def test_a_complete_release_stands_beside_the_published_numbers(tmp_path, capsys, monkeypatch):
-    """With the counts of a tiny contest in place of the paper's Table 1."""
-    build_world(tmp_path, 0, Size(train=2, test=4, keys=2))
-    clips = read_release(tmp_path).clips
-    monkeypatch.setattr(evaluation, "RELEASED", {"Public": (8, 16), "Private-1": (8, 16)})
-    preds = tuple(tmp_path / f"{name}.txt" for name in "abcdef")
-    for path in preds:
-        write_submission(path, {clip.name: clip.label / 2 for clip in clips})
-    config = evaluation.Config(dfgc=tmp_path, preds=preds, draws=20, out=tmp_path / "o")
-    evaluation.main(config)
-    said = capsys.readouterr().out
-    assert "published AUC on the same clips" in said and "HanChen" in said
-    assert "fusion weights are not searched for 6 detectors" in said
-    others = sum(row["table"] != "detection top-3" for row in load_published("dfgc2022")["rows"])
-    assert f"{others} published or context rows stand" in said
-    results = json.loads((tmp_path / "o" / "results.json").read_text())
-    comparable = {m["dataset"] for m in results["metrics"] if m["comparable"]}
-    assert comparable == {"Public", "Private-1"}  # whatever stands in for Private-2, which nobody has
-    monkeypatch.setattr(evaluation, "RELEASED", {"Public": (8, 16), "Private-1": (9, 16)})
-    evaluation.main(config)
-    results = json.loads((tmp_path / "o" / "results.json").read_text())
-    assert not any(m["comparable"] for m in results["metrics"])
-
-
-def test_a_bad_submission_ends_neither_the_contest_nor_the_fusion_of_the_others(tmp_path, capsys):
-    build_world(tmp_path, 0, Size(train=2, test=4, keys=2))
-    clips = read_release(tmp_path).clips
-    preds = tuple(tmp_path / f"{name}.txt" for name in "abc")
-    for path in preds[:2]:
-        write_submission(path, {clip.name: clip.label / 2 for clip in clips})
-    preds[2].write_text("x.mp4, 1.5\n")
-    config = evaluation.Config(dfgc=tmp_path, preds=preds, weights=FUSION, draws=20, out=tmp_path / "o")
-    evaluation.main(config)
-    said = capsys.readouterr().out
-    assert "c.txt, line 1: score 1.5" in said and "no fusion: 1 of its 3 members could not be read" in said
-    results = json.loads((tmp_path / "o" / "results.json").read_text())
-    assert {m["method"] for m in results["metrics"] if m["table"] == "detection top-3"} == {"a", "b"}
-    own = tmp_path / "fusion.txt"  # the name that the weighted mean gets
-    own.write_bytes(preds[0].read_bytes())
-    for change, message in (
-        ({"weights": (0.5, 0.6)}, "2 members need as many weights"),
-        ({"preds": (own, preds[1]), "weights": (0.5, 0.5)}, "fusion is the name of the weighted mean"),
-        ({"preds": preds[2:], "weights": ()}, "nothing to score"),
-    ):
-        with pytest.raises(UserError, match=message):
-            evaluation.main(dataclasses.replace(config, **change))
-
-
-def test_a_contest_without_known_creators_is_scored_all_the_same(tmp_path, capsys):
-    build_world(tmp_path, 0, Size(train=2, test=4, keys=2))
-    table = tmp_path / "Detection Dataset" / "Detection Dataset Meta.csv"
-    table.write_text("videoName,label\n")
-    clips = read_release(tmp_path).clips
-    write_submission(tmp_path / "a.txt", {clip.name: clip.label / 2 for clip in clips})
-    evaluation.main(
-        evaluation.Config(
-            dfgc=tmp_path,
-            preds=(tmp_path / "a.txt",),
-            ratings=tmp_path / "ratings.csv",
-            draws=20,
-            out=tmp_path / "o",
-        )
-    )
-    assert "warning: no fake with real clips beside it has a creator" in capsys.readouterr().out
-    results = json.loads((tmp_path / "o" / "results.json").read_text())
-    assert results["matrix"] is None and any(m["table"] == "detection top-3" for m in results["metrics"])
-    assert (tmp_path / "o/samples/roc.png").is_file() and not (tmp_path / "o/samples/matrix.png").exists()
+@pytest.mark.parametrize("detector", ["swin_micro", "timm/test_vit"])
+def test_a_run_of_another_side_is_read_at_that_side(trained, tmp_path, detector):
+    """Both are built for one side of their input, which evaluation has to know."""
+    world, folder, out = trained / "world", tmp_path / "run", tmp_path / "out"
+    lists = ("--lists", world / "crops" / "diverse.txt", "--members")
+    options = ("--detector", detector, "--size", "48", "--steps", "1", "--out", folder)
+    run("train.py", "demo", *TINY, *lists, *options)
+    ((_, _, size),) = train.load_members(folder, load_config(folder, train.Config)).values()
+    assert size == 48
+    export.main(export.Config(tmp_path / "d.onnx", run=folder))
+    (image,) = onnxruntime.InferenceSession(tmp_path / "d.onnx").get_inputs()
+    assert image.shape[-2:] == [48, 48]
+    clip, boxes = next((world / "Train").glob("*.mp4")), str(world / "boxes.csv")
+    predict.main(predict.Config(clip, out, run=folder, boxes=boxes, every=3, device="cpu"))
+    record = json.loads((out / f"{clip.name}.json").read_text())
+    assert len(record["frames"]) == 2 and 0 < record["score"] < 1 and record["score"] != 0.5
 
 
 def test_a_run_scores_a_release_and_predicts_what_nobody_rated(trained, tmp_path, capsys):
@@ -335,103 +235,6 @@ def test_killed_training_ends_with_the_same_numbers(tmp_path, one_thread):
     helpers.assert_same_runs(killed, whole)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda out: train.train(train.Config(lists=(Path("absent.txt"),), out=out)), "absent.txt"),
-        (lambda out: train.train(train.Config(members=("nobody",), out=out)), "unknown member"),
-        *(
-            (lambda out, change=change: train.train(demo(out, **change)), message)
-            for change, message in (
-                ({"train_creators": "single"}, "--train-creators: diverse-swin sets it to diverse"),
-                ({"detector": "convnext_tiny"}, "--detector: diverse-swin sets it to swin_micro"),
-                ({"lr": 9.0}, "--lr: diverse-swin sets it to 0.001"),
-                ({"preset": "study", "members": ("one-frame",), "frames_per_video": 2}, "sets it to 1"),
-            )
-        ),
-        *(
-            (
-                lambda out, name=name: train.train(
-                    dataclasses.replace(train.PRESETS[name], preset=name, out=out)
-                ),
-                f"{name} trains on public sets: give --lists",
-            )
-            for name in ("paper", "paper-swin", "xception21", "winner21")
-        ),
-        *(
-            (lambda out, given=given: evaluation.main(evaluation.Config(**given)), "needs --dfgc")
-            for given in ({"preds": (Path("a.txt"),)}, {"out": Path("o")}, {"boxes": "skin"}, {"every": 5})
-        ),
-        (lambda out: evaluation.main(evaluation.Config(dfgc=out, preds=(Path("a.txt"),))), "Meta.csv"),
-        (lambda out: predict.main(predict.Config(out / "absent.mp4")), "absent.mp4"),
-        (lambda out: extract.main(extract.Config(out / "absent", out)), "absent"),
-        (lambda out: export.main(export.Config(out, official="xception_dfgc21_baseline")), "--weights"),
-        (lambda out: export.main(export.Config(out.parent)), "a folder; --out is the file to write"),
-        (lambda out: build_world(out, 0, Size(pixels=33)), "--world.pixels 33: give an even number"),
-    ],
-)
-def test_mistakes_get_one_message(call, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        call(tmp_path / "run")
-
-
-def demo(out, **change):
-    return dataclasses.replace(train.PRESETS["demo"], **{"preset": "demo", "out": out, **change})
-
-
-@pytest.mark.parametrize(
-    ("script", "given"),
-    [
-        *((train, f"demo --{name} 0") for name in (
-            "log-every", "checkpoint-every", "val-every", "batch-size", "decay-steps", "frames-per-video",
-            "steps", "epochs", "samples-per-video", "size", "world.train", "world.test", "world.keys", "lr",
-        )),
-        *((train, f"demo --{name} -1") for name in (
-            "batch-size", "frames-per-video", "keep-every", "blending", "weight-decay", "world.gap",
-        )),
-        (train, "demo --lr nan"),
-        (train, "demo --val-share 1"),
-        (train, "demo --adversarial 2"),
-        (train, "demo --world.pixels 8"),
-        *((evaluation, f"--{name} -1") for name in ("draws", "every", "workers")),
-        (evaluation, "--draws 0"),
-        (predict, "--input a --every 0"),
-        (predict, "--input a --workers -1"),
-        (extract, "--videos a --out b --every 0"),
-        (vra, "--root a --every 0"),
-    ],
-)  # fmt: skip
-def test_numbers_out_of_their_range(script, given):
-    *_, name, value = given.split()
-    read = parse_presets if script is train else parse
-    settings = train.PRESETS if script is train else script.Config
-    with pytest.raises(UserError, match=f"^{re.escape(name)} {re.escape(value)}.*: give "):
-        read(settings, "", given.split())
-
-
-@pytest.mark.parametrize(
-    ("detector", "size", "fits"),
-    [
-        ("swin_micro", 48, True),
-        ("timm/vit_tiny_patch16_224", 32, True),
-        ("convnext_micro", 7, False),
-        ("timm/vit_tiny_patch16_224", 7, False),
-    ],
-)
-def test_another_side_of_the_input(detector, size, fits):
-    entry = model.detector(detector)
-    if fits:
-        assert entry.at(size)(torch.zeros(1, 3, size, size)).shape == (1, 2)
-    else:
-        with pytest.raises(UserError, match=f"--size {size}: the detector takes no such side"):
-            entry.at(size)
-
-
-def test_a_mistake_on_the_command_line_exits_with_2(tmp_path):
-    result = run("train.py", "demo", "--members", "nobody", "--out", tmp_path / "x", code=2)
-    assert result.stderr.startswith("error: unknown member") and "Traceback" not in result.stderr
-
-
 def test_predict_takes_members_and_released_files(trained, tmp_path, monkeypatch):
     team = list(predict.load_detectors(trained, (), (), ()))
     assert team == TEAM and list(predict.load_detectors(trained, TEAM[2:], (), ())) == TEAM[2:]
@@ -493,9 +296,10 @@ def test_two_processes_share_batch_norm_and_attacked_fakes(trained, tmp_path):
         "sgd",
     ]
     arguments += ["--adversarial", "0.2", "--epsilon", "1e-4", "--steps", "6", "--log-every", "1"]
+    arguments += ["--val-share", "0.4", "--val-every", "3"]
     one, two = (
         run_one(train.train, train.PRESETS, tmp_path, *arguments),
         run_two("dfgc2022", tmp_path, *arguments),
     )
-    assert_same_curves(one, two, lines=6)
+    assert_same_curves(one, two, lines=8)  # two of them of the validation
     assert furthest_weights(one / "members", two / "members") < 1e-3

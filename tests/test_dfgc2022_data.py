@@ -101,13 +101,17 @@ def test_faceforensics(tmp_path, capsys):
 
 
 def test_deepfakedetection_has_its_own_reals(tmp_path):
-    for place in ("original_sequences/actors", "manipulated_sequences/DeepFakeDetection"):
-        touch(tmp_path / place / "c23/videos/01__hugging.mp4")
+    for film in (
+        "original_sequences/actors/c23/videos/01__hugging",
+        "manipulated_sequences/DeepFakeDetection/c23/videos/01_02__hugging__YVGY8LOK",
+    ):
+        touch(tmp_path / f"{film}.mp4")
     found = DATASETS["deepfakedetection-c23"](tmp_path)  # the films of YouTube are not there, nor missed
     assert [(v.source, v.label) for v in found] == [
         ("FaceForensics++/actors/c23", 0),
         ("FaceForensics++/DeepFakeDetection/c23", 1),
     ]
+    assert [v.people for v in found] == [("01",), ("01", "02")]
     touch(tmp_path / "original_sequences/youtube/c23/videos/071.mp4")
     assert DATASETS["deepfakedetection-c23"](tmp_path) == found
 
@@ -119,6 +123,7 @@ def test_celeb_df(tmp_path):
         celeb_df(tmp_path)
     (tmp_path / "List_of_testing_videos.txt").write_text("1 YouTube-real/00170.mp4\n")
     assert [(v.label, v.split) for v in celeb_df(tmp_path)] == [(0, "train"), (0, "test"), (1, "train")]
+    assert [v.people for v in celeb_df(tmp_path)] == [("id0",), ("00170",), ("id0", "id1")]
 
 
 def test_dfdc_videos_and_crops(tmp_path, capsys):
@@ -128,12 +133,14 @@ def test_dfdc_videos_and_crops(tmp_path, capsys):
     for name in entries:
         touch(part / name)
     assert [(v.path.name, v.label) for v in dfdc(tmp_path)] == [("a.mp4", 1), ("b.mp4", 0)]
+    assert [v.people for v in dfdc(tmp_path)] == [("b.mp4",), ("b.mp4",)]  # the fake's original
     (part / "a.mp4").unlink()
     with pytest.raises(UserError, match="a.mp4: named in metadata.json"):
         dfdc(tmp_path)
     crop(part / "a.mp4" / "0000.png")
     folders, empty = dfdc_crops(tmp_path)
-    assert [(f.folder.name, f.label) for f in folders] == [("a.mp4", 1)] and empty == 1
+    assert [(f.folder.name, f.label, f.people) for f in folders] == [("a.mp4", 1, ("b.mp4",))]
+    assert empty == 1
     assert "49 of 50 parts of DFDC are not there" in capsys.readouterr().out
     for content, message in (
         (b"{", "metadata.json: not readable as DFDC's labels"),
@@ -152,6 +159,7 @@ def test_deeperforensics(tmp_path, capsys):
     touch(tmp_path / "source_videos/M101/light_up/a.mp4")
     touch(tmp_path / "lists/splits/test.txt", b"000_M101.mp4\n")
     assert [(v.label, v.split) for v in deeperforensics(tmp_path)] == [(0, ""), (1, "test")]
+    assert [v.people for v in deeperforensics(tmp_path)] == [("M101",), ("000", "M101")]
     extract.main(extract.Config(tmp_path, tmp_path / "crops", "deeperforensics", split="test", boxes="skin"))
     assert "1 videos stand in no split and are left out, 1 of them real" in capsys.readouterr().out
 
@@ -250,6 +258,10 @@ def test_forgeries_of_one_name_by_several_methods_are_all_extracted(tmp_path):
     folders, empty = read_list(tmp_path / "crops" / "list.txt")
     found = {(folder.folder.relative_to(tmp_path / "crops").as_posix(), folder.label) for folder in folders}
     assert found == {(place, int("manipulated" in place)) for place in places} and empty == 0
+    assert {folder.people for folder in folders} == {("000",), ("000", "003")}
+    (tmp_path / "crops" / "people.json").write_text("[]")
+    with pytest.raises(UserError, match="people.json: not readable as people of videos"):
+        read_list(tmp_path / "crops" / "list.txt")
 
 
 def test_a_crop_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):

@@ -127,6 +127,21 @@ def test_imagenet_weights_fill_all_but_the_head(tiny, monkeypatch, tmp_path, nam
         model.load_imagenet(network, name, tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize(
+    ("name", "size"), [("test_vit", 64), ("swin_tiny_patch4_window7_224", 112), ("test_convnext", 64)]
+)
+def test_imagenet_weights_of_any_timm_network_fit_another_side(tmp_path, name, size):
+    donor = timm.create_model(name)
+    torch.save(donor.state_dict(), tmp_path / "w.pth")
+    network = model.detector(f"timm/{name}").at(size, num_classes=3)
+    model.load_imagenet(network, f"timm/{name}", tmp_path / "w.pth")
+    same = next(key for key, _ in donor.named_parameters() if "blocks" in key)
+    assert torch.equal(network.get_parameter(same), donor.get_parameter(same))
+    if name == "test_vit":
+        table = network.pos_embed[0, -16:].view(4, 4, -1)  # 4 x 4 pieces of 16 pixels
+        assert torch.allclose(table.mean((0, 1)), donor.pos_embed[0, -100:].mean(0), atol=0.01)
+
+
 def test_heads_start_as_the_winners_did():
     """A fresh Linear: uniform within 1/sqrt(features), unlike timm's truncated normal of deviation 0.02."""
     torch.manual_seed(0)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,16 +12,22 @@ from test_dfgc2022_data import crop
 from torch import nn
 
 from dfgc2022 import losses
-from dfgc2022.data import read_list
+from dfgc2022.data import CropFolder, read_list
 from dfgc2022.datasets import dfgc2022
 from dfgc2022.extract import extract_all
 from dfgc2022.model import Detector
 from dfgc2022.pipeline import Scorer
-from dfgc2022.recipe import add_adversarial, build_schedule, split_people
+from dfgc2022.recipe import (
+    add_adversarial,
+    build_schedule,
+    split_people,
+    validation_loader,
+    validation_loss,
+)
 from dfgc2022.robustness import attack
 from dfgc2022.train import PRESETS, Config, plan
 from dfgc2022.video import read_frames
-from dfgc2022.world import CREATORS, Size, build_world, record, scenes, swap
+from dfgc2022.world import CREATORS, Size, build_world, ellipse_distance, record, scenes, swap
 from shared.runtime import UserError
 
 # --- the embedded contest -------------------------------------------------------------------------------
@@ -49,6 +57,27 @@ def test_fakes_differ_inside_the_face_only_and_as_their_creators_do():
     again = scenes(2, 0, size)
     assert np.array_equal(again.target, scene.target) and not np.array_equal(
         scenes(2, 1, size).target, scene.target
+    )
+
+
+def test_plain_people_are_swapped_as_the_drawn_ones_are(tmp_path):
+    size = Size(train=2, test=2, keys=2, pixels=32, people="simple")
+    scene = scenes(3, 0, size)
+    assert np.array_equal(scenes(3, 0, size).donor, scene.donor)
+    assert not np.array_equal(scenes(3, 1, size).target, scene.target)
+    face = ellipse_distance(scene.landmarks[0, 0], 32)
+    gap = np.abs(scene.target[0, 0] - scene.donor[0, 0]).mean(-1)
+    assert gap[face > 1.2].max() == 0 and gap[face < 0.8].mean() > 10  # the same outline and background
+    skin, around = (scene.target[:, 0][:, mask].mean(1) for mask in (face < 0.3, face > 1.5))
+    assert (np.abs(skin - around).max(1) > 5).all()
+    rng = np.random.default_rng(0)
+    filmed = record(scene, 0, size, rng)
+    assert np.abs((swap(filmed, "ideal", rng) - np.clip(filmed.target, 0, 255))[0][face > 1]).max() == 0
+    build_world(tmp_path, 0, size)
+    assert next(read_frames(dfgc2022(tmp_path).paths[dfgc2022(tmp_path).clips[0].name]))[1].shape == (
+        32,
+        32,
+        3,
     )
 
 
@@ -202,3 +231,50 @@ def test_held_out_people_are_nobody_elses(tmp_path):
     for some, share in ((folders, 0.1), (folders[:2], 0.9), (folders[2:4], 0.5)):
         with pytest.raises(UserError, match="cannot be divided so"):
             split_people(some, share, 0)
+
+
+@pytest.mark.parametrize("odd", [(), ("000", "005")])
+def test_nobody_of_a_fake_is_on_both_sides(odd, capsys):
+    """Pairs in which each is swapped with the other, as in FaceForensics++, of which nothing is lost;
+    originals, as in DFDC; and a fake of two people of different pairs, whom a division may part.
+    """
+    shown = [(f"{n:03}",) for n in range(8)]
+    shown += [(f"{n:03}", f"{n ^ 1:03}") for n in range(8)]
+    shown += [("a.mp4",), ("a.mp4",), ("b.mp4",), ("b.mp4",), *([odd] if odd else [])]
+    folders = [CropFolder(Path(f"x{number}"), number % 2, people) for number, people in enumerate(shown)]
+    lost = []
+    for seed in range(8):
+        kept, held_out = split_people(folders, 0.4, seed)
+        people = [{person for folder in part for person in folder.people} for part in (kept, held_out)]
+        assert not people[0] & people[1] and len(people[1]) >= 4
+        lost.append(len(folders) - len(kept) - len(held_out))
+        said = f"{lost[-1]} videos show people of both sides" if lost[-1] else ""
+        assert said in capsys.readouterr().out
+    assert any(lost) == bool(odd)
+
+
+@pytest.mark.parametrize(
+    ("workers", "precision"), [(0, torch.float32), (1, torch.float32), (0, torch.bfloat16)]
+)
+def test_validation_is_the_mean_log_loss_in_the_precision_of_the_training(tmp_path, workers, precision):
+    folders = [CropFolder(tmp_path / str(number), number % 2) for number in range(5)]
+    for number, folder in enumerate(folders):
+        crop(folder.folder / "0000.png", 40 * number)
+    network, entry, kinds = Linear(2), Detector(Linear, 4), []
+    network.layer.register_forward_hook(lambda _m, _i, out: kinds.append(out.dtype))
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"),
+        autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16),
+    )
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    loader = validation_loader(Config(workers=workers), folders, 4, torch.device("cpu"))
+    loss = validation_loss(network, loader, entry, accelerator)
+    assert torch.equal(torch.get_rng_state(), before) and network.training and set(kinds) == {precision}
+    mean, deviation = (np.array(values) for values in entry.normalise)
+    logits = [
+        network(torch.tensor((40 * n / 255 - mean) / deviation).float().view(1, 3, 1, 1).expand(-1, -1, 4, 4))
+        for n in range(5)
+    ]
+    expected = nn.functional.cross_entropy(torch.cat(logits), torch.tensor([0, 1, 0, 1, 0]))
+    assert loss == pytest.approx(expected.item(), rel=1e-5 if precision == torch.float32 else 0.02)
