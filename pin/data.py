@@ -189,17 +189,15 @@ def celeba(root: Path, size: int, landmarks: Path | None = None) -> ImageFiles:
     return ImageFiles(paths, labels, size, landmarks and read_landmarks(landmarks))
 
 
-def split_people(files: ImageFiles, share: float = 0.75) -> tuple[TensorFaces, TensorFaces]:
-    """Load a small set into memory and give the first `share` of its people to training, the rest to the
-    test."""
-    images = torch.stack([files[i][0] for i in range(len(files))])
+def part_of_people(files: ImageFiles, test: bool, share: float = 0.75) -> TensorFaces:
+    """Load a part of a small set into memory: the first `share` of its people, who are trained on, or with
+    `test` the others."""
     people = int(files.labels.max()) + 1
     training = files.labels < round(share * people)
     if training.all() or not training.any():
         raise UserError(f"{people} people cannot be split into training and test: at least 2 are needed")
-    return TensorFaces(images[training], files.labels[training]), TensorFaces(
-        images[~training], files.labels[~training]
-    )
+    chosen = (~training if test else training).nonzero().squeeze(1)
+    return TensorFaces(torch.stack([files[i][0] for i in chosen.tolist()]), files.labels[chosen])
 
 
 # --- what a run uses ------------------------------------------------------------------------------
@@ -217,7 +215,7 @@ def training_faces(config) -> Dataset:
             config.transposed,
         )
     files = image_files(config)
-    return split_people(files)[0] if config.recognizers else files
+    return part_of_people(files, test=False) if config.recognizers else files
 
 
 def test_faces(config) -> TensorFaces:
@@ -231,7 +229,7 @@ def test_faces(config) -> TensorFaces:
             2 * config.seed + 1,
             config.transposed,
         )
-    return split_people(image_files(config))[1]
+    return part_of_people(image_files(config), test=True)
 
 
 def image_files(config) -> Dataset:

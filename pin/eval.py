@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pin import defenses
 from pin.basis import load_basis
@@ -31,6 +31,7 @@ from pin.experiments import (
     smallest_changes,
 )
 from pin.figures import draw_detection, draw_figures
+from pin.job import in_bf16, placed
 from pin.model import load_official, make_esn
 from pin.pairs import Pairs, insightface_bin, lfw_pairs, random_pairs
 from pin.protocol import FARS, detection_scores, in_batches, perturbation_size, purified_quality
@@ -59,6 +60,9 @@ class Options:
     """Run folder; default: the newest."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of DAE, ESN and recogniser, also where an attack differentiates them. auto: bf16 on a GPU,
+    fp32 on the CPU."""
     pairs: Count = 200
     """Embedded data and folders without a pair list: pairs of the same person, and as many of different
     people."""
@@ -121,6 +125,14 @@ def evaluation_pairs(options: Options, config: Config) -> tuple[Tensor, Tensor, 
     return images[pairs.first], images[pairs.second], pairs, name
 
 
+def fixed(network: nn.Module, precision: str, device: torch.device) -> nn.Module:
+    """A network that is evaluated: frozen, on the device, in the arithmetic of --precision."""
+    network = placed(network.eval().requires_grad_(False), device)
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return in_bf16(network, device) if precision == "bf16" else network
+
+
 def open_lab(options: Options, folder: Path, config: Config) -> tuple[Lab, str]:
     """A trained run and its test pairs; the basis is checked against the hash in the checkpoint."""
     if "pin" not in config.variants:
@@ -138,15 +150,16 @@ def open_lab(options: Options, folder: Path, config: Config) -> tuple[Lab, str]:
     load_weights(folder, networks)
     basis = load_basis(folder / "basis.safetensors", config.components)
     basis.check(standing["facts"]["basis"], f"the checkpoint in {folder}")
-    for network in networks.values():
-        network.eval().requires_grad_(False).to(device)
+    networks = {name: fixed(network, options.precision, device) for name, network in networks.items()}
     recognizers = {name: networks[name] for name in config.recognizers}
     if options.recognizer is not None:
-        network = load_official(options.recognizer_name, options.recognizer).requires_grad_(False)
-        recognizers = {"recognizer": adapt(options.recognizer_name, network, options.legacy).to(device)}
+        network = load_official(options.recognizer_name, options.recognizer)
+        network = adapt(options.recognizer_name, network, options.legacy)
+        recognizers = {"recognizer": fixed(network, options.precision, device)}
     if options.surrogate is not None:
-        network = load_official(options.surrogate_name, options.surrogate).requires_grad_(False)
-        recognizers["surrogate"] = adapt(options.surrogate_name, network, options.legacy).to(device)
+        network = load_official(options.surrogate_name, options.surrogate)
+        network = adapt(options.surrogate_name, network, options.legacy)
+        recognizers["surrogate"] = fixed(network, options.precision, device)
     if "recognizer" not in recognizers:
         raise UserError("no recogniser to attack: give official weights with --recognizer FILE")
     some = torch.linspace(0, len(train) - 1, min(len(train), 1000)).long()
@@ -216,7 +229,8 @@ def evaluate(options: Options) -> Path:
     lab, data = open_lab(options, folder, config)
     full = options.full or config.preset == "study"
     torch.manual_seed(config.seed)
-    untrained = make_esn(config.size, config.components, config.esn_widths, config.hidden).to(lab.device)
+    untrained = make_esn(config.size, config.components, config.esn_widths, config.hidden)
+    untrained = fixed(untrained, options.precision, lab.device)
     quality = {variant: selection_quality(lab, variant, untrained) for variant in lab.esns}
     lab.attacked = craft(lab, full=full)
     if "surrogate" in lab.recognizers:

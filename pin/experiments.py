@@ -199,7 +199,7 @@ def defence_table(lab: Lab, kept: dict[str, int], repeats: int, slow: bool) -> d
         remembered = Remembered(lab.pin(variant).probabilities)
         for mode in modes:
             name = f"PIN {mode}" if variant == "pin" else f"PIN {variant}, {mode}"
-            count = repeats if mode == "sample" and variant == "pin" else 1
+            count = repeats if mode == "sample" else 1
             pins = [
                 PIN(lab.basis, None, remembered, mode, kept[variant], generator=lab.generator(n))
                 for n in range(count)

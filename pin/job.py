@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,6 +19,13 @@ def placed(network: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return network.to(device, memory_format=torch.channels_last)
     return network.to(device)
+
+
+def in_bf16(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network with its passes under bf16 autocast and its results in fp32."""
+    reduced = torch.autocast(device.type, torch.bfloat16)(network.forward)
+    network.forward = convert_outputs_to_fp32(reduced)
+    return network
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

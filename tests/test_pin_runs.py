@@ -17,7 +17,7 @@ from pin import predict as predict_script
 from pin.basis import load_basis
 from pin.eval import Options as Evaluation
 from pin.eval import evaluate, open_lab
-from pin.experiments import classical_defenses
+from pin.experiments import LEVEL, classical_defenses, craft
 from pin.export import Options as Export
 from pin.export import export
 from pin.figures import eigenface_picture, picture_row
@@ -299,6 +299,28 @@ def test_an_esn_sees_what_it_was_trained_on(run, tmp_path):
         lab, _ = open_lab(Evaluation(run=folder, pairs=10), folder, load_config(folder, Config))
         assert [part.dae is not None for part in (defense, lab.pin())] == [seen, seen]
         assert ("DAE alone" in classical_defenses(lab, 3, slow=False)) == seen
+
+
+def test_networks_are_evaluated_in_the_arithmetic_asked_for(run):
+    labs = {}
+    for precision in ("auto", "fp32", "bf16"):
+        options = Evaluation(run=run, pairs=10, precision=precision, device="cpu")
+        labs[precision], _ = open_lab(options, run, load_config(run, Config))
+    x = labs["fp32"].first
+
+    def results(lab):
+        return (
+            lab.dae(x)[1],
+            *(esn(x) for esn in lab.esns.values()),
+            *(one(x) for one in lab.recognizers.values()),
+        )
+
+    exact, rounded = results(labs["fp32"]), results(labs["bf16"])
+    assert all(torch.equal(*both) for both in zip(results(labs["auto"]), exact, strict=True))
+    for one, other in zip(exact, rounded, strict=True):
+        assert other.dtype == torch.float32 and 0 < (one - other).abs().max() < 0.05
+    attacked = craft(labs["bf16"], names=("PGD 8",))["PGD 8"]
+    assert attacked.dtype == torch.float32 and 0 < (attacked - x).abs().max() <= 8 * LEVEL + 1e-6
 
 
 def test_ready_eigenfaces_and_an_image_folder(tmp_path, run):
