@@ -106,6 +106,8 @@ class Federation:
             )
             for _ in data.clients
         ]
+        # Training images of each client; where the clients are elsewhere, what they say they have.
+        self.sizes = [len(client.train) for client in data.clients]
         self.bank: dict[int, State] = {}
         extra = method.first_extra(self.net, data.classes)
         self.extra = {name: value.to(self.device) for name, value in extra.items()}
@@ -245,11 +247,11 @@ class Federation:
 
 def take_part(federation: Federation) -> tuple[list[int], dict[int, str]]:
     """A_t of the present round, and those in it that cannot train, with the reason."""
-    config, clients = federation.config, federation.data.clients
-    chosen = participants(config.seed, federation.round, len(clients), config.fraction)
-    gone = dropouts(config.seed, federation.round, len(clients), config.dropout)
+    config, sizes = federation.config, federation.sizes
+    chosen = participants(config.seed, federation.round, len(sizes), config.fraction)
+    gone = dropouts(config.seed, federation.round, len(sizes), config.dropout)
     failures = {k: "dropped out" for k in chosen if k in gone}
-    few = {k: len(clients[k].train) for k in chosen if len(clients[k].train) < 2}
+    few = {k: sizes[k] for k in chosen if sizes[k] < 2}
     return chosen, failures | {
         k: "1 training image, at least two are needed" if n else "no training data" for k, n in few.items()
     }
