@@ -114,7 +114,8 @@ def curves_figure(curves: dict[str, list[float]], sizes: tuple[float, float] = (
     figure, axes = plt.subplots(figsize=sizes, dpi=110, layout="constrained")
     axes.set_prop_cycle(color=plt.cm.tab20.colors)  # more lines than the default cycle has colours
     for name, values in curves.items():
-        axes.plot(range(1, len(values) + 1), values, label=name, linewidth=2.4 if name == "dfl" else 1.2)
+        look = {"linewidth": 2.4, "zorder": 3} if name == "dfl" else {"linewidth": 1.2}  # above the others
+        axes.plot(range(1, len(values) + 1), values, label=name, **look)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.axhline(80, color="grey", linestyle=":", linewidth=1)
     axes.set(xlabel="round", ylabel="in-domain accuracy [%]", title="Convergence (mean over seeds)")

@@ -11,7 +11,7 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -290,8 +290,12 @@ def contact_sheet(data: Federated, clients: int = 8, classes: int = 10) -> Tenso
     return image_grid(tiles, columns, row_labels=names, scale=max(1, 48 // data.image_shape[-1]))
 
 
-def load_data(config: "Config", seed: int) -> Federated:
-    """The federation that a configuration names. Raises UserError for settings and files that give none."""
+def load_data(config: "Config", seed: int, own: Collection[int] | None = None) -> Federated:
+    """The federation that a configuration names. Raises UserError for settings and files that give none.
+
+    own: numbers of the clients whose images are read; the others have a name and no samples. None: all.
+    Skewed digits are drawn from one set, so everyone has them.
+    """
     # Imported here because it builds on this module's classes.
     from dfl import domains
 
@@ -315,7 +319,7 @@ def load_data(config: "Config", seed: int) -> Federated:
         )
     if config.data_root is None:
         raise UserError(f"--data {config.data} needs --data-root FOLDER (layouts: README.md, 'Data')")
-    return domains.LOADERS[config.data](config)
+    return domains.LOADERS[config.data](config, own)
 
 
 def mnist_root(data_root: Path | None) -> Path:

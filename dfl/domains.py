@@ -2,13 +2,14 @@
 distributed: Digits-5, Office-Caltech10 and DomainNet as prepared by FedBN, PACS, and any folder of images.
 
 All images are decoded once into uint8 tensors. Training subsets are the first n of each list, as in FedBN's
-scripts, so the order in the files matters.
+scripts, so the order in the files matters. A loader reads the images of the clients `own` alone, for a site
+that has no others'; the other clients then have a name and no samples. None: everyone's.
 """
 
 import csv
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -76,6 +77,14 @@ def augment(
     return (x * (1 + jitter * (2 * bright - 1)).view(-1, 1, 1, 1)).clamp(0, 1).view(shape)
 
 
+def read_by(config: "Config", names: Sequence[str], own: Collection[int] | None) -> Collection[str]:
+    """Of the domains `names` those whose images are read: the clients' of the numbers `own`, or all."""
+    if own is None:
+        return names
+    clients = [name for name in names if name != config.hold_out]
+    return [clients[k] for k in own if k < len(clients)]
+
+
 def read_images(paths: list[Path], size: int, desc: str, workers: int) -> Tensor:
     """Image files -> (n, 3, size, size) uint8. UserError names a missing or damaged one."""
 
@@ -97,11 +106,12 @@ def federate(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     change: Callable[[Tensor, Tensor], Tensor] | None,
+    whole: bool = True,
 ) -> Federated:
     """Domains {name: ((train images, labels), (test images, labels))} -> one client each.
 
     The attribute of a sample is the number of its domain. `config.hold_out` becomes the unseen domain. Raises
-    UserError when no domain has that name, or nobody is left to train.
+    UserError when no domain has that name, or, if the `whole` federation was read, nobody is left to train.
     """
     if config.hold_out is not None and config.hold_out not in domains:
         raise UserError(f"--hold-out {config.hold_out}: the domains are {', '.join(domains)}")
@@ -113,7 +123,7 @@ def federate(
             unseen = test
         else:
             clients.append(ClientData(number, domain, train, test))
-    if not any(len(client.train) for client in clients):
+    if whole and not any(len(client.train) for client in clients):
         raise UserError(f"{config.data_root}: no client has training images")
     return Federated(
         name, len(classes), len(clients), clients, None, unseen, mean, std, change, class_names=classes
@@ -123,18 +133,19 @@ def federate(
 # --- Digits-5 -------------------------------------------------------------------------------------
 
 
-def digits5(config: "Config") -> Federated:
+def digits5(config: "Config", own: Collection[int] | None = None) -> Federated:
     """MNIST, SVHN, USPS, SynthDigits, MNIST_M in FedBN's layout; `digit_parts` of ten training parts each.
 
     root/<set>/partitions/train_part{0..9}.pkl and root/<set>/test.pkl: pairs (uint8 images, labels).
     """
-    domains = {}
-    for name in DIGITS:
+    nothing = (torch.zeros(0, 3, 28, 28, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+    domains = {name: (nothing, nothing) for name in DIGITS}
+    for name in read_by(config, DIGITS, own):
         folder = config.data_root / name
         parts = [_digits(folder / "partitions" / f"train_part{i}.pkl") for i in range(config.digit_parts)]
         train = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
         domains[name] = (train, _digits(folder / "test.pkl"))
-    return federate(config, "digits5", domains, tuple("0123456789"), HALF, HALF, None)
+    return federate(config, "digits5", domains, tuple("0123456789"), HALF, HALF, None, own is None)
 
 
 def _digits(path: Path) -> tuple[Tensor, Tensor]:
@@ -173,36 +184,45 @@ def _pair(path: Path) -> tuple[np.ndarray, np.ndarray]:
 # --- photographs ----------------------------------------------------------------------------------
 
 
-def office(config: "Config") -> Federated:
+def office(config: "Config", own: Collection[int] | None = None) -> Federated:
     """Office-Caltech10: root/office_caltech_10/{amazon,caltech,dslr,webcam}_{train,test}.pkl and the
     images."""
-    return _listed(config, "office_caltech_10", OFFICE, OFFICE_CLASSES, 0.5)
+    return _listed(config, "office_caltech_10", OFFICE, OFFICE_CLASSES, 0.5, own)
 
 
-def domainnet(config: "Config") -> Federated:
+def domainnet(config: "Config", own: Collection[int] | None = None) -> Federated:
     """DomainNet, ten classes: root/DomainNet/{clipart,...,sketch}_{train,test}.pkl and the images."""
-    return _listed(config, "DomainNet", DOMAINNET, DOMAINNET_CLASSES, 0.05)
+    return _listed(config, "DomainNet", DOMAINNET, DOMAINNET_CLASSES, 0.05, own)
 
 
 def _listed(
-    config: "Config", folder: str, names: tuple[str, ...], classes: tuple[str, ...], share: float
+    config: "Config",
+    folder: str,
+    names: tuple[str, ...],
+    classes: tuple[str, ...],
+    share: float,
+    own: Collection[int] | None,
 ) -> Federated:
+    # The lists of all, also where others' images are missing: the shortest says how much everyone trains on.
     lists = {
         (name, split): _paths(config.data_root, folder, f"{name}_{split}.pkl", classes)
         for name in names
         for split in ("train", "test")
     }
     first = int(share * min(len(lists[name, "train"][0]) for name in names))
-    domains = {}
+    read, domains = read_by(config, names, own), {}
     for name in names:
         sets = []
-        for split, count in (("train", first), ("test", None)):
+        for split, most in (("train", first), ("test", None)):
             paths, labels = lists[name, split]
+            count = most if name in read else 0
             images = read_images(paths[:count], config.image_size, f"{name} {split}", config.workers)
             sets.append((images, labels[:count]))
         domains[name] = tuple(sets)
     return federate(
-        config, config.data, domains, classes, (0.0,) * 3, (1.0,) * 3, partial(augment, degrees=30.0)
+        *(config, config.data, domains, classes, (0.0,) * 3, (1.0,) * 3),
+        partial(augment, degrees=30.0),
+        own is None,
     )
 
 
@@ -221,13 +241,13 @@ def _paths(root: Path, folder: str, name: str, classes: tuple[str, ...]) -> tupl
     return [base / str(image) for image in images], torch.tensor([classes.index(label) for label in labels])
 
 
-def pacs(config: "Config") -> Federated:
+def pacs(config: "Config", own: Collection[int] | None = None) -> Federated:
     """PACS: root/raw_images/<domain>/<class>/*, root/label/<domain>_{train,crossval,test}_kfold.txt.
 
     Each line is `path label` with labels 1..7. A client trains on the train list and is tested on the test
     list.
     """
-    domains = {}
+    read, domains = read_by(config, PACS, own), {}
     for name in PACS:
         sets = []
         for split in ("train", "test"):
@@ -243,23 +263,25 @@ def pacs(config: "Config") -> Federated:
                 raise UserError(f"{path}: expected lines 'path label' with labels 1..7") from None
             if not len(labels) or labels.min() < 0 or labels.max() >= len(PACS_CLASSES):
                 raise UserError(f"{path}: empty, or a label outside 1..7")
-            files = [config.data_root / "raw_images" / image for image, _ in lines]
-            sets.append((read_images(files, config.image_size, f"{name} {split}", config.workers), labels))
+            count = None if name in read else 0
+            files = [config.data_root / "raw_images" / image for image, _ in lines[:count]]
+            images = read_images(files, config.image_size, f"{name} {split}", config.workers)
+            sets.append((images, labels[:count]))
         domains[name] = tuple(sets)
     change = partial(augment, zoom=0.7, jitter=0.2)
-    return federate(config, "pacs", domains, PACS_CLASSES, IMAGENET_MEAN, IMAGENET_STD, change)
+    return federate(config, "pacs", domains, PACS_CLASSES, IMAGENET_MEAN, IMAGENET_STD, change, own is None)
 
 
 # --- the user's own images ------------------------------------------------------------------------
 
 
-def folder(config: "Config") -> Federated:
+def folder(config: "Config", own: Collection[int] | None = None) -> Federated:
     """root/<client>/<train|test>/<class>/*: a client is a sensor, a database, a site.
 
     root/attributes.csv (columns file, attribute; paths relative to root) may name an attribute of each image;
     otherwise the client's number is the attribute. A client without training images stays in the federation
-    and is left out of each round by name. Raises UserError on another layout and for a client without test
-    images.
+    and is left out of each round by name. Of clients that are not `own` only the folders are read: they name
+    clients and classes. Raises UserError on another layout and for a client without test images.
     """
     root = config.data_root
     names = [path.name for path in subfolders(root)]
@@ -271,18 +293,19 @@ def folder(config: "Config") -> Federated:
         raise UserError(f"{root}: no clients; expected <client>/train/<class>/* and <client>/test/<class>/*")
     places = {(name, split): subfolders(root / name / split) for name in names for split in ("train", "test")}
     classes = tuple(sorted({path.name for folders in places.values() for path in folders}))
-    domains, files = {}, {}
+    read, domains, files = read_by(config, names, own), {}, {}
     for name in names:
         sets = []
         for split in ("train", "test"):
-            found = [path for kind in places[name, split] for path in find_images(kind, subfolders=False)]
+            kinds = places[name, split] if name in read else []
+            found = [path for kind in kinds for path in find_images(kind, subfolders=False)]
             files[name, split] = found
             labels = torch.tensor([classes.index(path.parent.name) for path in found], dtype=torch.int64)
             sets.append((read_images(found, config.image_size, f"{name} {split}", config.workers), labels))
-        if not len(sets[1][1]):
+        if name in read and not len(sets[1][1]):
             raise UserError(f"{root / name / 'test'}: no test images ({', '.join(IMAGE_ENDINGS)})")
         domains[name] = tuple(sets)
-    data = federate(config, "folder", domains, classes, HALF, HALF, None)
+    data = federate(config, "folder", domains, classes, HALF, HALF, None, own is None)
     table = root / "attributes.csv"
     return _with_attributes(data, table, root, files, config.hold_out) if table.is_file() else data
 
@@ -323,7 +346,7 @@ def _with_attributes(
     return replace(data, attributes=len(values), clients=clients, unseen=unseen)
 
 
-LOADERS: dict[str, Callable[["Config"], Federated]] = {
+LOADERS: dict[str, Callable[["Config", Collection[int] | None], Federated]] = {
     "digits5": digits5,
     "office": office,
     "domainnet": domainnet,

@@ -123,7 +123,7 @@ def probe_table(
     rows: dict[str, list[dict[str, float]]] = defaultdict(list)
     wanted = [trial for trial in trials if everything or trial.name in PROBED]
     for trial in progress(wanted, "probes"):
-        method, net, states, _ = load_trial(folder, trial, device)
+        method, net, states, *_ = load_trial(folder, trial, device)
         data = load_data(trial.config, trial.config.seed).to(device)
         rows[trial.name].append(probes(method, net, states, data))
     return {name: average(found) for name, found in rows.items()}
@@ -132,7 +132,7 @@ def probe_table(
 def draw_maps(folder: Path, trial: Trial, device: torch.device) -> dict[str, float]:
     """samples/maps.png: where each branch of client 0 looks; returns the background's share of each map, in
     per cent, where images have a background that can be told from the rest: on coloured digits."""
-    method, net, states, _ = load_trial(folder, trial, device)
+    method, net, states, *_ = load_trial(folder, trial, device)
     data = load_data(trial.config, trial.config.seed)
     samples = probe_samples(data)
     shown = data.prepare(samples.images[:10]).to(device)

@@ -7,7 +7,7 @@ round t: A_t = sample of clients
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -76,8 +76,8 @@ def size_of(*states: State) -> int:
 class Federation:
     """The server and its clients in one process (or spread over those that `torchrun` started).
 
-    `shared` is the global part, `bank` what clients lent, `extra` what else a method sends. `state_dict` and
-    `load_state_dict` save and restore all of it.
+    `shared` is the global part, `bank` what clients lent, `extra` what else a method sends, `trained` who has
+    answered at least once. `state_dict` and `load_state_dict` save and restore all of it.
     """
 
     def __init__(
@@ -106,7 +106,10 @@ class Federation:
             )
             for _ in data.clients
         ]
+        # Training images of each client; where the clients are elsewhere, what they say they have.
+        self.sizes = [len(client.train) for client in data.clients]
         self.bank: dict[int, State] = {}
+        self.trained: set[int] = set()
         extra = method.first_extra(self.net, data.classes)
         self.extra = {name: value.to(self.device) for name, value in extra.items()}
         self.round = 0
@@ -151,6 +154,7 @@ class Federation:
                 f"(--min-clients) answered ({reasons or 'none failed'}); the last checkpoint is kept"
             )
         self.shared = average(uploads, self.config.weighting)
+        self.trained |= {upload.client for upload in uploads}
         self.bank |= {upload.client: upload.lent for upload in uploads if upload.lent}
         if self.method.gather:
             self.extra = self.method.gather(self.extra, uploads, len(self.clients))
@@ -229,6 +233,7 @@ class Federation:
             "shared": self.shared,
             "extra": self.extra,
             "bank": {str(k): state for k, state in self.bank.items()},
+            "trained": sorted(self.trained),
             "clients": [{"state": client.state, "memory": client.memory} for client in self.clients],
         }
 
@@ -240,16 +245,17 @@ class Federation:
                 raise ValueError(f"'{name}' is of other networks or clients")
         self.round, self.shared, self.extra = int(saved["round"]), saved["shared"], saved["extra"]
         self.bank = {int(k): state for k, state in saved["bank"].items()}
+        self.trained = set(saved["trained"])
         self.clients = [Client(client["state"], client["memory"]) for client in saved["clients"]]
 
 
 def take_part(federation: Federation) -> tuple[list[int], dict[int, str]]:
     """A_t of the present round, and those in it that cannot train, with the reason."""
-    config, clients = federation.config, federation.data.clients
-    chosen = participants(config.seed, federation.round, len(clients), config.fraction)
-    gone = dropouts(config.seed, federation.round, len(clients), config.dropout)
+    config, sizes = federation.config, federation.sizes
+    chosen = participants(config.seed, federation.round, len(sizes), config.fraction)
+    gone = dropouts(config.seed, federation.round, len(sizes), config.dropout)
     failures = {k: "dropped out" for k in chosen if k in gone}
-    few = {k: len(clients[k].train) for k in chosen if len(clients[k].train) < 2}
+    few = {k: sizes[k] for k in chosen if sizes[k] < 2}
     return chosen, failures | {
         k: "1 training image, at least two are needed" if n else "no training data" for k, n in few.items()
     }
@@ -346,7 +352,7 @@ def evaluate(federation: Federation, full: bool) -> dict[str, float]:
 
     in_domain (mean, worst client, standard deviation over clients) on each client's own test set; with `full`
     also counterfactual (mean of the personal models), counterfactual_transfer and unseen (softmax averaged
-    over all clients' models) where the federation has such sets.
+    over the models of the clients that have trained) where the federation has such sets.
     """
     method, net, data = federation.method, federation.net, federation.data
     states = federation.client_states()
@@ -368,12 +374,14 @@ def evaluate(federation: Federation, full: bool) -> dict[str, float]:
         logits = run([data.counterfactual.images] * len(states))
         labels = data.counterfactual.labels
         result["counterfactual"] = sum(accuracy(each, labels) for each in logits) / len(logits)
-        result["counterfactual_transfer"] = accuracy(transfer(logits), labels)
+        result["counterfactual_transfer"] = accuracy(transfer(logits, federation.trained), labels)
     if full and data.unseen is not None:
-        result["unseen"] = accuracy(transfer(run([data.unseen.images] * len(states))), data.unseen.labels)
+        logits = run([data.unseen.images] * len(states))
+        result["unseen"] = accuracy(transfer(logits, federation.trained), data.unseen.labels)
     return result
 
 
-def transfer(logits: list[Tensor]) -> Tensor:
-    """Mean of the clients' softmax outputs (n, C): the prediction for a domain nobody has."""
-    return torch.stack([each.float().softmax(-1) for each in logits]).mean(0)
+def transfer(logits: list[Tensor], trained: Collection[int]) -> Tensor:
+    """Mean of the softmax outputs (n, C) of the clients that have `trained`: the prediction for a domain
+    nobody has. A client that never did has its first, random extractor, and no part in it."""
+    return torch.stack([logits[k].float().softmax(-1) for k in sorted(trained)]).mean(0)

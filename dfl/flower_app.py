@@ -4,14 +4,15 @@
     python train.py demo --engine flower         # a simulation inside the ordinary training script
 
 A TRAIN message carries what `Download` holds, its reply what `Upload` holds; the private part of a client
-stays in its node's `context.state`. Flower is an optional extra (requirements-flower.txt).
+stays in its node's `context.state`, and so do its images: a node reads its own client's alone, the server
+none. Flower is an optional extra (requirements-flower.txt).
 """
 
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +37,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from dfl.baselines import build_method  # noqa: E402
 from dfl.client import Client, Download, Upload, local_round  # noqa: E402
-from dfl.data import load_data  # noqa: E402
+from dfl.data import ClientData, Federated, load_data  # noqa: E402
 from dfl.engine import State  # noqa: E402
 from dfl.federation import Federation, accuracy, fault, predict, round_scalars, take_part  # noqa: E402
 from dfl.train import PRESETS, Config  # noqa: E402
@@ -81,49 +82,74 @@ CLIENTS_OUT = "DFL_CLIENTS_OUT"
 
 
 @lru_cache(maxsize=1)
-def settle(settings: str) -> tuple[Config, Federation]:
-    """Configuration, data, network and first states from their JSON; kept for a node's later messages."""
+def settle(settings: str, root: str | None) -> Federation:
+    """The federation as it begins, without images, from its settings in JSON; kept for a node's later
+    messages. root: where this site has the data, if not where the server has them.
+    """
     config: Config = revive(json.loads(settings), Config)
-    return config, make_federation(config)
+    return make_federation(replace(config, data_root=Path(root)) if root else config, own=())
 
 
-def own_client(message: Message, context: Context) -> tuple[Config, Federation, int, Client]:
-    """Settings of a message, the federation as it began, this node's number, and its client as it stands.
+def own_data(message: Message, context: Context) -> tuple[Federation, ClientData]:
+    """The federation as it begins, and this node's own set. In a simulation one process serves many nodes.
+
+    Raises UserError for data that cannot be read, and when the federation has no client of this number.
+    """
+    root = context.node_config.get("data-root")
+    federation = settle(message.content["config"]["settings"], None if root is None else str(root))
+    config, clients = federation.config, federation.data.clients
+    number = int(context.node_config["partition-id"])
+    if not 0 <= number < len(clients):
+        raise UserError(f"partition-id={number}: the clients are 0 to {len(clients) - 1}")
+    if not len(clients[number].test):  # skewed digits are there already
+        clients[number] = load_data(config, config.seed, own=(number,)).clients[number]
+    return federation, clients[number]
+
+
+def own_client(federation: Federation, number: int, context: Context) -> Client:
+    """A node's client as it stands.
 
     The federation is kept between messages and runs, so a client's later state is never put into it.
     """
-    config, federation = settle(message.content["config"]["settings"])
-    number = int(context.node_config["partition-id"])
     if "local" not in context.state.array_records:
-        return config, federation, number, federation.clients[number]
+        return federation.clients[number]
     memory = unpack("memory", context.state).get("own", {})
-    return config, federation, number, Client(to_state(context.state["local"]), memory)
+    return Client(to_state(context.state["local"]), memory)
 
 
 @client_app.query()
 def who(message: Message, context: Context) -> Message:
-    """Which client this node is."""
-    number = MetricRecord({"client": int(context.node_config["partition-id"])})
-    return Message(RecordDict({"metrics": number}), reply_to=message)
+    """Which client this node is, how many images it trains on, and which clients and classes it knows of."""
+    try:
+        federation, own = own_data(message, context)
+    except UserError as error:  # Flower passes no message of an error on
+        return Message(RecordDict({"problem": ConfigRecord({"text": str(error)})}), reply_to=message)
+    metrics = MetricRecord({"client": own.number, "images": len(own.train)})
+    records = {"metrics": metrics, "known": ConfigRecord(names_in(federation.data))}
+    return Message(RecordDict(records), reply_to=message)
+
+
+def names_in(data: Federated) -> dict[str, list[str]]:
+    """What all sites must have alike for a label to mean the same at each."""
+    return {"clients": [client.name for client in data.clients], "classes": list(data.class_names)}
 
 
 @client_app.train()
 def train_client(message: Message, context: Context) -> Message:
     """One local round."""
-    config, federation, number, client = own_client(message, context)
-    content = message.content
+    federation, own = own_data(message, context)
+    number, content = own.number, message.content
     bank = {int(key): state for key, state in unpack("specific", content).items()}
     extra = unpack("extra", content).get("all", {})
     download = Download(int(content["config"]["server-round"]), to_state(content["arrays"]), bank, extra)
-    data = federation.data
     clients, uploads = local_round(
         federation.method,
-        config,
+        federation.config,
         federation.net,
-        [client],
-        [data.clients[number]],
+        [own_client(federation, number, context)],
+        [own],
         [download],
-        data,
+        federation.data,
     )
     client, upload = clients[0], uploads[0]
     if fault(upload) is None:  # a faulty answer is left out by the server, and its client stays as it was
@@ -145,11 +171,11 @@ def train_client(message: Message, context: Context) -> Message:
 @client_app.evaluate()
 def evaluate_client(message: Message, context: Context) -> Message:
     """In-domain accuracy in per cent of the personal model under the new global part."""
-    _, federation, number, client = own_client(message, context)
-    test = federation.data.clients[number].test
+    federation, own = own_data(message, context)
+    client = own_client(federation, own.number, context)
     state = {**client.state, **to_state(message.content["arrays"])}
-    logits = predict(federation.method, federation.net, [state], [test.images], federation.data, False)
-    metrics = {"num-examples": len(test), "in_domain": accuracy(logits[0], test.labels)}
+    logits = predict(federation.method, federation.net, [state], [own.test.images], federation.data, False)
+    metrics = {"num-examples": len(own.test), "in_domain": accuracy(logits[0], own.test.labels)}
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
 
@@ -172,21 +198,29 @@ class DFLStrategy(FedAvg):
         """Flower asks a strategy to describe itself; the run folder's config.json does."""
 
     def find_clients(self, grid: Grid) -> None:
-        """Ask every node which client it is: node ids are random."""
-        wanted = len(self.federation.clients)
+        """Ask every node which client it is: node ids are random. Raises UserError when nodes and clients do
+        not match, and when a site has other folders than the server."""
+        federation = self.federation
+        wanted, known = len(federation.clients), names_in(federation.data)
         while len(nodes := list(grid.get_node_ids())) < wanted:
             print(f"{len(nodes)} of {wanted} clients are connected; waiting for the others", flush=True)
             time.sleep(2)
-        questions = [
-            Message(
-                RecordDict({"config": ConfigRecord({})}), dst_node_id=node, message_type=MessageType.QUERY
-            )
-            for node in nodes
-        ]
+        settings = RecordDict({"config": ConfigRecord({"settings": self.settings})})
+        questions = [Message(settings, dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
         for reply in grid.send_and_receive(questions):
-            if reply.has_error():
-                raise UserError(f"a Flower node could not start the client: {reply.error.reason}")
-            self.clients[reply.metadata.src_node_id] = int(reply.content["metrics"]["client"])
+            if reply.has_error() or "problem" in reply.content:
+                reason = reply.error.reason if reply.has_error() else reply.content["problem"]["text"]
+                raise UserError(f"a Flower node could not start its client: {reason}")
+            number = int(reply.content["metrics"]["client"])
+            self.clients[reply.metadata.src_node_id] = number
+            federation.sizes[number] = int(reply.content["metrics"]["images"])
+            for what, names in known.items():
+                theirs = list(reply.content["known"][what])
+                if theirs != names:
+                    raise UserError(
+                        f"the node of client {number} has the {what} {', '.join(theirs)}, the server "
+                        f"{', '.join(names)}: each site needs all folders, and images in its own"
+                    )
         if sorted(self.clients.values()) != list(range(wanted)):
             raise UserError(
                 f"the nodes' partition-ids are {sorted(self.clients.values())}: each of 0 to {wanted - 1} is "
@@ -275,9 +309,9 @@ def run_rounds(grid: Grid, federation: Federation, report: Report) -> None:
     strategy.start(grid, to_record(federation.shared), num_rounds=federation.config.rounds)
 
 
-def make_federation(config: Config) -> Federation:
-    """The server's federation; its messages about clients go to the console."""
-    data = load_data(config, config.seed)
+def make_federation(config: Config, own: Collection[int] | None = None) -> Federation:
+    """The server's federation; its messages about clients go to the console. own: as for `load_data`."""
+    data = load_data(config, config.seed, own)
     return Federation(build_method(config, data), config, data, report=print)
 
 
@@ -309,7 +343,7 @@ def serve(grid: Grid, context: Context) -> None:
         print(json.dumps({"round": federation.round, **scalars}), flush=True)
         write_tensors(folder / "shared.safetensors", federation.shared)
 
-    run_rounds(grid, make_federation(config), report)
+    run_rounds(grid, make_federation(config, own=()), report)
 
 
 def simulate(config: Config, report: Report, cores: int = 1) -> Federation:

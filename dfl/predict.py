@@ -44,8 +44,8 @@ class PredictConfig:
     trial: str = "dfl"
     """Row of the table whose weights are used (first seed)."""
     mode: Literal["personal", "transfer", "invariant"] = "personal"
-    """One client's own model; the mean prediction of all clients' models (for a domain nobody has); or z_s
-    replaced by zeros (a diagnosis of the invariant branch)."""
+    """One client's own model; the mean prediction of the models of all clients that have trained (for a
+    domain nobody has); or z_s replaced by zeros (a diagnosis of the invariant branch)."""
     client: int = 0
     """Number of the client, for `personal` and `invariant`."""
     out: Path = Path("predictions")
@@ -61,7 +61,7 @@ def main(options: PredictConfig) -> Path:
     everything = {trial.name: trial for trial in reversed(plan(_with(config, options.trial)))}
     trial: Trial = everything[options.trial]
     device = pick_device(options.device)
-    method, net, states, data = load_trial(folder, trial, device)
+    method, net, states, data, trained = load_trial(folder, trial, device)
     if not 0 <= options.client < len(states):
         names = ", ".join(client.name for client in data.clients)
         raise UserError(f"--client {options.client}: the clients are {names} (numbers from 0)")
@@ -81,7 +81,7 @@ def main(options: PredictConfig) -> Path:
     def classify(batch: list[Path]) -> Tensor:
         x = data.prepare(torch.stack([read(path) for path in batch]).to(device))
         if options.mode == "transfer":
-            return transfer([method.predict(net, state, x) for state in states])
+            return transfer([method.predict(net, state, x) for state in states], trained)
         if options.mode == "personal":
             return method.predict(net, states[options.client], x).softmax(-1)
         return without_specific(net, states[options.client], x).softmax(-1)

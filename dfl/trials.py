@@ -108,10 +108,10 @@ def trial_path(folder: Path, trial: Trial) -> Path:
 
 def load_trial(
     folder: Path, trial: Trial, device: torch.device | str = "cpu"
-) -> tuple[Method, nn.Module, list[State], Federated]:
-    """A finished trial: its method, an empty network and every client's personal model on `device`, and its
-    federation without samples. Raises UserError when the trial was not trained, and when its file is damaged
-    or foreign or holds NaN."""
+) -> tuple[Method, nn.Module, list[State], Federated, list[int]]:
+    """A finished trial: its method, an empty network and every client's personal model on `device`, its
+    federation without samples, and the numbers of the clients that have trained. Raises UserError when the
+    trial was not trained, and when its file is damaged or foreign or holds NaN."""
     path = trial_path(folder, trial)
     tensors = load_torch(path)
     empty = torch.zeros(0, dtype=torch.int64)
@@ -131,6 +131,7 @@ def load_trial(
         )
         data.prepare(none.images)
         method = build_method(trial.config, data)
+        trained = [range(len(data.clients))[k] for k in facts["trained"]]
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a trial of this project ({error!r})") from None
     unusable = [name for name, value in tensors.items() if not value.isfinite().all()]
@@ -140,7 +141,7 @@ def load_trial(
     states = [{**part(tensors, f"client{k}"), **part(tensors, "shared")} for k in range(len(data.clients))]
     for state in states:
         load_state(net, state, path, prefixes=())
-    return method, net.to(device), move(states, device), data
+    return method, net.to(device), move(states, device), data, trained
 
 
 def save_trial(folder: Path, trial: Trial, federation: Federation) -> None:
@@ -154,6 +155,7 @@ def save_trial(folder: Path, trial: Trial, federation: Federation) -> None:
         "image_shape": data.image_shape,
         "classes": data.class_names or tuple(str(label) for label in range(data.classes)),
         "clients": tuple(client.name for client in data.clients),
+        "trained": sorted(federation.trained),
         "mean": data.mean,
         "std": data.std,
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from shared.report import PAPERS
-from shared.runtime import REPOSITORY, UserError, run_main
+from shared.runtime import REPOSITORY, UserError, processor, run_main
 
 TITLE = (
     "# Benchmarks\n\nMeasured by `make bench` where a section says nothing else. "
@@ -25,18 +25,6 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{processor()}, {torch.get_num_threads()} threads, {platform.machine()}"
-
-
-def processor(table: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name. A virtual machine may hide which one it is, so the numbers of family and model
-    stand behind it."""
-    lines = table.read_text().splitlines() if table.is_file() else []
-    about = {
-        key.strip(): value.strip() for key, found, value in (line.partition(":") for line in lines) if found
-    }
-    name = about.get("model name") or platform.processor() or "CPU"
-    numbers = [f"{key} {about[key]}" for key in ("cpu family", "model") if key in about]
-    return " ".join([name, *([f"({', '.join(numbers)})"] if numbers else [])])
 
 
 def commit() -> str:

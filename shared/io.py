@@ -240,8 +240,13 @@ class Run:
     def _open(self, paper: str, config: RunConfig) -> None:
         described = {"paper": paper, "config": plain(config), "training": machine(config.device != "cpu")}
         record = self.folder / "config.json"
+        # A process killed while it wrote its first record leaves the record's temporary name behind.
+        own = (".lock", f".{record.name}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            entries = [entry for entry in self.folder.iterdir() if entry.name not in own]
+            if entries and not record.exists():  # before the lock: nothing of ours stays in a foreign folder
+                raise UserError(f"{self.folder}: not empty and not a run folder; give another --out")
             self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
         except OSError as error:
             if error.errno in FULL_DISK:
@@ -253,10 +258,6 @@ class Run:
             raise UserError(
                 f"{self.folder}: another process is training here; wait for it or give another --out"
             ) from None
-        # A process killed while it wrote its first record leaves the record's temporary name behind.
-        own = (".lock", f".{record.name}.part")
-        if not record.exists() and any(entry.name not in own for entry in self.folder.iterdir()):
-            raise UserError(f"{self.folder}: not empty and not a run folder; give another --out")
         if config.restart:
             # The record last: until then a process killed here leaves a run folder.
             for entry in sorted(self.folder.iterdir(), key=lambda entry: entry == record):

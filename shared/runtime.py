@@ -238,6 +238,18 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
+def processor(table: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name. A virtual machine may hide which one it is, so the numbers of family and model
+    stand behind it."""
+    lines = table.read_text().splitlines() if table.is_file() else []
+    about = {
+        key.strip(): value.strip() for key, found, value in (line.partition(":") for line in lines) if found
+    }
+    name = about.get("model name") or platform.processor() or "CPU"
+    numbers = [f"{key} {about[key]}" for key in ("cpu family", "model") if key in about]
+    return " ".join([name, *([f"({', '.join(numbers)})"] if numbers else [])])
+
+
 def machine(on_gpu: bool = True) -> dict[str, Any]:
     """Where this process computes, with which versions, and its command. on_gpu: if there is one."""
     return {
@@ -245,6 +257,7 @@ def machine(on_gpu: bool = True) -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if on_gpu and torch.cuda.is_available() else None,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),

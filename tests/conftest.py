@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,16 @@ import torch
 pytest.register_assert_rewrite("browser", "curves", "helpers", "layouts")  # before they are imported
 
 from browser import Browser, chromium  # noqa: E402
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Plain pytest passes Flower's tests over where it is not installed; who asks for them alone, as `make
+    test-flower` does, gets them."""
+    if config.option.markexpr == "flower" or find_spec("flwr"):
+        return
+    for item in items:
+        if item.get_closest_marker("flower"):
+            item.add_marker(pytest.mark.skip(reason="Flower is not installed here; run make test-flower"))
 
 
 @pytest.fixture

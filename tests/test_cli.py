@@ -14,9 +14,9 @@ import pytest
 from helpers import TINY
 
 from shared import benchmarks, demo
-from shared.benchmarks import TITLE, processor, write_section
+from shared.benchmarks import TITLE, write_section
 from shared.report import PAPERS
-from shared.runtime import REPOSITORY
+from shared.runtime import REPOSITORY, processor
 from shared.strip import CELLS
 
 HERE = [paper for paper in PAPERS if (REPOSITORY / paper / "train.py").is_file()]

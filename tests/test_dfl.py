@@ -1,8 +1,11 @@
 """dfl: networks, objective, the two engines, what is said of the numbers."""
 
 import re
+import tomllib
 from dataclasses import replace
+from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 from federations import TOY, distance, federation, small, trained
@@ -288,6 +291,39 @@ def test_widths_and_images_that_fit_a_backbone():
 def test_batch_norm_cannot_be_vectorised():
     with pytest.raises(UserError, match="--norm group or --engine sequential"):
         trained(replace(TOY, backbone="digit_cnn", engine="vectorised"), 1, data=small(28))
+
+
+@pytest.mark.parametrize(
+    ("asked", "installed", "skipped"), [("", False, True), ("", True, False), ("flower", False, False)]
+)
+def test_flower_is_passed_over_only_where_it_is_not_and_nobody_asks(monkeypatch, asked, installed, skipped):
+    class Item:
+        def __init__(self, marker):
+            self.marker, self.added = marker, []
+
+        def get_closest_marker(self, name):
+            return name == self.marker
+
+        def add_marker(self, mark):
+            self.added.append(mark.mark.name)
+
+    monkeypatch.setattr(conftest, "find_spec", lambda name: installed or None)
+    items = [Item("flower"), Item("slow")]
+    options = SimpleNamespace(option=SimpleNamespace(markexpr=asked))
+    conftest.pytest_collection_modifyitems(options, items)
+    assert [item.added for item in items] == [["skip"] if skipped else [], []]
+
+
+def test_flower_s_extra_is_what_its_app_and_the_makefile_install():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    extra = project["tool"]["setuptools"]["dynamic"]["optional-dependencies"]["flower"]
+    assert extra == {"file": ["dfl/requirements-flower.txt"]}
+    app = tomllib.loads((REPOSITORY / "dfl" / "pyproject.toml").read_text())
+    wanted = (REPOSITORY / "dfl" / "requirements-flower.txt").read_text().split()
+    assert app["project"]["dependencies"] == wanted
+    makefile = (REPOSITORY / "Makefile").read_text()
+    assert "-r dfl/requirements-flower.txt" in makefile
+    assert "test: setup test-flower\n" in makefile and "-m flower tests/test_dfl_flower.py\n" in makefile
 
 
 def test_readme_names_every_trial():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from layouts import dfl_folder, dfl_office, dfl_pacs
 from PIL import Image
 
 from dfl.analysis import background_share, probe_samples, probe_score, sensitivity
@@ -272,6 +273,44 @@ def test_folder_federation_with_attributes(tmp_path):
         load_data(replace(config, data_root=tmp_path / "absent"), 0)
     with pytest.raises(UserError, match="--data folder needs --data-root"):
         load_data(replace(config, data_root=None), 0)
+
+
+def dfl_digits5(root):
+    for i, name in enumerate(DIGITS):
+        pair = (np.full((3, 28, 28), i, np.uint8), np.arange(3))
+        dump(root / name / "test.pkl", pair)
+        dump(root / name / "partitions" / "train_part0.pkl", pair)
+
+
+SITES = {"digits5": dfl_digits5, "office": dfl_office, "pacs": dfl_pacs, "folder": dfl_folder}
+
+
+@pytest.mark.parametrize("hold_out", [False, True])
+@pytest.mark.parametrize("preset", SITES)
+def test_a_site_needs_the_images_of_its_own_client_alone(tmp_path, preset, hold_out):
+    SITES[preset](tmp_path)
+    config = replace(PRESETS[preset], data_root=tmp_path, image_size=16, workers=0)
+    if hold_out:
+        config = replace(config, hold_out=load_data(config, 0).clients[0].name)
+    whole = load_data(config, 0)
+    own = whole.clients[-1]
+    kept = {"digits5": own.name, "folder": own.name}.get(preset, f"*/{own.name}")
+    pictures = [path for path in tmp_path.rglob("*.*") if path.suffix in (".png", ".jpg")]
+    for path in [*pictures, *(tmp_path.rglob("t*.pkl") if preset == "digits5" else ())]:
+        if not path.is_relative_to(next(tmp_path.glob(kept))):
+            path.unlink()  # another site's
+    if preset == "folder":
+        (tmp_path / "attributes.csv").unlink()
+    site = load_data(config, 0, own=(own.number,))
+    assert [client.name for client in site.clients] == [client.name for client in whole.clients]
+    assert site.class_names == whole.class_names and site.image_shape == whole.image_shape
+    for ours, theirs in ((site.clients[-1].train, own.train), (site.clients[-1].test, own.test)):
+        assert torch.equal(ours.images, theirs.images) and torch.equal(ours.labels, theirs.labels)
+        assert len(ours) > 0
+    assert not any(len(client.train) + len(client.test) for client in site.clients[:-1])
+    nobody = load_data(config, 0, own=())
+    assert nobody.image_shape == whole.image_shape and len(nobody.clients) == len(whole.clients)
+    assert not any(len(client.train) + len(client.test) for client in nobody.clients)
 
 
 def test_somebody_must_have_training_images(tmp_path):

@@ -1,8 +1,10 @@
 """dfl on Flower: a real simulation against the in-process engine, and messages that go wrong."""
 
 import math
+import shutil
 import tomllib
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ import torch
 
 from dfl.baselines import build_method
 from dfl.data import load_data
-from dfl.federation import Federation
+from dfl.federation import Federation, evaluate
 from dfl.train import PRESETS, Config
 from dfl.trials import TRIALS
+from shared.io import write_image
 from shared.runtime import REPOSITORY, UserError
 
 pytestmark = pytest.mark.flower
@@ -47,20 +50,24 @@ def test_flower_gives_the_weights_of_the_built_in_engine(trial):
         assert 0 <= ours["in_domain"] <= 100
 
 
-def test_a_client_without_data_is_left_out(monkeypatch, capfd):
-    import dfl.flower_app as app
+def put_folder(root: Path, names: str = "abc", empty: str = "b") -> Config:
+    """Clients of some random pictures of two classes each; those of `empty` have none to train on."""
+    generator = torch.Generator().manual_seed(0)
+    for name, kind, split in product(names, ("attack", "genuine"), ("train", "test")):
+        (root / name / split / kind).mkdir(parents=True)
+        for i in range(0 if split == "train" and name in empty else 3):
+            write_image(root / name / split / kind / f"{i}.png", torch.rand(3, 8, 8, generator=generator))
+    small = {"image_size": 8, "batch_size": 2, "workers": 0}
+    return replace(TOY, data="folder", data_root=root, fraction=1.0, **small)
 
-    def one_empty(config, seed):
-        data = load_data(config, seed)
-        clients = list(data.clients)
-        clients[1] = replace(clients[1], train=clients[1].train[:0])
-        return replace(data, clients=clients)
 
-    monkeypatch.setattr(app, "load_data", one_empty)
+def test_a_client_without_data_is_left_out(tmp_path, capfd):
+    from dfl.flower_app import simulate
+
     rounds = []
-    app.simulate(replace(TOY, fraction=1.0), lambda federation, scalars: rounds.append(dict(scalars)))
+    simulate(put_folder(tmp_path), lambda federation, scalars: rounds.append(dict(scalars)))
     assert [scalars["clients"] for scalars in rounds] == [2, 2]
-    assert "client1 left out: no training data" in capfd.readouterr().out
+    assert "b left out: no training data" in capfd.readouterr().out
 
 
 def test_too_few_answers_end_a_simulation_with_their_message():
@@ -108,8 +115,8 @@ def app(monkeypatch):
 
 
 def test_a_client_whose_answer_is_faulty_stays_as_it_was(app, tmp_path, monkeypatch):
-    def broken(config, seed):
-        data = load_data(config, seed)
+    def broken(config, seed, own):
+        data = load_data(config, seed, own)
         clients = list(data.clients)
         train = clients[1].train
         clients[1] = replace(clients[1], train=replace(train, images=train.images * math.nan))
@@ -123,13 +130,65 @@ def test_a_client_whose_answer_is_faulty_stays_as_it_was(app, tmp_path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {"client_0.safetensors", "client_2.safetensors"}
 
 
-@pytest.mark.parametrize("numbers", [(0, 1, 1), (0, 1, 7)])
-def test_partition_ids_name_every_client_once(app, tmp_path, numbers):
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((0, 1, 1), "partition-ids are .*: each of 0 to 2 is needed once"),
+        ((0, 1, 7), "partition-id=7: the clients are 0 to 2"),
+        ((-1, 1, 2), "partition-id=-1: the clients are 0 to 2"),
+    ],
+)
+def test_partition_ids_name_every_client_once(app, tmp_path, numbers, message):
     nodes = Nodes(3, tmp_path)
     for context, number in zip(nodes.contexts.values(), numbers, strict=True):
         context.node_config["partition-id"] = number
-    with pytest.raises(UserError, match="partition-ids are .*: each of 0 to 2 is needed once"):
+    with pytest.raises(UserError, match=message):
         app.run_rounds(nodes, app.make_federation(TOY), lambda *_: None)
+
+
+def sites_of(tmp_path: Path, app) -> tuple[Config, Nodes]:
+    """A folder federation whose nodes have all folders and the images of their own client; the server has
+    the folders alone."""
+    whole = put_folder(tmp_path / "whole")
+    nodes = Nodes(3, tmp_path / "out")
+    for number, name in ((None, "server"), *enumerate("abc")):
+        shutil.copytree(whole.data_root, tmp_path / "sites" / name)
+        for path in (tmp_path / "sites" / name).rglob("*.png"):
+            if not path.is_relative_to(tmp_path / "sites" / name / name):
+                path.unlink()
+        if number is not None:
+            nodes.contexts[100 + number].node_config["data-root"] = str(tmp_path / "sites" / name)
+    return whole, nodes
+
+
+def test_sites_keep_their_images_to_themselves(app, tmp_path, capfd):
+    whole, nodes = sites_of(tmp_path, app)
+    config = replace(whole, data_root=tmp_path / "sites" / "server")
+    federation, rounds = app.make_federation(config, own=()), []
+    app.run_rounds(nodes, federation, lambda federation, scalars: rounds.append(dict(scalars)))
+    local, _ = in_process(replace(whole, engine="sequential"))
+    assert [scalars["clients"] for scalars in rounds] == [2, 2]
+    assert "b left out: no training data" in capfd.readouterr().out
+    assert all(
+        torch.allclose(federation.shared[name], value, atol=1e-6) for name, value in local.shared.items()
+    )
+    assert rounds[-1]["in_domain"] == pytest.approx(evaluate(local, full=False)["in_domain"])
+    assert not any(len(client.train) + len(client.test) for client in federation.data.clients)
+
+
+def test_a_site_with_other_folders_than_the_server_is_refused(app, tmp_path):
+    whole, nodes = sites_of(tmp_path, app)
+    for split in ("train", "test"):  # with one class less, the labels of a site would mean others
+        for name in "abc":
+            shutil.rmtree(tmp_path / "sites" / "c" / name / split / "attack")
+    config = replace(whole, data_root=tmp_path / "sites" / "server")
+    message = "client 2 has the classes genuine, the server attack, genuine: each site needs all folders"
+    with pytest.raises(UserError, match=message):
+        app.run_rounds(nodes, app.make_federation(config, own=()), lambda *_: None)
+    shutil.rmtree(tmp_path / "sites" / "c" / "c" / "test" / "genuine")
+    app.settle.cache_clear()
+    with pytest.raises(UserError, match="could not start its client: .*test: no test images"):
+        app.run_rounds(nodes, app.make_federation(config, own=()), lambda *_: None)
 
 
 def test_a_second_run_with_the_same_settings_begins_anew(app, tmp_path):

@@ -151,6 +151,7 @@ NO_TRIAL = "not a trial of this project"
         ({"image_shape": "large"}, NO_TRIAL),
         ({"mean": [0.5]}, NO_TRIAL),
         ({"clients": []}, NO_TRIAL),
+        ({"trained": [8]}, NO_TRIAL),
         ({"image_shape": [3, 9, 9]}, "made for another model"),
     ],
 )

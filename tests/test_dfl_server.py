@@ -14,7 +14,7 @@ from dfl import train as training
 from dfl.client import Upload, class_means
 from dfl.data import Federated, load_data
 from dfl.eval import EvalConfig, evaluate_run
-from dfl.federation import average, fault, lenders, participants, size_of
+from dfl.federation import accuracy, average, evaluate, fault, lenders, participants, size_of
 from dfl.model import Classifier
 from dfl.predict import PredictConfig
 from dfl.predict import main as classify
@@ -105,6 +105,22 @@ def test_a_client_without_data_is_named_and_left_out():
     assert set(made.bank) == {0, 2}
 
 
+def test_a_client_that_never_trained_has_no_part_in_the_transfer_mode():
+    data = load_data(TOY, 0)
+    made = federation(TOY, with_client(data, 1, data.clients[1].train[:0]))
+    made.run_round()
+    assert made.trained == {0, 2}
+    logits = [
+        made.method.predict(made.net, made.client_states()[k], data.prepare(data.unseen.images))
+        for k in (0, 2)
+    ]
+    mean = (logits[0].softmax(-1) + logits[1].softmax(-1)) / 2
+    made.clients[1].state = {name: value * math.nan for name, value in made.clients[1].state.items()}
+    found = evaluate(made, full=True)
+    assert found["unseen"] == pytest.approx(accuracy(mean, data.unseen.labels))
+    assert found["counterfactual_transfer"] > found["counterfactual"]  # whose mean is over all
+
+
 def test_nan_in_one_client_does_not_reach_the_others():
     data = load_data(TOY, 0)
     broken = replace(data.clients[1].train, images=data.clients[1].train.images * math.nan)
@@ -158,6 +174,7 @@ def test_a_federation_is_saved_and_restored():
     made = trained(replace(TOY, **TRIALS["scaffold"]))
     other = federation(replace(TOY, **TRIALS["scaffold"]))
     other.load_state_dict(made.state_dict())
+    assert other.trained == made.trained == {0, 1, 2}
     made.run_round(), other.run_round()
     assert distance(made.shared, other.shared) == 0 and made.round == other.round == 3
 
@@ -253,7 +270,7 @@ def test_no_round_makes_a_client_s_whole_set_ready_for_nothing(batch_norm, monke
 def test_photographs_are_trained_evaluated_and_classified(batch_norm, tmp_path, monkeypatch):
     monkeypatch.setattr(analysis, "DIRECTIONS", 2)
     monkeypatch.setattr(convex, "run", lambda **_: [0.0, 0.0])  # T1 has its own test
-    for place in ("a/train", "a/test", "b/train", "b/test"):
+    for place in ("a/train", "a/test", "b/train", "b/test", "c/test"):
         for kind in ("attack", "genuine"):
             for i in range(6):
                 write_image(tmp_path / "photos" / place / kind / f"{i}.png", torch.rand(3, 12, 12))
@@ -264,8 +281,16 @@ def test_photographs_are_trained_evaluated_and_classified(batch_norm, tmp_path, 
     folder = evaluate_run(EvalConfig(training.train(config), device="cpu"))
     claims = json.loads((folder / "results.json").read_text())["claims"]
     assert [claim["id"] for claim in claims] == ["D1", "D2", "D3", "T1"]
-    out = classify(PredictConfig(tmp_path / "photos" / "b" / "test", folder, out=tmp_path / "out"))
-    assert len(json.loads((out / "predictions.json").read_text())) == 12
+    own = PredictConfig(tmp_path / "photos" / "b" / "test", folder, out=tmp_path / "out", device="cpu")
+
+    def attack(**options) -> torch.Tensor:
+        found = json.loads((classify(replace(own, **options)) / "predictions.json").read_text())
+        return torch.tensor([entry["probabilities"]["attack"] for entry in found])
+
+    each = [attack(client=k) for k in (0, 1)]
+    assert len(each[0]) == 12
+    # c has nothing to train on.
+    assert torch.allclose(attack(mode="transfer"), (each[0] + each[1]) / 2, atol=1e-6)
 
 
 # --- mistakes in the program ------------------------------------------------------------------------

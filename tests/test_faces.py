@@ -121,24 +121,28 @@ def test_local_attributes_change_their_place_and_nothing_else(change, where, gro
     assert difference[~inside].max() < 0.02
 
 
+BROWS = {"l_brow", "r_brow"}
 REGIONAL = [
-    # Rows in which it may change something, in shares between the landmarks: 0 brows, 1 chin.
-    ({"mouth_open": 1.0}, 0.10, 3.0),  # all below the cheekbones
-    ({"smile": 1.0}, -0.10, 1.1),
-    ({"brow_raise": 1.0}, -0.60, 0.25),
-    ({"glasses": 2.0}, -0.35, 0.65),
-    ({"glasses": 3.0}, -0.35, 0.65),
-    ({"moustache": 1.0}, 0.35, 0.90),
-    ({"beard": 1.0}, 0.10, 1.30),
-    ({"blush": 1.0}, 0.05, 0.85),
-    ({"hat": 1.0}, -2.0, 0.25),
+    # Rows in which it may change something, in shares between the landmarks: 0 brows, 1 chin. Then the parts,
+    # before or after, and by how many pixels around them.
+    ({"mouth_open": 1.0}, 0.10, 3.0, {"skin", "hair", "neck", "cloth"} | LIPS, 1),  # and its shadow below
+    ({"smile": 1.0}, -0.10, 1.1, {"skin", "nose"} | LIPS | EYES | BROWS, 1),
+    ({"brow_raise": 1.0}, -0.60, 0.25, BROWS, 5),
+    ({"glasses": 2.0}, -0.35, 0.65, {"eye_g"}, 2),
+    ({"glasses": 3.0}, -0.35, 0.65, {"eye_g"}, 2),
+    ({"moustache": 1.0}, 0.35, 0.90, {"nose"} | LIPS, 2),
+    ({"beard": 1.0}, 0.10, 1.30, {"skin"} | LIPS, 1),
+    ({"blush": 1.0}, 0.05, 0.85, {"skin"}, 0),
+    ({"hat": 1.0}, -2.0, 0.25, {"hat"}, 5),
 ]
 
 
-@pytest.mark.parametrize(("change", "low", "high"), REGIONAL)
-def test_regional_attributes_stay_in_their_rows(change, low, high):
+@pytest.mark.parametrize(("change", "low", "high", "where", "grow"), REGIONAL)
+def test_regional_attributes_stay_in_their_rows_and_parts(change, low, high, where, grow):
     params = plain(6, seed=5)
     difference = changed(params, **change)
+    parts = region(params, where, grow=grow) | region(params.replace(**change), where, grow=grow)
+    assert difference[~parts].max() < 0.02
     points = draw(params, 96).landmarks
     brows, chin = points[:, 17:27, 1].mean(1), points[:, 8, 1]
     rows = (torch.arange(96)[None] - brows[:, None]) / (chin - brows)[:, None]  # (B, H)

@@ -186,7 +186,7 @@ def test_folders_that_are_no_runs_are_left_alone(tmp_path):
     for restart in (False, True):
         with pytest.raises(UserError, match="not empty and not a run folder"):
             Run("toy", Config(out=tmp_path, restart=restart))
-    assert (tmp_path / "precious.txt").read_text() == "keep me"
+    assert (tmp_path / "precious.txt").read_text() == "keep me" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(UserError, match="no run folder"):
         Run("toy", Config(out=tmp_path / "precious.txt" / "x"))
     train(Config(out=tmp_path / "run"))

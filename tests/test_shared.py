@@ -446,14 +446,23 @@ def test_report_is_one_page_that_needs_no_network(tmp_path, monkeypatch):
     paper = next(name for name in report.PAPERS if (runtime.REPOSITORY / name / "train.py").is_file())
     run = tmp_path / "runs" / paper / "demo-0"
     (run / "samples").mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"paper": paper, "config": {}}))
     lines = [{"step": step, "first/loss": 1 / step, "second/loss": 2 / step} for step in (1, 2, 3)]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     io.write_image(run / "samples" / "a_picture.png", torch.rand(3, 900, 900))
     claims = [published.Claim("C1", "a <claim>", {"x": 1.0}, "x > 2", False)]
     environment = {"command": "python eval.py", "seed": 0, "seconds": 12.0, "gpu": None, "cores": 2}
-    published.write_results(run, claims, [measured(False)], {**environment, "torch": "2", "python": "3"})
+    environment |= {"torch": "2", "python": "3", "processor": "Some CPU (model 1)"}
+    training = {**environment, "command": "python train.py demo --lr 1", "gpu": "Some GPU"}
+    (run / "config.json").write_text(json.dumps({"paper": paper, "config": {}, "training": training}))
+    published.write_results(run, claims, [measured(False)], environment)
     page = report.write_report(tmp_path / "index.html").read_text()
+    shown = " ".join(page.split())  # both commands, each with its machine
+    assert "Trained by <code>python train.py demo --lr 1</code> on Some GPU, torch 2" in shown
+    assert (
+        f"<code>python eval.py</code> in <code>{paper}/</code>, seed 0, 12 s on 2 CPU cores (Some CPU"
+        in shown
+    )
+    assert '<td class="name">Some GPU</td>' in page
     assert "a &lt;claim&gt;" in page and "does not hold" in page and "a picture" in page and "0 / 1" in page
     assert "not comparable" in page
     assert page.index("<h3>Measured") < page.index("<h3>Pictures")  # numbers do not stand below the sheets
