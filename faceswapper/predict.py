@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from faceswapper.align import DEMO_FRAMING, Framing, to_tensor
 from faceswapper.detect import open_detector, open_landmarker, open_parser
 from faceswapper.model import Generator, load_official
-from faceswapper.pipeline import Blending, Photo, Source, Swapped, Swapper, counted, read_photo
+from faceswapper.photo import Photo, read_photo
+from faceswapper.pipeline import Blending, Source, Swapped, Swapper, counted
 from faceswapper.train import Config as TrainConfig
 from faceswapper.trials import Trial, load_generators, main_name, plan
 from faceswapper.video import VideoReader, VideoWriter
