@@ -104,6 +104,10 @@ def open_swapper(config: Networks, blending: Blending, least: int) -> Swapper:
             landmarker = config.weights
     else:
         generator, trial, settings = of_run(find_run("faceswapper", config.run), config.variant)
+        if settings.data == "simple":
+            raise UserError(
+                "the run was trained on flat ellipses, it swaps no photographs: give --run or --weights"
+            )
         values, restrict = settings.landmark_values, trial.restrict
         framing = DEMO_FRAMING if settings.data == "faces" else framing
     return Swapper(
