@@ -30,7 +30,9 @@ def judge(scores: Scores, world: World = "faces") -> list[Claim]:
     if "full" not in scores:
         return claims
     full, target, paste = scores["full"], scores["copy target"], scores["paste"]
-    unit = "share of the shift's range" if simple else "% of the picture's side"
+    placed = "Eyes, nose and mouth stay where the target has them (position error, % of the picture's side)."
+    if simple:
+        placed = "The face stays where the target has it (position error, share of the range of shifts)."
     claim(
         "The identity moves to the source, for unseen people, by a recogniser that training never used.",
         {"cos to source": full["cos source"], "cos to target": full["cos target"]},
@@ -52,7 +54,7 @@ def judge(scores: Scores, world: World = "faces") -> list[Claim]:
         full["face L1"] < target["face L1"] - 0.02 and full["face L1"] < paste["face L1"] - 0.05,
     )
     claim(
-        f"Eyes, nose and mouth stay where the target has them (position error, {unit}).",
+        placed,
         {name: scores[name]["position"] for name in ("full", "paste")},
         "full < paste / 2",
         full["position"] < paste["position"] / 2,

@@ -172,8 +172,11 @@ def helpers(config: "Config") -> dict[str, nn.Module]:
         return {}
     width = config.judge_width
     if config.data == "simple":
-        embedders = (Embedder(w, dim=SIMPLE_DIM) for w in (width, width + 4))
-        return dict(zip(("recogniser", "judge"), embedders, strict=True)) | {"reader": SimpleReader(width)}
+        return {
+            "recogniser": Embedder(width, dim=SIMPLE_DIM),
+            "judge": Embedder(width + 4, dim=SIMPLE_DIM),
+            "reader": SimpleReader(width),
+        }
     return {
         "recogniser": Embedder(width, soft=True),
         "judge": Embedder(width + 4),
