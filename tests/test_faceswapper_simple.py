@@ -82,9 +82,10 @@ def test_the_judges_learn_to_tell_people_apart_and_to_read():
     torch.set_num_threads(1)
     people = DrawnFaces(*simple_world(20, 12, 1), SIZE)
     unseen = DrawnFaces(*simple_world(20, 2, 2), SIZE).batch(slice(None))["image"]
+    recogniser, reader = (learn(people, 0, 8, 80) for learn in (train_simple_embedder, train_simple_reader))
     with torch.no_grad():
-        codes = train_simple_embedder(people, 0, 8, 80)(unseen)
-        errors = train_simple_reader(people, 0, 8, 80).errors(unseen[::2], unseen[1::2])
+        codes = recogniser(unseen)
+        errors = reader.errors(unseen[::2], unseen[1::2])
         blind = SimpleReader(8).eval().errors(unseen[::2], unseen[1::2])
     cosines = codes[::2] @ codes[1::2].T
     assert cosines.diag().mean() > cosines.mean() + 0.3
