@@ -30,7 +30,8 @@ from faceswapper.losses import (
     swap_both,
 )
 from faceswapper.model import Discriminator, Generator, Size, initialise
-from faceswapper.pipeline import Blending, Photo, Swapper
+from faceswapper.photo import Photo
+from faceswapper.pipeline import Blending, Swapper
 from faceswapper.recognizer import IRSE50, Recogniser
 from faceswapper.video import VideoReader, VideoWriter
 from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report

@@ -1,13 +1,14 @@
 """Pictures with landmark pictures and masks, and the pairs that training and evaluation take from them.
 
-The demo's world is drawn by `shared.faces` with known truth; the public data sets are in `datasets.py`.
+The demo's world is drawn by `shared.faces` with known truth, a simpler one by `simple.py`; the public data
+sets are in `datasets.py`.
 
 A *picture set* has `len`, `name`, `names[i]`, and `load(i)` -> {image (3, S, S) in [-1, 1], landmarks (3, S,
 S), mask (1, S, S) with 1 = background}. Pairing follows the paper's code: picture a in random order, picture
 b any other one, identities never used.
 """
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 
 from faceswapper import datasets
 from faceswapper.drawing import LandmarkValues, draw_landmarks, face_mask, ibug_to_wflw
+from faceswapper.simple import SimpleParams, draw_simple, simple_world
 from shared import faces
 from shared.io import progress
 from shared.runtime import UserError, step_generator
@@ -23,6 +25,10 @@ from shared.runtime import UserError, step_generator
 if TYPE_CHECKING:
     from faceswapper.train import Config
 
+Params = faces.Params | SimpleParams
+World = Literal["faces", "simple"]
+"""What is drawn, with known truth: the repository's procedural faces, or flat ellipses."""
+DRAWN: tuple[World, ...] = get_args(World)
 INSIDE = ("skin_tone", "undertone", "eye_hue", "eye_lightness", "brow_thickness", "brow_height", "nose_width")
 WORN = ("beard", "moustache", "lipstick", "lipstick_hue", "eye_shadow", "eye_shadow_hue", "blush")
 """A person in the demo's world: these identity columns of `shared.faces` and, always worn, these attributes.
@@ -76,9 +82,16 @@ def world(people: int, per_person: int, seed: int) -> tuple[faces.Params, Tensor
     ), person  # fmt: skip
 
 
-def true_swap(source: faces.Params, target: faces.Params) -> faces.Params:
+def open_world(name: World, people: int, per_person: int, seed: int) -> tuple[Params, Tensor]:
+    """`world` or `simple_world`."""
+    return (simple_world if name == "simple" else world)(people, per_person, seed)
+
+
+def true_swap(source: Params, target: Params) -> Params:
     """The target's picture as it would be with the source's identity: what a perfect swap gives inside the
     face."""
+    if isinstance(target, SimpleParams):
+        return SimpleParams(source.identity, target.attributes)
     return target.replace(**{name: source[name] for name in PERSON})
 
 
@@ -90,17 +103,19 @@ class DrawnFaces:
     """
 
     def __init__(
-        self, params: faces.Params, person: Tensor, size: int, landmark_values: LandmarkValues = "unit"
+        self,
+        params: Params,
+        person: Tensor,
+        size: int,
+        landmark_values: LandmarkValues = "unit",
     ):
         self.params, self.person, self.size, self.name = params, person, size, "drawn faces"
         self.names = [f"face {i}" for i in range(len(params))]
         parts = []
         for start in progress(range(0, len(params), DRAWN_AT_ONCE), "drawing faces"):
-            drawn = faces.draw(params[start : start + DRAWN_AT_ONCE], size)
-            labels = faces.to_bisenet(drawn.semantics)
-            points = ibug_to_wflw(drawn.landmarks)
+            images, points, labels = render(params[start : start + DRAWN_AT_ONCE], size)
             lines = draw_landmarks(points, size, landmark_values)
-            parts.append((to_bytes(drawn.image), points, lines, face_mask(labels)[:, None].eq(0), labels))
+            parts.append((to_bytes(images), points, lines, face_mask(labels)[:, None].eq(0), labels))
         self.images, self.points, self.lines, masks, self.labels = (
             torch.cat(column) for column in zip(*parts, strict=True)
         )
@@ -119,6 +134,16 @@ class DrawnFaces:
             "landmarks": self.lines[chosen],
             "mask": self.masks[chosen].float(),
         }
+
+
+def render(params: Params, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures (B, 3, size, size) in [0, 1], 98 points (B, 98, 2) in pixels, BiSeNet's labels (B, size, size)
+    uint8. The simple world has skin and background alone."""
+    if isinstance(params, SimpleParams):
+        images, points, face = draw_simple(params, size)
+        return images, points, face.to(torch.uint8)
+    drawn = faces.draw(params, size)
+    return drawn.image, ibug_to_wflw(drawn.landmarks), faces.to_bisenet(drawn.semantics)
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -155,8 +180,8 @@ class Pairs(Dataset):
 
 def open_pictures(config: "Config", seed: int) -> PictureSet:
     """Training pictures of a run. Raises UserError when a public set is not there."""
-    if config.data == "faces":
-        params, person = world(config.train_people, config.per_person, seed)
+    if config.data in DRAWN:
+        params, person = open_world(config.data, config.train_people, config.per_person, seed)
         return DrawnFaces(params, person, config.size.img_size, config.landmark_values)
     if config.data_root is None:
         raise UserError(f"--data {config.data} needs --data-root. {datasets.LAYOUTS[config.data]}")
@@ -167,9 +192,9 @@ def open_pictures(config: "Config", seed: int) -> PictureSet:
 
 
 def unseen_pairs(
-    size: int, people: int, seed: int, landmark_values: LandmarkValues
+    size: int, people: int, seed: int, landmark_values: LandmarkValues, name: World = "faces"
 ) -> tuple[DrawnFaces, DrawnFaces]:
     """Sources and targets of unseen people, source i to be put on target i, never the same person."""
-    params, person = world(people, 2, seed)
+    params, person = open_world(name, people, 2, seed)
     source, target = torch.arange(0, 2 * people, 2), torch.arange(1, 2 * people, 2).roll(1)
     return tuple(DrawnFaces(params[i], person[i], size, landmark_values) for i in (source, target))

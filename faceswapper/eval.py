@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from faceswapper import protocol
 from faceswapper.baselines import untrained
 from faceswapper.claims import Scores, judge
-from faceswapper.data import EXPRESSION, POSE, DrawnFaces, true_swap, unseen_pairs
+from faceswapper.data import DRAWN, DrawnFaces, true_swap, unseen_pairs
 from faceswapper.faceforensics import FaceForensicsConfig, measure_swaps, swap
 from faceswapper.gallery import methods_sheet, swap_grid
 from faceswapper.losses import Batch
@@ -41,9 +41,10 @@ TEST_SEED = 900_001
 GRID = 5
 """Sources and targets in the grid of swaps."""
 UNITS = {
-    "ID retrieval": "%", "pose": "degrees", "position": "% of the side", "background PSNR": "dB",
-    "PSNR to target": "dB",
+    "ID retrieval": "%", "background PSNR": "dB", "PSNR to target": "dB",
 }  # fmt: skip
+WORLDS = {"faces": "drawn faces", "simple": "simple world"}
+"""What the embedded data are called in tables."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,12 @@ def score(
     """All metrics of drawn swaps (N, 3, S, S) in [-1, 1]; person: of each source, then of each target."""
     recognise = tools["judge"]
     mine, theirs, gallery = (recognise(x) for x in (swaps, source, target.picture))
-    attributes, points = tools["reader"](swaps)
-    wanted_attributes, wanted_points = tools["reader"](target.picture)
-    pose = [0, 1]  # yaw and pitch
-    expression = list(range(len(POSE), len(POSE) + len(EXPRESSION)))
     n = len(swaps)
     return {
         "cos source": protocol.cosine(mine, theirs),
         "cos target": protocol.cosine(mine, gallery),
         "ID retrieval": protocol.id_retrieval(mine, torch.cat((theirs, gallery)), person, person[:n]),
-        "pose": protocol.vector_error(attributes[:, pose], wanted_attributes[:, pose]),
-        "expression": protocol.vector_error(attributes[:, expression], wanted_attributes[:, expression]),
-        "position": 100 * (points - wanted_points).norm(dim=2).mean().item(),
+        **tools["reader"].errors(swaps, target.picture),
         "face L1": protocol.region_l1(swaps, truth, 1 - target.mask),
     } | protocol.picture_metrics(swaps, target.picture, target.mask)
 
@@ -105,13 +100,13 @@ def evaluate_drawn(config: Config, folder: Path) -> tuple[list[Claim], list[Metr
     """Generators of a run and baselines on unseen drawn people; writes the pictures. UserError for a run on
     photographs, which has no judges."""
     data = load_config(folder, TrainConfig).data
-    if data != "faces":
+    if data not in DRAWN:
         raise UserError(f"{folder}: trained on {data}, so there is no known truth; give --faceforensics DIR")
     generators, tools, settings = load_generators(folder, TrainConfig)
     device = pick_device(config.device)
     trials = {trial.name: trial for trial in plan(settings)}
     size, values = settings.size.img_size, settings.landmark_values
-    source_set, target_set = unseen_pairs(size, config.test_people, TEST_SEED, values)
+    source_set, target_set = unseen_pairs(size, config.test_people, TEST_SEED, values, data)
     truth_set = DrawnFaces(true_swap(source_set.params, target_set.params), source_set.person, size, values)
     source, given, truth = (x.batch(slice(None)) for x in (source_set, target_set, truth_set))
     target, sources = (Batch(x["image"], x["landmarks"], x["mask"]) for x in (given, source))
@@ -137,12 +132,13 @@ def evaluate_drawn(config: Config, folder: Path) -> tuple[list[Claim], list[Metr
         name: {metric: sum(r[metric] for r in rows) / len(rows) for metric in rows[0]}
         for name, rows in groups.items()
     }
-    columns = [f"{m} [{UNITS[m]}]" if m in UNITS else m for m in next(iter(scores.values()))]
-    print(f"{config.test_people} swaps of unseen drawn people at {size}x{size}; errors against the target")
+    units, where = UNITS | tools["reader"].units, WORLDS[data]
+    columns = [f"{m} [{units[m]}]" if m in units else m for m in next(iter(scores.values()))]
+    print(f"{where}: {config.test_people} swaps of unseen people at {size}x{size}; errors against the target")
     print(format_table(["method", *columns], [[name, *row.values()] for name, row in scores.items()]))
-    data = f"drawn faces, {config.test_people} unseen people"
+    measured_on = f"{where}, {config.test_people} unseen people"
     metrics = [
-        Metric("drawn faces", f"{size}x{size}", metric, UNITS.get(metric, ""), value, data, False, name)
+        Metric(where, f"{size}x{size}", metric, units.get(metric, ""), value, measured_on, False, name)
         for name, row in scores.items()
         for metric, value in row.items()
     ]
@@ -153,7 +149,7 @@ def evaluate_drawn(config: Config, folder: Path) -> tuple[list[Claim], list[Metr
     write_image(folder / "samples" / "grid.png", grid, synthetic="face swaps by FaceSwapper, drawn people")
     sheet = methods_sheet({"source": source["image"]} | pictures)
     write_image(folder / "samples" / "methods.png", sheet, synthetic="face swaps by several methods")
-    return judge(scores), metrics, {"scores": scores, "by_name": by_name}, settings
+    return judge(scores, data), metrics, {"scores": scores, "by_name": by_name}, settings
 
 
 def evaluate_faceforensics(config: Config, folder: Path | None) -> tuple[list[Metric], dict, TrainConfig]:

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from faceswapper import protocol
+from faceswapper.align import to_arrays
 from faceswapper.baselines import untrained
 from faceswapper.datasets import SwapList, video_of
+from faceswapper.detect import open_detector
 from faceswapper.fusion import forehead, fuse, keep_map
 from faceswapper.losses import Batch
 from faceswapper.model import Generator, load_official
@@ -67,6 +69,9 @@ class FaceForensicsConfig:
     fan_weights: Path | None = None
     """wing.ckpt or faceswapper.ckpt: landmarks for the proxies of pose, shape and expression, and for
     --post."""
+    detector: str | None = None
+    """Detector that looks for a face in every picture measured: .onnx for YuNet, mtcnn, or finder (which
+    knows drawn faces alone). In how many it fails is reported; not given, nothing is looked for."""
     fid_weights: Path | None = None
     """torch-fidelity's InceptionV3 file; FID and KID are left out without it."""
     post: bool = False
@@ -92,10 +97,12 @@ class _Listed(Dataset):
 
 
 class Tally:
-    """Sums of per-picture numbers, the embeddings and the Inception features of one method."""
+    """Sums of per-picture numbers, failed detections, the embeddings and the Inception features of one
+    method."""
 
     def __init__(self):
         self.count, self.sums, self.embeddings, self.features = 0, {}, [], []
+        self.failed = 0
 
     def add(self, values: dict[str, float], count: int) -> None:
         """Means over a batch of `count` pictures."""
@@ -161,7 +168,8 @@ def measure_swaps(
 
     trial: what the generator was trained as, None for the released one. others: name -> generator and trial,
     e.g. ablations; each sees what it saw in training. Returns the metrics and {"methods": method -> metric ->
-    value, ...}. Raises UserError when data or a network that an option needs is missing.
+    value, ...}. Pictures in which a detection failed are counted and stay in all other numbers. Raises
+    UserError when data or a network that an option needs is missing.
     """
     folders = config.landmarks_folder, config.masks_folder, config.parsing_folder
     swaps = SwapList(config.faceforensics, generator.size.img_size, config.pictures, config.swaps, *folders)
@@ -174,12 +182,15 @@ def measure_swaps(
     networks = open_networks(config)
     inception = InceptionFeatures(config.fid_weights).to(device) if config.fid_weights is not None else None
     find = None if config.fan_weights is None else point_finder(config.fan_weights, device)
+    detector = None if config.detector is None else open_detector(config.detector, device)
     originals = swaps.originals
     mean_face = torch.stack([originals.load(i)["image"] for i in range(min(MEAN_OF, len(originals)))]).mean(0)
     tallies: dict[str, Tally] = {}
+    unprepared = 0
     for start, batch in enumerate(progress(DataLoader(_Listed(swaps), config.batch_size), "swaps")):
         sides = (Batch(*(batch[f"{s}_{k}"] for k in ("image", "landmarks", "mask"))) for s in "st")
         source, target = sides
+        unprepared += int(faceless(target).sum())
         methods = {name: swap(*player, source, target) for name, player in players.items()}
         made = [methods[own]]
         points = (find(source.picture), find(target.picture)) if find else None
@@ -196,6 +207,10 @@ def measure_swaps(
             tally = tallies.setdefault(method, Tally())
             row = differences(pictures, as_file(target.picture), target.mask, networks, find, known)
             tally.add(row, len(pictures))
+            if detector is not None:
+                names = [swap_name(pair) for pair in swaps.pairs[start * config.batch_size :]]
+                found = detector(list(to_arrays(pictures / 2 + 0.5)), names[: len(pictures)])
+                tally.failed += sum(not faces for faces in found)
             if "recogniser" in networks:
                 tally.embeddings.append(networks["recogniser"](pictures))
             if inception is not None:
@@ -204,12 +219,27 @@ def measure_swaps(
         for folder, pictures in zip((SINGLE, ALL, AFTER), (made[0], sheet, *made[1:]), strict=False):
             write_swaps(out / folder, swaps.pairs, start * config.batch_size, pictures)
     rows = {method: tally.means() for method, tally in tallies.items()}
+    if detector is not None:
+        for method, tally in tallies.items():
+            rows[method]["failed detections"] = tally.failed
+    print(f"targets without a face in their mask or landmark picture: {unprepared} of {len(swaps)}")
     if "recogniser" in networks:
         add_retrieval(rows, tallies, swaps, networks["recogniser"], config.batch_size)
     if inception is not None:
         batches = picture_batches(originals, config.batch_size)
         add_distances(rows, tallies, [inception((p / 2 + 0.5).to(device)).cpu() for p in batches])
-    return as_metrics(rows, len(swaps), originals.name), {"methods": rows, "pairs": len(swaps)}
+    return as_metrics(rows, len(swaps), originals.name), {
+        "methods": rows,
+        "pairs": len(swaps),
+        "targets without a face": unprepared,
+    }
+
+
+def faceless(prepared: Batch) -> Tensor:
+    """(B,) bool: the detection failed when the files were made; nothing is marked in the mask, or nothing
+    drawn in the landmark picture."""
+    no_face = prepared.mask.flatten(1).amin(1) > 0.5
+    return no_face | (prepared.landmarks.flatten(1).amin(1) > 0.9)
 
 
 def swap(generator: Generator, trial: Trial | None, source: Batch, target: Batch) -> Tensor:
@@ -297,7 +327,9 @@ def as_metrics(rows: dict[str, dict[str, float]], pairs: int, dataset: str) -> l
         for name, value in row.items():
             retrieval = name == "ID retrieval"
             same = retrieval and pairs == PROTOCOL_PAIRS and dataset == "FaceForensics++"
-            unit = {"ID retrieval": "fraction", "pose error": "degrees"}.get(name, "")
+            unit = {
+                "ID retrieval": "fraction", "pose error": "degrees", "failed detections": "pictures",
+            }.get(name, "")  # fmt: skip
             metrics.append(
                 Metric(
                     TABLE,

@@ -1,13 +1,17 @@
-"""Small networks for the demo's world: recognisers and a reader of attributes.
+"""Small networks for the drawn worlds: recognisers and a reader of attributes.
 
 Two recognisers never meet: the one in the training loss (in place of IR-SE50) and the one that judges, of
-another width, trained on other people from another seed. The reader regresses pose and expression.
+another width, trained on other people from another seed. The reader regresses pose and expression. In the
+simple world the recognisers learn to tell people apart, in the demo's to read what makes them.
 """
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from faceswapper import protocol
 from faceswapper.data import EXPRESSION, PERSON, POSE, DrawnFaces, from_bytes
 from shared.faces import ATTRIBUTES, Params
 from shared.io import progress
@@ -17,6 +21,12 @@ READ = (*POSE, *EXPRESSION)
 """Attributes that the reader knows, in the units of `shared.faces`."""
 SPANS = [(ATTRIBUTES[name][2] - ATTRIBUTES[name][1]) / 2 for name in READ]
 BATCH, SIDE = 48, 32
+SIMPLE_BATCH, SIMPLE_DIM = 32, 64
+"""Simple world: pictures per step, and length of the recognisers' embedding."""
+SIMPLE_READ = ("shift_x", "shift_y", "mouth", "eye")
+"""Simple world: what its reader knows; place first, then openings."""
+SHARPNESS = 16.0
+"""Factor on the cosines of the recognisers' softmax."""
 INNER = range(51, 96)
 """The 45 of the 98 points that lie inside the face: nose, eyes, lips."""
 
@@ -60,11 +70,11 @@ class Trunk(nn.Module):
 
 
 class Embedder(nn.Module):
-    """A recogniser: (B, 3, S, S) in [-1, 1] -> embedding of length 1, (B, len(PERSON))."""
+    """A recogniser: (B, 3, S, S) in [-1, 1] -> embedding of length 1, (B, dim)."""
 
-    def __init__(self, width: int = 16, soft: bool = False):
+    def __init__(self, width: int = 16, soft: bool = False, dim: int = len(PERSON)):
         super().__init__()
-        self.trunk, self.dim = Trunk(width, len(PERSON), soft), len(PERSON)
+        self.trunk, self.dim = Trunk(width, dim, soft), dim
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(self.trunk(x))
@@ -74,6 +84,8 @@ class Reader(nn.Module):
     """Reads pictures (B, 3, S, S) in [-1, 1]: attributes (B, len(READ)), and points (B, 45, 2) as shares of
     the picture's side."""
 
+    units = {"pose": "degrees", "position": "% of the side"}
+
     def __init__(self, width: int = 16):
         super().__init__()
         self.trunk = Trunk(width, len(READ) + 2 * len(INNER))
@@ -82,6 +94,34 @@ class Reader(nn.Module):
         out = self.trunk(x)
         attributes = out[:, : len(READ)] * out.new_tensor(SPANS)
         return attributes, 0.5 + 0.5 * out[:, len(READ) :].unflatten(1, (-1, 2))
+
+    def errors(self, swaps: Tensor, targets: Tensor) -> dict[str, float]:
+        """How far swaps are from their targets: yaw and pitch, mouth and eyes, and the points."""
+        (mine, points), (wanted, wanted_points) = self(swaps), self(targets)
+        expression = slice(len(POSE), len(POSE) + len(EXPRESSION))
+        return {
+            "pose": protocol.vector_error(mine[:, :2], wanted[:, :2]),
+            "expression": protocol.vector_error(mine[:, expression], wanted[:, expression]),
+            "position": 100 * (points - wanted_points).norm(dim=2).mean().item(),
+        }
+
+
+class SimpleReader(nn.Module):
+    """Reads pictures (B, 3, S, S) in [-1, 1] of the simple world: `SIMPLE_READ`, (B, 4), in [0, 1]."""
+
+    units = {"position": "of its range", "expression": "of its range"}
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        self.trunk = Trunk(width, len(SIMPLE_READ))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 + 0.5 * self.trunk(x)
+
+    def errors(self, swaps: Tensor, targets: Tensor) -> dict[str, float]:
+        """Mean absolute differences of swaps and targets: both shifts; openings of mouth and eyes."""
+        apart = (self(swaps) - self(targets)).abs().mean(0)
+        return {"position": apart[:2].mean().item(), "expression": apart[2:].mean().item()}
 
 
 def shaken(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -107,23 +147,39 @@ def moved(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _learn(
-    net: nn.Module, pictures: DrawnFaces, truth: Tensor, steps: int, seed: int, name: str, mobile: bool
+    net: nn.Module,
+    pictures: DrawnFaces,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    steps: int,
+    seed: int,
+    name: str,
+    mobile: bool = False,
+    batch: int = BATCH,
+    extra: Iterable[nn.Parameter] = (),
 ) -> None:
-    """Regression of `truth` (N, D) by the trunk of `net`; afterwards it is frozen. mobile: shift and
-    mirror."""
+    """Train the trunk of `net`; afterwards it is frozen.
+
+    loss: output of the trunk (batch, D) and the numbers of the pictures (batch,) -> a number. mobile: shift
+    and mirror. extra: what the loss itself learns.
+    """
     seen = looked_at(from_bytes(pictures.images))
-    optimiser = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.05)
+    optimiser = torch.optim.AdamW([*net.parameters(), *extra], 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, max(steps, 2))
     for step in progress(range(steps), name):
         generator = step_generator(seed, step)
-        chosen = torch.randint(len(pictures), (BATCH,), generator=generator)
+        chosen = torch.randint(len(pictures), (batch,), generator=generator)
         images = shaken(seen[chosen], generator)
-        value = F.mse_loss(net.trunk(moved(images, generator) if mobile else images), truth[chosen])
+        value = loss(net.trunk(moved(images, generator) if mobile else images), chosen)
         optimiser.zero_grad()
         value.backward()
         optimiser.step()
         schedule.step()
     net.eval().requires_grad_(False)
+
+
+def _near(truth: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of a regression of `truth` (N, D)."""
+    return lambda out, chosen: F.mse_loss(out, truth[chosen])
 
 
 def identity_targets(params: Params) -> Tensor:
@@ -144,7 +200,23 @@ def train_embedder(pictures: DrawnFaces, seed: int, width: int, steps: int, soft
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Embedder(width, soft)
-    _learn(net, pictures, identity_targets(pictures.params), steps, seed, "recogniser", mobile=True)
+    truth = identity_targets(pictures.params)
+    _learn(net, pictures, _near(truth), steps, seed, "recogniser", mobile=True)
+    return net
+
+
+def train_simple_embedder(pictures: DrawnFaces, seed: int, width: int, steps: int) -> Embedder:
+    """A recogniser for the simple world: a softmax over cosines to one direction for each person."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Embedder(width, dim=SIMPLE_DIM)
+        people = nn.Parameter(torch.randn(int(pictures.person.max()) + 1, SIMPLE_DIM))
+
+    def tell_apart(out: Tensor, chosen: Tensor) -> Tensor:
+        cosines = F.normalize(out) @ F.normalize(people).T
+        return F.cross_entropy(SHARPNESS * cosines, pictures.person[chosen])
+
+    _learn(net, pictures, tell_apart, steps, seed, "recogniser", batch=SIMPLE_BATCH, extra=[people])
     return net
 
 
@@ -160,5 +232,15 @@ def train_reader(pictures: DrawnFaces, seed: int, width: int, steps: int) -> Rea
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Reader(width)
-    _learn(net, pictures, reader_targets(pictures), steps, seed, "reader", mobile=False)
+    _learn(net, pictures, _near(reader_targets(pictures)), steps, seed, "reader")
+    return net
+
+
+def train_simple_reader(pictures: DrawnFaces, seed: int, width: int, steps: int) -> SimpleReader:
+    """Learns to read place and openings from pictures of the simple world."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = SimpleReader(width)
+    truth = 2 * torch.stack([pictures.params[name] for name in SIMPLE_READ], 1) - 1
+    _learn(net, pictures, _near(truth), steps, seed, "reader", batch=SIMPLE_BATCH)
     return net

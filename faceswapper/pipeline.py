@@ -3,13 +3,11 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from faceswapper import fusion
@@ -27,6 +25,7 @@ from faceswapper.detect import (
 from faceswapper.drawing import LandmarkValues, draw_landmarks, face_mask
 from faceswapper.losses import Batch
 from faceswapper.model import Generator
+from faceswapper.photo import Photo
 from faceswapper.video import VideoReader, in_batches
 from shared.ranges import Share, Within
 from shared.runtime import UserError
@@ -40,45 +39,6 @@ KEPT_BY_MALLOC = 2**25
 next one is paged in anew. One picture of full size keeps all cores busy."""
 PROFILE = 0.15
 """A nose tip nearer to one eye than this share of their distance, along their line, is a profile."""
-
-
-class Photo(NamedTuple):
-    """A picture file."""
-
-    name: str
-    rgb: np.ndarray
-    """(H, W, 3) uint8."""
-    alpha: np.ndarray | None = None
-    """(H, W) uint8 where the file is not opaque."""
-
-    @property
-    def seen(self) -> np.ndarray:
-        """What the networks look at: transparent places white."""
-        if self.alpha is None:
-            return self.rgb
-        a = self.alpha[..., None].astype(np.float32) / 255
-        return np.rint(self.rgb * a + 255 * (1 - a)).astype(np.uint8)
-
-    @property
-    def grey(self) -> bool:
-        """Whether there is no colour in it."""
-        return bool((self.rgb == self.rgb[..., :1]).all())
-
-
-def read_photo(path: Path) -> Photo:
-    """A picture file, turned as its EXIF data say. UserError when it is missing, damaged or no picture."""
-    try:
-        with Image.open(path) as opened:
-            turned = ImageOps.exif_transpose(opened)
-            if turned.mode.startswith("I;16") or turned.mode == "I":
-                turned = Image.fromarray((np.asarray(turned) / 257).clip(0, 255).astype(np.uint8))
-            rgba = np.array(turned.convert("RGBA"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such picture") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable picture ({error})") from None
-    alpha = None if (rgba[..., 3] == 255).all() else rgba[..., 3]
-    return Photo(path.name, np.ascontiguousarray(rgba[..., :3]), alpha)
 
 
 class Crops(NamedTuple):

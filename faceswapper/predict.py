@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from faceswapper.align import DEMO_FRAMING, Framing, to_tensor
 from faceswapper.detect import open_detector, open_landmarker, open_parser
 from faceswapper.model import Generator, load_official
-from faceswapper.pipeline import Blending, Photo, Source, Swapped, Swapper, counted, read_photo
+from faceswapper.photo import Photo, read_photo
+from faceswapper.pipeline import Blending, Source, Swapped, Swapper, counted
 from faceswapper.train import Config as TrainConfig
 from faceswapper.trials import Trial, load_generators, main_name, plan
 from faceswapper.video import VideoReader, VideoWriter
@@ -103,6 +104,10 @@ def open_swapper(config: Networks, blending: Blending, least: int) -> Swapper:
             landmarker = config.weights
     else:
         generator, trial, settings = of_run(find_run("faceswapper", config.run), config.variant)
+        if settings.data == "simple":
+            raise UserError(
+                "the run was trained on flat ellipses, it swaps no photographs: give --run or --weights"
+            )
         values, restrict = settings.landmark_values, trial.restrict
         framing = DEMO_FRAMING if settings.data == "faces" else framing
     return Swapper(

@@ -20,7 +20,8 @@ import tyro
 from faceswapper.align import Framing, crop_matrix, crop_side, cut, to_tensor
 from faceswapper.detect import open_detector, open_landmarker, open_parser
 from faceswapper.drawing import draw_landmarks, face_mask, to_file
-from faceswapper.pipeline import profile, read_photo
+from faceswapper.photo import read_photo
+from faceswapper.pipeline import profile
 from shared.io import images_of, progress, write_image
 from shared.ranges import Count, Natural, Part, Share
 from shared.runtime import UserError, parse, pick_device, run_main

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from faceswapper.judges import Embedder, Reader
+from faceswapper.data import DRAWN
+from faceswapper.judges import SIMPLE_DIM, Embedder, Reader, SimpleReader
 from faceswapper.losses import Batch, Weights
 from faceswapper.model import Discriminator, FrozenIdentity, Generator, initialise, load_official
 from faceswapper.recognizer import Recogniser
@@ -167,12 +168,19 @@ class PaperRecogniser(Recogniser):
 def helpers(config: "Config") -> dict[str, nn.Module]:
     """Untrained networks that a run on drawn faces trains first: the recogniser of the loss, the recogniser
     that judges, the reader of attributes."""
-    if config.data != "faces":
+    if config.data not in DRAWN:
         return {}
+    width = config.judge_width
+    if config.data == "simple":
+        return {
+            "recogniser": Embedder(width, dim=SIMPLE_DIM),
+            "judge": Embedder(width + 4, dim=SIMPLE_DIM),
+            "reader": SimpleReader(width),
+        }
     return {
-        "recogniser": Embedder(config.judge_width, soft=True),
-        "judge": Embedder(config.judge_width + 4),
-        "reader": Reader(config.judge_width),
+        "recogniser": Embedder(width, soft=True),
+        "judge": Embedder(width + 4),
+        "reader": Reader(width),
     }
 
 

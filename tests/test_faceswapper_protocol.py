@@ -286,6 +286,35 @@ def test_the_protocol_on_a_miniature(tmp_path, pictures, recogniser):
     assert torch.allclose(swap, (again / 2 + 0.5).clamp(0, 1), atol=1 / 255)
 
 
+def test_failed_detections_are_counted(tmp_path, pictures, monkeypatch, capsys):
+    """Of the files as they were prepared, and of every method by the detector that is given."""
+    make_faceforensics(tmp_path / "data", pictures)
+    white, black = torch.ones(3, SIZE, SIZE), torch.zeros(1, SIZE, SIZE)
+    write_image(tmp_path / "data/ff++_lm_images/raw_001_0.png", white)
+    write_image(tmp_path / "data/ff++_mask_images/raw_000_1.png", black)
+    targets = [as_bytes(read_image(tmp_path / f"data/ff++/raw_{name}.png")) for name in ("001_0", "000_1")]
+    asked = []
+
+    def detector(photos, names):
+        asked.extend(names)
+        return [[] if any((photo == target).all() for target in targets) else ["face"] for photo in photos]
+
+    monkeypatch.setattr(faceforensics, "open_detector", lambda choice, device: detector)
+    config = FaceForensicsConfig(tmp_path / "data", detector="finder", batch_size=2)
+    generator = Generator(Size(SIZE, 128, 8, 8), "direct").eval()
+    metrics, extra = measure_swaps(config, generator, tmp_path / "out")
+    assert extra["targets without a face"] == 2
+    assert "mask or landmark picture: 2 of 3" in capsys.readouterr().out
+    counts = {m.method: m.value for m in metrics if m.metric == "failed detections"}
+    assert counts["copy target"] == 2 and counts["FaceSwapper"] == 0
+    swaps = ["raw_000_0_FS_raw_001_0.png", "raw_001_1_FS_raw_000_1.png", "raw_000_1_FS_raw_001_1.png"]
+    assert asked[:2] == swaps[:2] and asked[-1] == swaps[2]
+
+
+def as_bytes(picture):
+    return picture.mul(255).round().byte().permute(1, 2, 0).numpy()
+
+
 class DrawnFilesItem:
     """A picture read from its files by hand."""
 

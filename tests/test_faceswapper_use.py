@@ -27,7 +27,8 @@ from faceswapper.detect import (
     whole_picture,
 )
 from faceswapper.model import Generator
-from faceswapper.pipeline import Blending, Photo, Swapper, profile, read_photo
+from faceswapper.photo import Photo, read_photo
+from faceswapper.pipeline import Blending, Swapper, profile
 from faceswapper.trials import Trial
 from shared.runtime import UserError
 

@@ -20,7 +20,8 @@ from faceswapper.align import DEMO_FRAMING, cut, to_tensor
 from faceswapper.detect import open_detector
 from faceswapper.export import export
 from faceswapper.model import Size
-from faceswapper.pipeline import Photo, Swapper
+from faceswapper.photo import Photo
+from faceswapper.pipeline import Swapper
 from faceswapper.predict import Networks, PredictConfig, predict, swap_photos, swap_video
 from faceswapper.prepare import COLUMNS, PrepareConfig, prepare
 from faceswapper.video import VideoReader, VideoWriter, describe, in_batches
