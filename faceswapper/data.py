@@ -102,13 +102,7 @@ class DrawnFaces:
     person (N,): who it is, for the networks that judge; swap training does not look at it.
     """
 
-    def __init__(
-        self,
-        params: Params,
-        person: Tensor,
-        size: int,
-        landmark_values: LandmarkValues = "unit",
-    ):
+    def __init__(self, params: Params, person: Tensor, size: int, landmark_values: LandmarkValues = "unit"):
         self.params, self.person, self.size, self.name = params, person, size, "drawn faces"
         self.names = [f"face {i}" for i in range(len(params))]
         parts = []

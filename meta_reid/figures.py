@@ -83,7 +83,7 @@ def training_sheet(
     on_device = pixels.to(device, memory_format=torch.channels_last).float()
     if isinstance(model, META):
         described = model.describe(on_device)
-        features, weights = torch.cat(model.parts(described), 1), model.expert_weights(described).tolist()
+        features, weights = model.joined(described), model.expert_weights(described).tolist()
         for row, query in enumerate(queries):
             shares = zip(labels.names, weights[query], strict=True)
             names[row] += ": " + " ".join(f"{name} {share:.2f}" for name, share in shares)

@@ -31,7 +31,7 @@ from pin.experiments import (
     smallest_changes,
 )
 from pin.figures import draw_detection, draw_figures
-from pin.job import in_bf16, placed
+from pin.job import placed, with_bf16
 from pin.model import load_official, make_esn
 from pin.pairs import Pairs, insightface_bin, lfw_pairs, random_pairs
 from pin.protocol import FARS, detection_scores, in_batches, perturbation_size, purified_quality
@@ -49,7 +49,7 @@ from shared.published import (
     write_results,
 )
 from shared.ranges import Count
-from shared.runtime import UserError, parse, pick_device, run_main
+from shared.runtime import UserError, in_bf16, parse, pick_device, run_main
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,7 @@ def evaluation_pairs(options: Options, config: Config) -> tuple[Tensor, Tensor, 
 def fixed(network: nn.Module, precision: str, device: torch.device) -> nn.Module:
     """A network that is evaluated: frozen, on the device, in the arithmetic of --precision."""
     network = placed(network.eval().requires_grad_(False), device)
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return in_bf16(network, device) if precision == "bf16" else network
+    return with_bf16(network, device) if in_bf16(precision, device) else network
 
 
 def open_lab(options: Options, folder: Path, config: Config) -> tuple[Lab, str]:

@@ -21,7 +21,7 @@ def placed(network: nn.Module, device: torch.device) -> nn.Module:
     return network.to(device)
 
 
-def in_bf16(network: nn.Module, device: torch.device) -> nn.Module:
+def with_bf16(network: nn.Module, device: torch.device) -> nn.Module:
     """The network with its passes under bf16 autocast and its results in fp32."""
     reduced = torch.autocast(device.type, torch.bfloat16)(network.forward)
     network.forward = convert_outputs_to_fp32(reduced)

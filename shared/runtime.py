@@ -238,6 +238,13 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
+def in_bf16(precision: str, device: torch.device) -> bool:
+    """Whether --precision means bf16 autocast; `auto`: on a GPU that has it."""
+    return precision == "bf16" or (
+        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+
+
 def processor(table: Path = Path("/proc/cpuinfo")) -> str:
     """The processor's name. A virtual machine may hide which one it is, so the numbers of family and model
     stand behind it."""
@@ -270,9 +277,7 @@ def start(config: RunConfig, **accelerate_options) -> Accelerator:
     Every process gets the same seed: what must differ between processes says so itself (see `StepBatches`).
     """
     device = pick_device(config.device)
-    bf16 = config.precision == "bf16" or (
-        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
+    bf16 = in_bf16(config.precision, device)
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no", **accelerate_options
     )
