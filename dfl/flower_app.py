@@ -4,8 +4,8 @@
     python train.py demo --engine flower         # a simulation inside the ordinary training script
 
 A TRAIN message carries what `Download` holds, its reply what `Upload` holds; the private part of a client
-stays in its node's `context.state`, and so do its images: a node reads its own client's alone, the server
-none. Flower is an optional extra (requirements-flower.txt).
+stays at its node, in a file, and so do its images: a node reads its own client's alone, the server none.
+Flower is an optional extra (requirements-flower.txt).
 """
 
 import json
@@ -33,7 +33,7 @@ from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.serverapp.strategy import FedAvg  # noqa: E402
 from flwr.simulation import run_simulation  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 
 from dfl.baselines import build_method  # noqa: E402
 from dfl.client import Client, Download, Upload, local_round  # noqa: E402
@@ -78,7 +78,10 @@ def unpack(prefix: str, content: RecordDict) -> dict[str, State]:
 client_app = ClientApp()
 
 CLIENTS_OUT = "DFL_CLIENTS_OUT"
-"""Environment variable: where nodes without `out` in their configuration write their clients' weights."""
+"""Environment variable: where nodes without `out` in their configuration keep their clients."""
+
+MEMORY = "memory/"
+"""Before the names of a client's memory in its file, beside those of its weights."""
 
 
 @lru_cache(maxsize=1)
@@ -106,15 +109,48 @@ def own_data(message: Message, context: Context) -> tuple[Federation, ClientData
     return federation, clients[number]
 
 
+def client_name(number: int) -> str:
+    """Name of a client's file."""
+    return f"client_{number}.safetensors"
+
+
+def client_file(number: int, context: Context) -> Path:
+    """Where a node keeps its client. The node says where, not the server."""
+    out = context.node_config.get("out", os.environ.get(CLIENTS_OUT, "flower-client"))
+    return Path(str(out)) / client_name(number)
+
+
+def write_client(path: Path, client: Client, run: int) -> None:
+    """Keep a client, and of which run it is.
+
+    Flower has `context.state` for this, but sends a node's answer before it stores that: the next round can
+    begin without it, and does where it is large.
+    """
+    memory = {MEMORY + name: value for name, value in client.memory.items()}
+    write_tensors(path, {**client.state, **memory}, {"run": str(run)})
+
+
+def read_client(path: Path, run: int | None = None) -> Client | None:
+    """The inverse of `write_client`; None when nothing is there, or nothing of this run (None: of any)."""
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        if run is not None and (file.metadata() or {}).get("run") != str(run):
+            return None
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    client = Client({})
+    for name, value in tensors.items():
+        part = client.memory if name.startswith(MEMORY) else client.state
+        part[name.removeprefix(MEMORY)] = value
+    return client
+
+
 def own_client(federation: Federation, number: int, context: Context) -> Client:
     """A node's client as it stands.
 
     The federation is kept between messages and runs, so a client's later state is never put into it.
     """
-    if "local" not in context.state.array_records:
-        return federation.clients[number]
-    memory = unpack("memory", context.state).get("own", {})
-    return Client(to_state(context.state["local"]), memory)
+    return read_client(client_file(number, context), context.run_id) or federation.clients[number]
 
 
 @client_app.query()
@@ -153,13 +189,7 @@ def train_client(message: Message, context: Context) -> Message:
     )
     client, upload = clients[0], uploads[0]
     if fault(upload) is None:  # a faulty answer is left out by the server, and its client stays as it was
-        context.state["local"] = to_record(client.state)
-        if client.memory:
-            context.state["memory-own"] = to_record(client.memory)
-        # A node's state lives as long as the Flower run; the file outlives it. The node says where, not the
-        # server.
-        folder = Path(str(context.node_config.get("out", os.environ.get(CLIENTS_OUT, "flower-client"))))
-        write_tensors(folder / f"client_{number}.safetensors", client.state)
+        write_client(client_file(number, context), client, context.run_id)
     metrics = {"client": number, "num-examples": upload.samples, **upload.metrics}
     records = {"arrays": to_record(upload.shared), "metrics": MetricRecord(metrics)}
     return Message(
@@ -379,7 +409,5 @@ def simulate(config: Config, report: Report, cores: int = 1) -> Federation:
         if federation.round < config.rounds:
             raise UserError(f"the Flower simulation ended after {federation.round} rounds; see its log above")
         for k, client in enumerate(federation.clients):
-            path = Path(folder) / f"client_{k}.safetensors"
-            if path.is_file():
-                client.state = load_file(path)
+            federation.clients[k] = read_client(Path(folder) / client_name(k)) or client
     return federation

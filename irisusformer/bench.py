@@ -145,6 +145,8 @@ def rows_of(config: BenchConfig, folder: Path) -> list[dict[str, Any]]:
         other = IrisUsformer(size).to(device)
         calls[f"{size}, bf16"] = (other, inference(ready(other), last, bf16))
     if on_gpu:  # a CPU would take minutes
+        usual = fold_batch_norm(copy.deepcopy(model))
+        calls["ours, usual order in memory, bf16"] = (model, inference(usual, image, bf16))
         calls["ours, naive, bf16"] = (model, inference(naive(model), image, bf16))
         calls["IrisParseNet, bf16"] = (irisparsenet, inference(their_irisparsenet, last, bf16))
     if config.compile:

@@ -3,6 +3,7 @@
 import math
 import shutil
 import tomllib
+from copy import deepcopy
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -78,14 +79,17 @@ def test_too_few_answers_end_a_simulation_with_their_message():
 
 
 class Nodes:
-    """A Flower grid whose nodes answer in this process, one after another."""
+    """A Flower grid whose nodes answer in this process, one after another.
 
-    def __init__(self, clients: int, out: Path):
+    A node never gets back what it put into its context: a deployment sends the answer before it stores that.
+    """
+
+    def __init__(self, clients: int, out: Path, run: int = 1):
         from flwr.app import Context, RecordDict
 
         self.sent = []
         self.contexts = {
-            100 + k: Context(1, 100 + k, {"partition-id": k, "out": str(out)}, RecordDict(), {})
+            100 + k: Context(run, 100 + k, {"partition-id": k, "out": str(out)}, RecordDict(), {})
             for k in range(clients)
         }
 
@@ -97,7 +101,8 @@ class Nodes:
 
         messages = list(messages)
         self.sent += messages
-        return [client_app(message, self.contexts[message.metadata.dst_node_id]) for message in messages]
+        nodes = [deepcopy(self.contexts[message.metadata.dst_node_id]) for message in messages]
+        return [client_app(message, node) for message, node in zip(messages, nodes, strict=True)]
 
 
 @pytest.fixture
@@ -126,7 +131,6 @@ def test_a_client_whose_answer_is_faulty_stays_as_it_was(app, tmp_path, monkeypa
     federation, nodes = app.make_federation(replace(TOY, fraction=1.0)), Nodes(3, tmp_path)
     app.run_rounds(nodes, federation, lambda *_: None)
     assert federation.round == 2 and set(federation.bank) == {0, 2}
-    assert {k for k in range(3) if "local" in nodes.contexts[100 + k].state} == {0, 2}
     assert {path.name for path in tmp_path.iterdir()} == {"client_0.safetensors", "client_2.safetensors"}
 
 
@@ -194,11 +198,30 @@ def test_a_site_with_other_folders_than_the_server_is_refused(app, tmp_path):
 def test_a_second_run_with_the_same_settings_begins_anew(app, tmp_path):
     config = replace(TOY, **TRIALS["local"], fraction=1.0)
     ends = []
-    for _ in range(2):
-        nodes = Nodes(3, tmp_path)  # what a node keeps ends with a run; its process may go on
-        app.run_rounds(nodes, app.make_federation(config), lambda *_: None)
-        ends.append(app.to_state(nodes.contexts[101].state["local"]))
+    for run in (1, 2):  # in one process and one folder
+        app.run_rounds(Nodes(3, tmp_path, run), app.make_federation(config), lambda *_: None)
+        ends.append(app.read_client(tmp_path / "client_1.safetensors", run).state)
     assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+    assert app.read_client(tmp_path / "client_1.safetensors", 1) is None
+
+
+@pytest.mark.parametrize("trial", ["dfl", "scaffold"])
+def test_the_next_round_finds_what_a_node_has_learnt(app, tmp_path, trial):
+    config = replace(TOY, **TRIALS[trial], fraction=1.0, rounds=3)
+    federation = app.make_federation(config)
+    app.run_rounds(Nodes(3, tmp_path), federation, lambda *_: None)
+    local, _ = in_process(replace(config, engine="sequential"))
+    first = app.make_federation(config).clients
+    for k, client in enumerate(local.clients):
+        kept = app.read_client(tmp_path / f"client_{k}.safetensors", 1)
+        for ours, theirs in ((kept.state, client.state), (kept.memory, client.memory)):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.allclose(ours[name], value, atol=1e-6) for name, value in theirs.items())
+        assert any(not torch.equal(first[k].state[name], value) for name, value in kept.state.items())
+    assert bool(local.clients[0].memory) == (trial == "scaffold")
+    assert all(
+        torch.allclose(federation.shared[name], value, atol=1e-6) for name, value in local.shared.items()
+    )
 
 
 @pytest.mark.parametrize("source", ["models", "prototypes", "none"])
