@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from biphasic_age import protocol
@@ -63,6 +62,8 @@ def rising(seen: Tensor, ages: Tensor) -> dict[str, float]:
     """seen (N, A) years that a judge sees, ages (A,) rising -> `spearman`: mean rank correlation of seen and
     asked ages over the faces; `rising`: share of neighbouring pairs in the right order; `slope`: years seen
     per year asked."""
+    from scipy.stats import spearmanr  # takes seconds
+
     ranks = [spearmanr(row, ages).statistic if row.std() > 0 else 0.0 for row in seen]
     centred = ages - ages.mean()
     slope = ((seen - seen.mean(1, keepdim=True)) * centred).sum(1) / centred.square().sum()

@@ -16,7 +16,6 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 from biphasic_age.layouts import CLASSES, from_celebamask, resize_labels
@@ -206,6 +205,8 @@ def split(records: Sequence[Record], fold: int, part: Part, folds: int = FOLDS) 
     ordered = sorted(records, key=lambda record: str(record.path))
     number = {name: i for i, name in enumerate(people)}
     groups = np.array([number[record.identity] for record in ordered])
+    from sklearn.model_selection import GroupKFold  # takes a second
+
     pairs = list(GroupKFold(folds).split(groups, groups=groups))
     chosen = [ordered[i] for i in pairs[fold - 1][0 if part == "train" else 1]]
     return sorted(chosen, key=lambda record: hashlib.sha256(record.path.name.encode()).digest())

@@ -2,7 +2,6 @@
 seen nothing but faces."""
 
 import torch
-from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,6 +37,8 @@ class FaceSpace(nn.Module):
     def learn(self, images: Tensor) -> None:
         """Set the space and its limits from training pictures (n, 3, H, W), n at least 2. Half a percent of
         them may lie below the lower limit, where pictures without structure are."""
+        from sklearn.decomposition import PCA  # takes seconds, and only training needs it
+
         data = self.small(images)
         space = PCA(min(AXES, len(data) - 1)).fit(data.cpu().double().numpy())
         self.mean.copy_(torch.from_numpy(space.mean_))

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from biphasic_age.ages import age2group
-from shared.metrics import roc
+from shared import metrics
 
 Method = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(image (B, 3, H, W), layout (B, H, W), source (B,), target (B,)) -> image (B, 3, H, W)."""
@@ -55,7 +54,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 def ssim(a: Tensor, b: Tensor) -> float:
     """Mean SSIM (11x11 Gaussian) of images (N, 3, H, W) in [-1, 1]."""
-    return structural_similarity_index_measure(a / 2 + 0.5, b / 2 + 0.5, data_range=1.0).item()
+    return metrics.ssim(a / 2 + 0.5, b / 2 + 0.5)
 
 
 # --- ageing accuracy ------------------------------------------------------------------------------------
@@ -145,7 +144,7 @@ def calibrate(embeddings: Tensor, people: Tensor, far: float = FAR) -> Verifier:
     wanted = max(far, min(1.0, 10 / len(impostor)))
     same_scores = genuine if len(genuine) else torch.full((1,), 2.0)  # above every cosine
     labels = np.concatenate([np.ones(len(same_scores)), np.zeros(len(impostor))])
-    rates, tar, thresholds = roc(torch.cat((same_scores, impostor)).numpy(), labels)
+    rates, tar, thresholds = metrics.roc(torch.cat((same_scores, impostor)).numpy(), labels)
     best = int(np.flatnonzero(rates <= wanted)[-1])
     accepted = float(tar[best]) if len(genuine) else float("nan")
     return Verifier(float(thresholds[best]), float(rates[best]), accepted, len(genuine), len(impostor))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
 
 from dfgc2022.protocol import Clip, arrays, reals_beside
 from shared.metrics import auc
@@ -136,6 +135,8 @@ def ranking(rows: Sequence[Row]) -> list[Row]:
 def correlations(rows: Sequence[Row]) -> dict[str, float]:
     """What a table says about its own terms: Spearman of the total with anti-detection, realism and ID, and
     Pearson of ID with anti-detection among the 12 best."""
+    from scipy.stats import pearsonr, spearmanr  # takes seconds
+
     total = [row.total for row in rows]
     anti = [row.anti_detection for row in rows]
     best = ranking(rows)[:12]

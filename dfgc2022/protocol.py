@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from sklearn.metrics import roc_curve
 
 from shared.io import read_utf8
 from shared.metrics import auc
@@ -159,6 +158,8 @@ def winner_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     to the false negative rate, the first of equals, so that it is 0 where all scores are equal. A ratio
     without cases is 0. Raises ValueError when a class is missing.
     """
+    from sklearn.metrics import roc_curve  # takes seconds
+
     area = auc(scores, labels)
     fpr, tpr, _ = roc_curve(labels, scores)
     says_fake = scores >= 0.5

@@ -9,9 +9,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from dfl.client import Method
@@ -31,6 +28,10 @@ def probe_score(features: Tensor, targets: Tensor) -> float:
     half = len(y) // 2
     if len(np.unique(y[:half])) < 2:
         return math.nan
+    from sklearn.linear_model import LogisticRegression  # these take seconds
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
     return probe.fit(x[:half], y[:half]).score(x[half:], y[half:]) * 100
 

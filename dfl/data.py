@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -111,6 +110,8 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def sklearn_digits() -> tuple[Tensor, Tensor]:
     """scikit-learn's bundled handwritten digits: (1797, 8, 8) in [0, 1], labels (1797,)."""
+    from sklearn.datasets import load_digits  # takes a second, and other sets do without
+
     bundle = load_digits()
     return torch.from_numpy(bundle.images).float() / 16, torch.from_numpy(bundle.target).long()
 

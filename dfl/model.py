@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import resnet18
 
 from shared.runtime import UserError, own_type
 from shared.weights import load_state, load_torch
@@ -151,6 +150,8 @@ class ResNet18(Classifier):
     width = 512
 
     def __init__(self, classes: int | None = None, norm: Norm = "batch", cifar_stem: bool = False):
+        from torchvision.models import resnet18  # takes seconds, and most backbones do without
+
         super().__init__()
         self.classes = classes
         net = resnet18(weights=None, norm_layer=lambda channels: norm_layer(norm, channels))

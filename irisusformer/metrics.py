@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from scipy.stats import spearmanr
 
 
 def confusion(mask: np.ndarray, truth: np.ndarray) -> tuple[int, int, int, int]:
@@ -220,4 +219,6 @@ def image_correlation(uncertainty: list[float], e1: list[float]) -> float:
     """Spearman's rank correlation over images between mean uncertainty and E1; nan if either is constant."""
     if len(set(uncertainty)) < 2 or len(set(e1)) < 2:
         return float("nan")
+    from scipy.stats import spearmanr  # takes seconds
+
     return float(spearmanr(uncertainty, e1).statistic)

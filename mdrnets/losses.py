@@ -12,8 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import VGG16_Weights
-from torchvision.models.vgg import make_layers
 
 from mdrnets.mrem import hole_cells
 from shared.runtime import UserError
@@ -33,6 +31,8 @@ class VGGFeatures(nn.Module):
     """
 
     def __init__(self):
+        from torchvision.models.vgg import make_layers  # takes seconds, and other features do without
+
         super().__init__()
         layers = make_layers(TO_POOL3)
         self.levels = nn.ModuleList((layers[:5], layers[5:10], layers[10:17]))
@@ -52,6 +52,8 @@ class VGGFeatures(nn.Module):
 def load_vgg(weights: Path | None) -> VGGFeatures:
     """VGG-16 features with ImageNet weights: torchvision's `vgg16-397923af.pth`; None downloads it. UserError
     when it is not to be had, or another file."""
+    from torchvision.models import VGG16_Weights
+
     source = VGG16_Weights.IMAGENET1K_V1.url
     where = f"get {source.rsplit('/', 1)[1]} from torchvision's model list and give it with --vgg-weights"
     path = pretrained_path("VGG-16 of the perceptual losses", weights, where, download_url(source))

@@ -13,8 +13,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.functional.image import structural_similarity_index_measure
-from torchmetrics.image import FrechetInceptionDistance
 
 from shared import metrics as shared_metrics
 from shared.runtime import UserError
@@ -57,6 +55,8 @@ def measure(output: Tensor, truth: Tensor, mask: Tensor, protocol: Protocol = "o
             "SSIM": uniform_ssim(a, b, 51),
             "relative L1": (a - b).abs().sum((1, 2, 3)) / (a + b).sum((1, 2, 3)).clamp_min(1e-8),
         }
+    from torchmetrics.functional.image import structural_similarity_index_measure  # takes seconds
+
     area = 3 * mask.sum((1, 2, 3)).clamp_min(1)
     square, absolute = (output - truth).square(), (output - truth).abs()
     return {
@@ -102,6 +102,8 @@ class Scores:
         self.count = 0
         self.inception, self.frechet = inception, None
         if inception is not None:
+            from torchmetrics.image import FrechetInceptionDistance  # takes seconds
+
             given = nn.Identity()  # the features are computed here
             given.num_features = inception.num_features
             self.frechet = FrechetInceptionDistance(feature=given)

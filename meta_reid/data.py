@@ -1,14 +1,14 @@
 """What the trainer and the evaluation read: tensors of images with identity, camera and source domain."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from meta_reid import walkers
 from meta_reid.items import Item, Split
@@ -56,15 +56,18 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     differs from it by more than rounding.
     """
     height, width = size
-    picture = v2.functional.to_pil_image(image).resize((width, height), Image.Resampling.BICUBIC)
-    return v2.functional.pil_to_tensor(picture)
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    resized = np.array(picture.resize((width, height), Image.Resampling.BICUBIC))
+    return torch.from_numpy(resized).permute(2, 0, 1)
 
 
-def augmentation(size: tuple[int, int]) -> v2.Transform:
+def augmentation(size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
     """Training augmentation of a (3, H, W) uint8 image, in the official order; no random erasing.
 
     torchvision's ImageNet AutoAugment stands in for the official policy of the same name.
     """
+    from torchvision.transforms import v2  # takes seconds, and only training needs it
+
     return v2.Compose(
         [
             v2.RandomApply([v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=128)], p=0.1),

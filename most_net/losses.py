@@ -10,8 +10,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import VGG19_Weights
-from torchvision.models.vgg import cfgs, make_layers
 
 from most_net.metrics import ssim
 from shared.weights import download_url, load_state, load_torch, pretrained_path
@@ -68,6 +66,9 @@ class Perceptual(nn.Module):
     LAYERS = (1, 6, 11, 20, 29)
 
     def __init__(self, weights: Path | None = None):
+        from torchvision.models import VGG19_Weights  # takes seconds, and other losses do without
+        from torchvision.models.vgg import cfgs, make_layers
+
         super().__init__()
         url = VGG19_Weights.IMAGENET1K_V1.url
         where = "give torchvision's vgg19 file with --vgg, or leave the term out with --weights.perceptual 0"

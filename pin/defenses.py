@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 
 from pin.basis import Basis
@@ -38,7 +37,9 @@ def jpeg(x: Tensor, quality: int = 75) -> Tensor:
 
 def blur(x: Tensor, sigma: float = 1.0) -> Tensor:
     """Gaussian filter."""
-    return torchvision.transforms.functional.gaussian_blur(x, 2 * int(3 * sigma + 0.5) + 1, sigma)
+    from torchvision.transforms.functional import gaussian_blur  # takes seconds, and our defence does without
+
+    return gaussian_blur(x, 2 * int(3 * sigma + 0.5) + 1, sigma)
 
 
 def median(x: Tensor, width: int = 3) -> Tensor:

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from pin.attacks import Goal
 from pin.pairs import Pairs
-from shared.metrics import best_threshold_accuracy, eer, psnr
+from shared.metrics import best_threshold_accuracy, eer, psnr, ssim
 
 Images = Callable[[Tensor], Tensor]
 FARS = {"tar_1e2": 1e-2, "tar_1e3": 1e-3, "tar_1e4": 1e-4}
@@ -169,7 +168,7 @@ def purified_quality(purified: Tensor, x: Tensor) -> dict[str, float]:
     """
     return {
         "psnr": psnr(purified / 2, x / 2),
-        "ssim": structural_similarity_index_measure(purified, x, data_range=2.0).item(),
+        "ssim": ssim(purified / 2, x / 2),
     }
 
 

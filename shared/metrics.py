@@ -1,17 +1,15 @@
-"""Metrics that several papers share. Images are float in [0, 1] everywhere here."""
+"""Metrics that several papers share. Images are float in [0, 1] everywhere here.
+
+scikit-learn and torchmetrics are imported where they are used: they take longer to import than PyTorch, and
+every command that may need a metric would wait for them.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.functional.image.lpips import _LPIPS
-from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance
-from torchmetrics.image.fid import NoTrainInceptionV3
-from torchvision.models import AlexNet_Weights, VGG16_Weights
 
 from shared.runtime import UserError
 from shared.weights import download_url, load_torch, pretrained_path
@@ -21,12 +19,16 @@ from shared.weights import download_url, load_torch, pretrained_path
 
 def psnr(prediction: Tensor, target: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of (B, C, H, W), data range 1, mean over images; inf when equal."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     return peak_signal_noise_ratio(prediction, target, data_range=1.0, dim=(1, 2, 3)).item()
 
 
 def ssim(prediction: Tensor, target: Tensor) -> float:
     """Structural similarity of (B, C, H, W), at most 1, data range 1, mean over images. Gaussian window of
     11x11 pixels, sigma 1.5 (Wang et al., 2004)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     return structural_similarity_index_measure(prediction, target, data_range=1.0).item()
 
 
@@ -36,6 +38,9 @@ def perceptual_network(net: str = "alex", weights: Path | None = None) -> nn.Mod
     net: alex or vgg. weights: torchvision's ImageNet state dict of that backbone; None downloads it. The
     heads come with torchmetrics. Raises UserError when the weights are not to be had, or other ones.
     """
+    from torchmetrics.functional.image.lpips import _LPIPS
+    from torchvision.models import AlexNet_Weights, VGG16_Weights
+
     source = {"alex": AlexNet_Weights, "vgg": VGG16_Weights}[net].IMAGENET1K_V1
     path = pretrained_path(
         f"LPIPS backbone ({net})",
@@ -77,6 +82,8 @@ class InceptionFeatures(nn.Module):
     num_features = 2048
 
     def __init__(self, weights: Path | None = None):
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
         super().__init__()
         path = pretrained_path(
             "InceptionV3 for FID and KID",
@@ -103,6 +110,8 @@ def fid(real: Iterable[Tensor], fake: Iterable[Tensor], network: nn.Module | Non
     only `InceptionFeatures` gives what papers call FID. Without network, real and fake are batches (B, D) of
     features that are computed already.
     """
+    from torchmetrics.image import FrechetInceptionDistance
+
     network, real = _extractor(network, real)
     return _distance(FrechetInceptionDistance(feature=network), real, fake).item()
 
@@ -118,6 +127,8 @@ def kid(
 
     Arguments as for `fid`. Raises ValueError when a set has fewer than `size` images.
     """
+    from torchmetrics.image import KernelInceptionDistance
+
     network, real = _extractor(network, real)
     metric = KernelInceptionDistance(feature=network, subsets=subsets, subset_size=size)
     mean, deviation = _distance(metric, real, fake)
@@ -146,6 +157,8 @@ def _distance(metric: nn.Module, real: Iterable[Tensor], fake: Iterable[Tensor])
 
 def roc(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """False accept rate, true accept rate and threshold at every distinct score, from strict to lax."""
+    from sklearn.metrics import roc_curve
+
     return roc_curve(labels, scores, drop_intermediate=False)
 
 
@@ -153,6 +166,8 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve, in [0, 1]; ties count half. ValueError when only one class is there."""
     if len(np.unique(labels)) != 2:
         raise ValueError("AUC needs genuine and impostor scores")
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(labels, scores))
 
 

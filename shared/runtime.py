@@ -14,13 +14,13 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from io import UnsupportedOperation
 from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar
 
 import numpy as np
 import torch
-import torchvision
 import tyro
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -262,7 +262,7 @@ def machine(on_gpu: bool = True) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -44,6 +44,24 @@ def test_plain_make_prints_the_targets_and_papers():
     assert f"papers here: {' '.join(HERE)}\n" in shown.stdout
 
 
+SLOW = ("torchvision", "torchmetrics", "sklearn", "scipy.stats")
+"""What takes longer to import than PyTorch; torchvision brings torch._dynamo along."""
+ON_TIMM = ("anyface", "dfgc2022")
+"""Papers whose networks are timm's or open_clip's, which need torchvision."""
+
+
+@pytest.mark.parametrize(
+    ("papers", "absent"),
+    [([paper for paper in HERE if paper not in ON_TIMM], SLOW), (ON_TIMM, ("torchmetrics",))],
+    ids=["without timm", "on timm"],
+)
+def test_scripts_begin_without_what_is_slow_to_import(papers, absent):
+    names = [f"{paper}.{script}" for paper in papers for script in ("train", "eval", "predict")]
+    look = f"import sys, {', '.join(names)}; print([name for name in {absent!r} if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
 def test_make_knows_all_ten_names():
     line = next(
         line for line in (REPOSITORY / "Makefile").read_text().splitlines() if line.startswith("PAPERS")
