@@ -33,13 +33,20 @@ from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.serverapp.strategy import FedAvg  # noqa: E402
 from flwr.simulation import run_simulation  # noqa: E402
-from safetensors import safe_open  # noqa: E402
 
 from dfl.baselines import build_method  # noqa: E402
 from dfl.client import Client, Download, Upload, local_round  # noqa: E402
 from dfl.data import ClientData, Federated, load_data  # noqa: E402
-from dfl.engine import State  # noqa: E402
 from dfl.federation import Federation, accuracy, fault, predict, round_scalars, take_part  # noqa: E402
+from dfl.flower_state import (  # noqa: E402
+    client_name,
+    pack,
+    read_client,
+    to_record,
+    to_state,
+    unpack,
+    write_client,
+)
 from dfl.train import PRESETS, Config  # noqa: E402
 from dfl.trials import TRIALS  # noqa: E402
 from shared.records import plain, revive, write_tensors  # noqa: E402
@@ -48,40 +55,12 @@ from shared.runtime import UserError  # noqa: E402
 Report = Callable[[Federation, dict[str, float]], None]
 
 
-# --- states as records ----------------------------------------------------------------------------
-
-
-def to_record(state: State) -> ArrayRecord:
-    """A state as Flower sends it."""
-    return ArrayRecord({name: value.detach().cpu().contiguous() for name, value in state.items()})
-
-
-def to_state(record: ArrayRecord) -> State:
-    """The inverse of `to_record`."""
-    return dict(record.to_torch_state_dict())
-
-
-def pack(prefix: str, states: dict) -> dict[str, ArrayRecord]:
-    """Records "prefix-key" of the states that hold anything."""
-    return {f"{prefix}-{key}": to_record(state) for key, state in states.items() if state}
-
-
-def unpack(prefix: str, content: RecordDict) -> dict[str, State]:
-    """The inverse of `pack`."""
-    start = f"{prefix}-"
-    records = content.array_records.items()
-    return {key.removeprefix(start): to_state(record) for key, record in records if key.startswith(start)}
-
-
 # --- the client's side ----------------------------------------------------------------------------
 
 client_app = ClientApp()
 
 CLIENTS_OUT = "DFL_CLIENTS_OUT"
 """Environment variable: where nodes without `out` in their configuration keep their clients."""
-
-MEMORY = "memory/"
-"""Before the names of a client's memory in its file, beside those of its weights."""
 
 
 @lru_cache(maxsize=1)
@@ -109,40 +88,10 @@ def own_data(message: Message, context: Context) -> tuple[Federation, ClientData
     return federation, clients[number]
 
 
-def client_name(number: int) -> str:
-    """Name of a client's file."""
-    return f"client_{number}.safetensors"
-
-
 def client_file(number: int, context: Context) -> Path:
     """Where a node keeps its client. The node says where, not the server."""
     out = context.node_config.get("out", os.environ.get(CLIENTS_OUT, "flower-client"))
     return Path(str(out)) / client_name(number)
-
-
-def write_client(path: Path, client: Client, run: int) -> None:
-    """Keep a client, and of which run it is.
-
-    Flower has `context.state` for this, but sends a node's answer before it stores that: the next round can
-    begin without it, and does where it is large.
-    """
-    memory = {MEMORY + name: value for name, value in client.memory.items()}
-    write_tensors(path, {**client.state, **memory}, {"run": str(run)})
-
-
-def read_client(path: Path, run: int | None = None) -> Client | None:
-    """The inverse of `write_client`; None when nothing is there, or nothing of this run (None: of any)."""
-    if not path.is_file():
-        return None
-    with safe_open(path, "pt") as file:
-        if run is not None and (file.metadata() or {}).get("run") != str(run):
-            return None
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    client = Client({})
-    for name, value in tensors.items():
-        part = client.memory if name.startswith(MEMORY) else client.state
-        part[name.removeprefix(MEMORY)] = value
-    return client
 
 
 def own_client(federation: Federation, number: int, context: Context) -> Client:

@@ -133,7 +133,7 @@ def load_trial(
         method = build_method(trial.config, data)
         trained = [range(len(data.clients))[k] for k in facts["trained"]]
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not a trial of this project ({error!r})") from None
+        raise UserError(f"{path}: not a trial of this version ({error!r}); train again") from None
     unusable = [name for name, value in tensors.items() if not value.isfinite().all()]
     if unusable:
         raise UserError(f"{path}: NaN or infinity in {unusable[0]}; train again with --restart")

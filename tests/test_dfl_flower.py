@@ -263,7 +263,7 @@ def test_the_run_configuration_names_preset_trial_and_data():
 def test_records_carry_states_exactly():
     from flwr.app import RecordDict
 
-    from dfl.flower_app import pack, to_record, to_state, unpack
+    from dfl.flower_state import pack, to_record, to_state, unpack
 
     state = {"a.weight": torch.randn(2, 3), "count": torch.tensor(7), "half": torch.randn(4).half()}
     back = to_state(to_record(state))

@@ -139,7 +139,7 @@ def test_a_log_that_is_gone_or_damaged(run, tmp_path, content, message):
         evaluate_run(EvalConfig(run=tmp_path))
 
 
-NO_TRIAL = "not a trial of this project"
+NO_TRIAL = "not a trial of this version"
 
 
 @pytest.mark.parametrize(
