@@ -63,6 +63,8 @@ class Source(NamedTuple):
     """(1, id_dim)."""
     forehead: Tensor
     """(1, 1, S, S), see `fusion.forehead`; of the first photo when there are several."""
+    picture: Tensor
+    """(1, 3, S, S) in [-1, 1], of the first photo."""
 
 
 class Swapped(NamedTuple):
@@ -190,7 +192,7 @@ class Swapper:
         share = torch.tensor(mix, device=self.device).view(-1, 1) / sum(mix)
         code = (self._code(described) * share).sum(0, keepdim=True)
         covered = fusion.forehead(described.points, described.mask)
-        return Source(code, covered[:1])
+        return Source(code, covered[:1], described.picture[:1])
 
     def _unusable(self, face: Face | None) -> str | None:
         if face is None:

@@ -77,7 +77,7 @@ class PredictConfig:
     source_face: Literal["largest", "surest"] | int = "largest"
     """Which face of the sources."""
     strip: Natural = 5
-    """Pictures from target to source in the progressive strip of a photo; 0: none."""
+    """Swaps between target and source in the progressive strip of a photo; 0: none."""
     levels: bool = False
     """Also the swap of a photo from coarse to fine, by the decoder's side heads; for runs that trained them
     (--weights.side)."""
@@ -148,16 +148,19 @@ def write_photo(path: Path, photo: Photo, result: Swapped, made: str | None) -> 
 def write_strip(
     swapper: Swapper, photo: Photo, result: Swapped, source: Source, steps: int, stem: Path, made: str
 ) -> None:
-    """From the target to the source's identity, as a strip and as an animation that runs there and back;
-    grey where the photo is."""
+    """From the target over its own and the source's identity to the source, as a strip, and up to the whole
+    swap as an animation that runs there and back; grey where the photo is."""
     crop, _ = swapper.aligned(photo.seen, result.face)
-    pictures = swapper.progressive(swapper.describe(to_tensor([crop], swapper.device)), source, steps)
+    target = swapper.describe(to_tensor([crop], swapper.device))
+    swaps = swapper.progressive(target, source, steps)
+    pictures = torch.cat((target.picture / 2 + 0.5, swaps, source.picture / 2 + 0.5))
     pictures = without_colour(pictures) if photo.grey else pictures
-    labels = [f"{share:.2f}" for share in np.linspace(0, 1, steps)]
+    labels = ["target", *(f"{share:.2f}" for share in np.linspace(0, 1, steps)), "source"]
     scale = max(1, 128 // pictures.shape[-1])
-    strip = image_grid(pictures, columns=steps, column_labels=labels, scale=scale)
+    strip = image_grid(pictures, columns=len(pictures), column_labels=labels, scale=scale)
     write_image(stem.with_name(f"{stem.name}_strip.png"), strip, made)
-    frames = [Image.fromarray(np.uint8(p.permute(1, 2, 0).cpu().numpy() * 255 + 0.5)) for p in pictures]
+    shown = pictures[:-1].clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    frames = [Image.fromarray(np.uint8(p * 255 + 0.5)) for p in shown]
     there_and_back = frames + frames[-2:0:-1]
     there_and_back[0].save(
         stem.with_name(f"{stem.name}_strip.gif"),

@@ -4,6 +4,7 @@ import copy
 import math
 
 import cv2
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 from test_faceswapper_scenes import SMALL, eyes_of, scene, small_swapper
 from torch.nn import functional as F
 
+from faceswapper import predict as predicting
 from faceswapper.align import (
     DEMO_FRAMING,
     Face,
@@ -21,6 +23,7 @@ from faceswapper.align import (
     crop_side,
     cut,
     paste,
+    to_tensor,
 )
 from faceswapper.blocks import fold
 from faceswapper.detect import (
@@ -30,6 +33,7 @@ from faceswapper.model import Generator
 from faceswapper.photo import Photo, read_photo
 from faceswapper.pipeline import Blending, Swapper, profile
 from faceswapper.trials import Trial
+from shared.io import image_grid
 from shared.runtime import UserError
 
 
@@ -134,6 +138,23 @@ def test_strength_and_the_progressive_strip(swapper, source):
         swap, weight = swapper.swap(crops, source, strength)
         wanted = torch.lerp(crops.picture / 2 + 0.5, swap, weight)
         torch.testing.assert_close(strip[step], wanted[0], atol=1e-4, rtol=1e-4)
+
+
+def test_the_strip_begins_with_the_target_and_ends_with_the_source(tmp_path, swapper, source, monkeypatch):
+    """The target itself: what has its own identity is a reconstruction."""
+    photo, drawn = Photo("t.png", scene()), {}
+    monkeypatch.setattr(
+        predicting, "image_grid", lambda x, **how: drawn.update(how, tiles=x) or image_grid(x, **how)
+    )
+    result = swap_one(swapper, source, photo)
+    predicting.write_strip(swapper, photo, result, source, 3, tmp_path / "s", "by a test")
+    assert drawn["column_labels"] == ["target", "0.00", "0.50", "1.00", "source"]
+    for tile, of in ((drawn["tiles"][0], scene()), (drawn["tiles"][-1], scene((1,)))):
+        crop = swapper.aligned(of, swapper.detector([of], ["x"])[0][0])[0]
+        torch.testing.assert_close(tile, to_tensor([crop])[0], atol=1e-6, rtol=0)
+    assert helpers.is_marked(tmp_path / "s_strip.png")
+    with Image.open(tmp_path / "s_strip.gif") as animation:
+        assert animation.n_frames == 6, "target and three swaps, and two on the way back"
 
 
 def test_an_ablation_sees_what_it_saw_in_training(swapper, source):

@@ -375,7 +375,7 @@ def test_the_command_swaps_photos_folders_and_videos(tmp_path, run_folder, capsy
         assert made.mode == "RGBA" and made.text["DigitalSourceType"] == SYNTHETIC_SOURCE
         assert (np.asarray(made)[..., 3] == rgba[..., 3]).all()
     with Image.open(tmp_path / "out" / f"{stem}_strip.gif") as animation:
-        assert animation.n_frames == 8 and b"synthetic" in animation.info["comment"]
+        assert animation.n_frames == 10 and b"synthetic" in animation.info["comment"]
     record = json.loads((tmp_path / "out" / "result.json").read_text())
     assert record["synthetic"] is True and record["results"]["t.png"]["faces"] == 1
 
