@@ -17,14 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 from faceswapper import protocol
 from faceswapper.align import to_arrays
 from faceswapper.baselines import untrained
-from faceswapper.datasets import SwapList, video_of
+from faceswapper.datasets import SwapList, resized, video_of
 from faceswapper.detect import open_detector
 from faceswapper.fusion import forehead, fuse, keep_map
 from faceswapper.losses import Batch
 from faceswapper.model import Generator, load_official
 from faceswapper.protocol import OnnxNetwork
 from faceswapper.trials import Trial
-from shared.io import progress, write_image
+from shared.io import progress, read_image, write_image
 from shared.metrics import InceptionFeatures, fid, kid
 from shared.published import Metric
 from shared.ranges import Count
@@ -78,6 +78,9 @@ class FaceForensicsConfig:
     """Also the official post-processing; needs parsing pictures and --fan-weights."""
     baselines: bool = True
     """Also the baselines that need no training."""
+    compare: tuple[Path, ...] = ()
+    """Folders with other methods' swaps of the list, each called <source>_FS_<target>.png and resized to the
+    crops' size; a folder's name is the method's in the tables."""
     batch_size: Count = 16
     """Swaps at once."""
 
@@ -176,6 +179,10 @@ def measure_swaps(
     if config.post and (swaps.targets.parsing is None or config.fan_weights is None):
         wanted = config.parsing_folder or f"{config.pictures}_parsing_images"
         raise UserError(f"--post needs --fan-weights and the folder {wanted}")
+    for folder in config.compare:
+        missing = [name for name in map(swap_name, swaps.pairs) if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder}: {len(missing)} of {len(swaps)} swaps missing, first {missing[0]}")
     device = next(generator.parameters()).device
     own = METHOD if trial is None or trial.variant == "full" else trial.name
     players = {own: (generator, trial), **(others or {})}
@@ -201,6 +208,11 @@ def measure_swaps(
             # FAN counts from the edge of the first pixel, the alignment from its centre.
             centred = [p - 0.5 for p in points] if points else []
             methods |= untrained(source.picture, target.picture, target.mask, mean_face, *centred)
+        pairs = swaps.pairs[start * config.batch_size :][: len(target.picture)]
+        for folder in config.compare:
+            if folder.name in methods:
+                raise UserError(f"{folder}: another method is called {folder.name}; rename the folder")
+            methods[folder.name] = finished(folder, pairs, generator.size.img_size)
         known: dict[str, Tensor] = {}
         for method, pictures in methods.items():
             pictures = as_file(pictures)
@@ -208,8 +220,7 @@ def measure_swaps(
             row = differences(pictures, as_file(target.picture), target.mask, networks, find, known)
             tally.add(row, len(pictures))
             if detector is not None:
-                names = [swap_name(pair) for pair in swaps.pairs[start * config.batch_size :]]
-                found = detector(list(to_arrays(pictures / 2 + 0.5)), names[: len(pictures)])
+                found = detector(list(to_arrays(pictures / 2 + 0.5)), [swap_name(pair) for pair in pairs])
                 tally.failed += sum(not faces for faces in found)
             if "recogniser" in networks:
                 tally.embeddings.append(networks["recogniser"](pictures))
@@ -217,7 +228,7 @@ def measure_swaps(
                 tally.features.append(inception((pictures / 2 + 0.5).to(device)).cpu())
         sheet = torch.cat((source.picture, target.picture, *made), 3)
         for folder, pictures in zip((SINGLE, ALL, AFTER), (made[0], sheet, *made[1:]), strict=False):
-            write_swaps(out / folder, swaps.pairs, start * config.batch_size, pictures)
+            write_swaps(out / folder, pairs, pictures)
     rows = {method: tally.means() for method, tally in tallies.items()}
     if detector is not None:
         for method, tally in tallies.items():
@@ -274,9 +285,14 @@ def swap_name(pair: tuple[str, str]) -> str:
     return "_FS_".join(pair).replace("/", "-") + ".png"
 
 
-def write_swaps(folder: Path, pairs: list[tuple[str, str]], first: int, pictures: Tensor) -> None:
-    """Swaps number `first` and on, under their official names."""
-    for pair, picture in zip(pairs[first:], pictures, strict=False):
+def finished(folder: Path, pairs: list[tuple[str, str]], size: int) -> Tensor:
+    """Another method's swaps of these pairs, (B, 3, size, size) in [-1, 1]."""
+    return torch.stack([resized(read_image(folder / swap_name(pair)), size) * 2 - 1 for pair in pairs])
+
+
+def write_swaps(folder: Path, pairs: list[tuple[str, str]], pictures: Tensor) -> None:
+    """Swaps under their official names."""
+    for pair, picture in zip(pairs, pictures, strict=True):
         write_image(folder / swap_name(pair), picture / 2 + 0.5, synthetic="face swap by FaceSwapper")
 
 
