@@ -49,8 +49,8 @@ github.com/NVlabs/ffhq-dataset.""",
 LAYOUTS = {name: f"{text} {_SISTERS}" for name, text in LAYOUTS.items()}
 FF_LAYOUT = """Expected: ff++/raw_<video>_<k>.png, ff++_lm_images, ff++_mask_images, optional
 ff++_parsing_images, and face_swap_list.txt with lines '<source file> <target file>'. FaceForensics++ is given
-out by the form on github.com/ondyari/FaceForensics; `python prepare.py` makes crops and sisters from its
-frames."""
+out by the form on github.com/ondyari/FaceForensics; `python prepare.py VIDEOS --name ff++ --pairs
+splits/*.json` makes all of it from its original videos."""
 
 
 def list_pictures(folder: Path, what: str) -> list[Path]:

@@ -1,15 +1,19 @@
-"""From a folder of photos to a data set that train.py reads: crops, landmark pictures, masks and parsings.
+"""From a folder of photos or videos to a data set that train.py reads: crops, landmark pictures, masks,
+parsings.
 
     python prepare.py photos/ --out data/mine --detector face_detection_yunet.onnx --landmarker wing.ckpt
     --parser 79999_iter.pth
 
 Writes NAME/, NAME_lm_images/, NAME_mask_images/ and NAME_parsing_images/ as the official loaders expect them
 (landmark pictures in light colours, white faces in masks, a parsing's grey value is its label), and index.csv
-with where each crop was cut. Without a detector, landmarker or parser of your own, the small built-in finder
-is used, which was trained on procedural faces: check its pictures before you train on them.
+with where each crop was cut. Of videos it takes frames, called raw_<video>_<k> as FaceForensics++'s; with
+--pairs it also writes the list of swaps for eval.py --faceforensics. Without a detector, landmarker or parser
+of your own, the small built-in finder is used, which was trained on procedural faces: check its pictures
+before you train on them.
 """
 
 import csv
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,10 +24,12 @@ import tyro
 from faceswapper.align import Framing, crop_matrix, crop_side, cut, to_tensor
 from faceswapper.detect import open_detector, open_landmarker, open_parser
 from faceswapper.drawing import draw_landmarks, face_mask, to_file
-from faceswapper.photo import read_photo
+from faceswapper.photo import Photo, read_photo
 from faceswapper.pipeline import profile
-from shared.io import images_of, progress, write_image
+from faceswapper.video import sampled
+from shared.io import IMAGE_ENDINGS, VIDEO_ENDINGS, find_images, images_of, progress, write_image
 from shared.ranges import Count, Natural, Part, Share
+from shared.records import read_json
 from shared.runtime import UserError, parse, pick_device, run_main
 
 
@@ -32,7 +38,7 @@ class PrepareConfig:
     """Photos in, training pictures out."""
 
     photos: Annotated[Path, tyro.conf.Positional]
-    """Folder of photos, searched with its subfolders, or one photo."""
+    """Folder of photos or videos, searched with its subfolders, or one of them."""
     out: Path = Path("data/prepared")
     """Folder for the data set."""
     name: str = "images"
@@ -43,6 +49,11 @@ class PrepareConfig:
     """Of each photo."""
     least: Natural = 64
     """Faces whose crop has a smaller side than this in the photo, in pixels, are left out."""
+    frames: Count = 10
+    """Frames taken of each video, evenly spaced."""
+    pairs: tuple[Path, ...] = ()
+    """FaceForensics++'s splits/train.json, val.json and test.json: writes face_swap_list.txt, the k-th frame
+    of each video of a pair onto the k-th of the other."""
     detector: str = "finder"
     """finder (built in), mtcnn, crops (the photos are aligned crops already), .csv with given boxes or eyes,
     or .onnx for YuNet."""
@@ -104,31 +115,66 @@ class Sisters:
         self.waiting = []
 
 
+def inputs(place: Path) -> list[Path]:
+    """The photos and videos of a folder, or the one that is named. UserError when there is none."""
+    found = find_images(place, endings=(*IMAGE_ENDINGS, *VIDEO_ENDINGS)) if place.is_dir() else []
+    return found or images_of(place)
+
+
+def pictures_of(path: Path, frames: int) -> Iterator[tuple[str, str, Photo]]:
+    """The photo, or the frames of the video: for messages, its name, and the picture."""
+    if path.suffix.lower() not in VIDEO_ENDINGS:
+        yield str(path), path.stem, read_photo(path)
+        return
+    for k, frame in enumerate(sampled(path, frames)):
+        yield f"{path}, frame {k} of {frames}", f"raw_{path.stem}_{k}", Photo(path.name, frame)
+
+
+def write_swap_list(config: PrepareConfig, made: set[str]) -> list[str]:
+    """face_swap_list.txt, both ways for every pair. Returns the swaps that lack a crop, for messages."""
+    lines, lacking = [], []
+    for one, other in (pair for path in config.pairs for pair in read_json(path, "pairs of videos", _pairs)):
+        for source, target in ((one, other), (other, one)):
+            for k in range(config.frames):
+                names = f"raw_{source}_{k}", f"raw_{target}_{k}"
+                line = " ".join(f"{name}.png" for name in names)
+                (lines if made.issuperset(names) else lacking).append(line)
+    (config.out / "face_swap_list.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    print(f"{len(lines)} swaps in {config.out / 'face_swap_list.txt'}")
+    return lacking
+
+
+def _pairs(content: list[list[str]]) -> list[tuple[str, str]]:
+    return [(str(one), str(other)) for one, other in content]
+
+
 def prepare(config: PrepareConfig) -> Path:
     """Cut and describe every face; returns the folder of the data set. UserError when no photo shows one."""
     detector, sisters = open_detector(config.detector, pick_device(config.device)), Sisters(config)
     framing, used, left_out = Framing(*config.eyes), set(), []
-    for path in progress(images_of(config.photos), "photos"):
-        photo = read_photo(path)
-        below = path.relative_to(config.photos).as_posix() if config.photos.is_dir() else photo.name
-        faces = detector([photo.seen], [below])[0]
-        if not faces:
-            left_out.append(f"{path}: no face")
-        if config.faces == "largest" and faces:
-            faces = [max(faces, key=lambda face: face.size)]
-        for face in sorted(faces, key=lambda face: face.box[0]):
-            matrix = crop_matrix(face, config.size, framing)
-            side = crop_side(matrix, config.size)
-            if side < config.least:
-                left_out.append(f"{path}: a face of {side:.0f} pixels with its surroundings")
-                continue
-            stem, number = path.stem, 1
-            while stem in used:  # the same name in two subfolders, or a second face
-                number += 1
-                stem = f"{path.stem}_{number}"
-            used.add(stem)
-            sisters.add(stem, path, photo.seen, matrix)
+    for path in progress(inputs(config.photos), "photos"):
+        below = path.relative_to(config.photos).as_posix() if config.photos.is_dir() else path.name
+        for said, name, photo in pictures_of(path, config.frames):
+            faces = detector([photo.seen], [below])[0]
+            if not faces:
+                left_out.append(f"{said}: no face")
+            if config.faces == "largest" and faces:
+                faces = [max(faces, key=lambda face: face.size)]
+            for face in sorted(faces, key=lambda face: face.box[0]):
+                matrix = crop_matrix(face, config.size, framing)
+                side = crop_side(matrix, config.size)
+                if side < config.least:
+                    left_out.append(f"{said}: a face of {side:.0f} pixels with its surroundings")
+                    continue
+                stem, number = name, 1
+                while stem in used:  # the same name in two subfolders, or a second face
+                    number += 1
+                    stem = f"{name}_{number}"
+                used.add(stem)
+                sisters.add(stem, path, photo.seen, matrix)
     sisters.flush()
+    if config.pairs:
+        left_out += [f"the swap {line}: a crop is missing" for line in write_swap_list(config, used)]
     for line in left_out:
         print(f"left out: {line}")
     if not sisters.rows:

@@ -73,6 +73,21 @@ class VideoReader:
         return found
 
 
+def sampled(path: Path, count: int) -> Iterator[np.ndarray]:
+    """The middle frames of `count` equally long parts of a video, (H, W, 3) uint8 RGB; of a video with fewer
+    frames all. UserError when one of them cannot be read."""
+    reader = VideoReader(path)
+    frames = reader.announced or sum(1 for _ in VideoReader(path))  # not every container says it
+    wanted = {int((k + 0.5) * frames / count) for k in range(count)}
+    for number, frame in enumerate(reader):
+        if number in wanted:
+            yield frame
+            wanted.discard(number)
+            if not wanted:
+                return
+    raise UserError(f"{path}: {reader.count} of {frames} frames can be read")
+
+
 def in_batches(frames: Iterator[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
     """Consecutive frames in lists of at most `size`."""
     group: list[np.ndarray] = []
