@@ -1,5 +1,8 @@
 """FaceSwapper in use: who finds faces, landmarks and parts."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -143,6 +146,29 @@ def test_yunets_rows_become_faces(tmp_path):
     ((front, turned),) = detector([photo], ["x"])
     assert front.box == (10, 20, 80, 120) and front.eyes == ((28, 52), (62, 50))
     assert turned.eyes is None and turned.score == pytest.approx(0.8)
+
+
+def test_mtcnns_faces_and_its_absence(monkeypatch):
+    """The optional package, whose answer for a picture without faces is None."""
+    monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
+    with pytest.raises(UserError, match="--detector mtcnn needs facenet-pytorch"):
+        open_detector("mtcnn")
+
+    class Network:
+        def __init__(self, keep_all, device):
+            assert keep_all, "every face, not the first alone"
+
+        def detect(self, photo, landmarks):
+            if not photo.any():
+                return None, [None], None
+            points = np.array([[[28, 52], [62, 50], [45, 70], [30, 90], [60, 90]]], np.float32)
+            return np.array([[10, 20, 80, 120]], np.float32), np.array([0.9], np.float32), points
+
+    monkeypatch.setitem(sys.modules, "facenet_pytorch", SimpleNamespace(MTCNN=Network))
+    photos = [np.full((120, 90, 3), value, np.uint8) for value in (7, 0)]
+    (face,), none = open_detector("mtcnn")(photos, ["x", "y"])
+    assert face.box == (10, 20, 80, 120) and face.eyes == ((28, 52), (62, 50)) and none == []
+    assert face.score == pytest.approx(0.9)
 
 
 def test_the_public_parser_loads_its_file(tmp_path):

@@ -26,9 +26,7 @@ from faceswapper.align import (
     to_tensor,
 )
 from faceswapper.blocks import fold
-from faceswapper.detect import (
-    whole_picture,
-)
+from faceswapper.detect import finder_points, whole_picture
 from faceswapper.model import Generator
 from faceswapper.photo import Photo, read_photo
 from faceswapper.pipeline import Blending, Swapper, profile
@@ -298,3 +296,17 @@ def test_a_profile_is_noticed():
     points[:, 68:76] = torch.tensor([80.0, 50.0])
     points[:, 54] = torch.tensor([[60.0, 75.0], [83.0, 75.0], [43.0, 75.0]])
     assert profile(points).tolist() == [False, True, True]
+
+
+def test_a_profile_is_swapped_with_a_warning(swapper, source, monkeypatch):
+    photo = Photo("t.png", scene())
+
+    def from_the_side(crops):
+        points = finder_points(crops).clone()
+        points[:, 54] = points[:, 68:76].mean(1)  # the nose tip beside the right eye
+        return points
+
+    monkeypatch.setattr(swapper, "landmarker", from_the_side)
+    result = swap_one(swapper, source, photo)
+    assert result.remark == "a profile: the result is doubtful"
+    assert result.face is not None and (result.photo != photo.rgb).any()
