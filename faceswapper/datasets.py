@@ -6,6 +6,7 @@ set: `prepare.py` writes the sisters. Files correspond by their path below the f
 """
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,9 +224,9 @@ def read_swap_list(path: Path) -> list[tuple[str, str]]:
 
 
 def video_of(stem: str) -> str:
-    """raw_<video>_<k> -> <video>; another name is its own video."""
-    words = stem.rsplit("_", 2)
-    return words[1] if len(words) == 3 and words[2].isdigit() else stem
+    """raw_<video>_<k> -> <video>, whatever is in its name; another name is its own video."""
+    found = re.fullmatch(r"(?:.*/)?raw_(.+)_\d+", stem)
+    return found[1] if found else stem
 
 
 class SwapList:

@@ -241,6 +241,8 @@ def test_swap_list_of_faceforensics(tmp_path):
         "no labels between labels"
     )
     assert datasets.video_of("raw_003_1") == "003" and datasets.video_of("someone") == "someone"
+    videos = [datasets.video_of(stem) for stem in ("raw_a_01_3", "b/raw_c_01_3", "two_words_7")]
+    assert videos == ["a_01", "c_01", "two_words_7"], "films of other names are told apart"
 
 
 def test_two_pictures_of_one_name_are_said(tmp_path):
