@@ -1,10 +1,13 @@
 """FaceSwapper: swaps of other methods, measured as one's own are."""
 
+import json
+
 import helpers
 import pytest
 from test_faceswapper_protocol import SIZE, make_faceforensics
 from torch.nn import functional as F
 
+from faceswapper import eval as evaluation
 from faceswapper.data import DrawnFaces, world
 from faceswapper.faceforensics import FaceForensicsConfig, measure_swaps
 from faceswapper.model import Generator, Size
@@ -35,3 +38,17 @@ def test_other_methods_swaps_stand_in_the_same_table(tmp_path):
         UserError, match="TwiceTheSize: 1 of 3 swaps missing, first raw_001_1_FS_raw_000_1.png"
     ):
         measure_swaps(named, generator, tmp_path / "again")
+
+
+def test_the_released_generator_is_measured_into_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
+    make_faceforensics(tmp_path / "data", DrawnFaces(*world(4, 1, 7), SIZE))
+    small = Generator(Size(SIZE, 128, 8, 8)).eval()
+    monkeypatch.setattr(evaluation, "load_official", lambda name, path: small)
+    config = evaluation.Config(
+        official=tmp_path / "faceswapper.ckpt", faceforensics=tmp_path / "data", out=tmp_path / "out",
+        baselines=False, device="cpu",
+    )  # fmt: skip
+    assert evaluation.main(config) == tmp_path / "out"
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert list(results["methods"]) == ["FaceSwapper"] and results["claims"] == []
+    assert "0.9448" in capsys.readouterr().out, "the published number is printed beside"

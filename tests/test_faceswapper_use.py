@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import cv2
 import helpers
@@ -30,6 +31,7 @@ from faceswapper.detect import finder_points, whole_picture
 from faceswapper.model import Generator
 from faceswapper.photo import Photo, read_photo
 from faceswapper.pipeline import Blending, Swapper, profile
+from faceswapper.predict import Networks
 from faceswapper.trials import Trial
 from shared.io import image_grid
 from shared.runtime import UserError
@@ -310,3 +312,19 @@ def test_a_profile_is_swapped_with_a_warning(swapper, source, monkeypatch):
     result = swap_one(swapper, source, photo)
     assert result.remark == "a profile: the result is doubtful"
     assert result.face is not None and (result.photo != photo.rgb).any()
+
+
+def test_the_released_generator_brings_its_landmarks_along(monkeypatch):
+    """faceswapper.ckpt holds FAN too; its crops are the paper's, not the demo's."""
+    taken = []
+    monkeypatch.setattr(predicting, "load_official", lambda name, path: Generator(SMALL).eval())
+    monkeypatch.setattr(predicting, "open_landmarker", lambda path, device: taken.append(path))
+    released = Path("faceswapper.ckpt")
+    for held, given, wanted in (
+        ("fan", None, released), ("fan", Path("wing.ckpt"), Path("wing.ckpt")), ("generator", None, None),
+    ):  # fmt: skip
+        monkeypatch.setattr(predicting, "states_of", lambda path, held=held: {held: {}})
+        networks = Networks(weights=released, landmarker=given, device="cpu")
+        opened = predicting.open_swapper(networks, Blending(), 48)
+        assert taken.pop() == wanted
+        assert opened.framing == Framing() and opened.landmark_values == "unit"
