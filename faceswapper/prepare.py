@@ -13,6 +13,7 @@ before you train on them.
 """
 
 import csv
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,7 @@ def prepare(config: PrepareConfig) -> Path:
     """Cut and describe every face; returns the folder of the data set. UserError when no photo shows one."""
     detector, sisters = open_detector(config.detector, pick_device(config.device)), Sisters(config)
     framing, used, left_out = Framing(*config.eyes), set(), []
+    numbers: Counter[str] = Counter()  # VGGFace2 has thousands of pictures of one name
     for path in progress(inputs(config.photos), "photos"):
         below = path.relative_to(config.photos).as_posix() if config.photos.is_dir() else path.name
         for said, name, photo in pictures_of(path, config.frames):
@@ -166,10 +168,10 @@ def prepare(config: PrepareConfig) -> Path:
                 if side < config.least:
                     left_out.append(f"{said}: a face of {side:.0f} pixels with its surroundings")
                     continue
-                stem, number = name, 1
+                stem = name
                 while stem in used:  # the same name in two subfolders, or a second face
-                    number += 1
-                    stem = f"{name}_{number}"
+                    numbers[name] += 1
+                    stem = f"{name}_{numbers[name] + 1}"
                 used.add(stem)
                 sisters.add(stem, path, photo.seen, matrix)
     sisters.flush()
