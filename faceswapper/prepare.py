@@ -131,10 +131,10 @@ def pictures_of(path: Path, frames: int) -> Iterator[tuple[str, str, Photo]]:
         yield f"{path}, frame {k} of {frames}", f"raw_{path.stem}_{k}", Photo(path.name, frame)
 
 
-def write_swap_list(config: PrepareConfig, made: set[str]) -> list[str]:
+def write_swap_list(config: PrepareConfig, pairs: list[tuple[str, str]], made: set[str]) -> list[str]:
     """face_swap_list.txt, both ways for every pair. Returns the swaps that lack a crop, for messages."""
     lines, lacking = [], []
-    for one, other in (pair for path in config.pairs for pair in read_json(path, "pairs of videos", _pairs)):
+    for one, other in pairs:
         for source, target in ((one, other), (other, one)):
             for k in range(config.frames):
                 names = f"raw_{source}_{k}", f"raw_{target}_{k}"
@@ -151,6 +151,7 @@ def _pairs(content: list[list[str]]) -> list[tuple[str, str]]:
 
 def prepare(config: PrepareConfig) -> Path:
     """Cut and describe every face; returns the folder of the data set. UserError when no photo shows one."""
+    pairs = [pair for path in config.pairs for pair in read_json(path, "pairs of videos", _pairs)]
     detector, sisters = open_detector(config.detector, pick_device(config.device)), Sisters(config)
     framing, used, left_out = Framing(*config.eyes), set(), []
     numbers: Counter[str] = Counter()  # VGGFace2 has thousands of pictures of one name
@@ -175,8 +176,8 @@ def prepare(config: PrepareConfig) -> Path:
                 used.add(stem)
                 sisters.add(stem, path, photo.seen, matrix)
     sisters.flush()
-    if config.pairs:
-        left_out += [f"the swap {line}: a crop is missing" for line in write_swap_list(config, used)]
+    if pairs:
+        left_out += [f"the swap {line}: a crop is missing" for line in write_swap_list(config, pairs, used)]
     for line in left_out:
         print(f"left out: {line}")
     if not sisters.rows:

@@ -1,6 +1,7 @@
 """FaceSwapper: from the videos of FaceForensics++ to the frames and swaps of its protocol."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,4 +51,5 @@ def test_prepare_makes_the_frames_and_the_list_of_the_protocol(tmp_path, capsys)
     assert "left out: the swap raw_004_1.png raw_000_1.png: a crop is missing" in said
     splits.write_text(json.dumps([["000"]]))
     with pytest.raises(UserError, match="train.json: not readable as pairs of videos"):
-        prepare(config)
+        prepare(replace(config, out=tmp_path / "more"))
+    assert not (tmp_path / "more").exists(), "said before the work"
