@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from test_most_net_runs import SMALL, enlarged, tiny
 
@@ -107,6 +108,22 @@ def test_predict_draws_at_the_photos_own_size(run, tmp_path):
     records = json.loads((out / "sketches.json").read_text())
     assert records["network"] == "artists"
     assert records["sketches"]["landscape.png"]["size"] == [110, 60]
+
+
+def test_what_predict_is_asked_for_reaches_the_drawing(run, tmp_path):
+    draw_photo(tmp_path / "face.png", 64, 64)
+    config = predict.Config((tmp_path / "face.png",), tmp_path / "as-trained", run, device="cpu")
+    predict.predict(config)
+    file = tmp_path / "as-trained/face.png"
+    assert Image.open(file).mode == "L" and helpers.is_marked(file)
+    drawn = [read_image(file, "L")]
+    for changes in ({"strength": 0.0}, {"strength": 2.0}, {"style": 1}, {"trial": "none-4-0"}):
+        out = predict.predict(replace(config, out=tmp_path / "out", **changes))
+        drawn.append(read_image(out / "face.png", "L"))
+    assert len({tuple(sketch.flatten().tolist()) for sketch in drawn}) == 5
+    out = predict.predict(replace(config, out=tmp_path / "white", white_background=True))
+    white = read_image(out / "face.png", "L")
+    assert white[0, 0].min() == 1 and torch.equal(white[0, 24:40, 28:36], drawn[0][0, 24:40, 28:36])
 
 
 def test_tiles_leave_no_seams():
