@@ -10,6 +10,7 @@ import torch
 from most_net import trials
 from most_net.data import Batch, Pairs, simple_pairs
 from most_net.learner import Learner
+from most_net.metrics import ssim
 from most_net.model import Architecture, MostNet
 from most_net.train import PRESETS, Weights, objective
 from most_net.trials import plan, split_data
@@ -46,6 +47,8 @@ def test_every_term_has_its_weight(variant):
     plain = terms(**dict.fromkeys(everything, 1.0))
     assert plain.keys() == expected.get(variant, set(everything))
     assert plain["pixel"] == pytest.approx(float((out["sketch"] - batch.sketch).abs().mean().detach()))
+    ours, theirs = (127.5 * x.detach() for x in (out["sketch"], batch.sketch))  # a range of 2 for 255
+    assert plain["ssim"] == pytest.approx(1 - float(ssim(ours, theirs).mean()), abs=1e-4)
     given = {name: 2.0 + i for i, name in enumerate(everything)}
     weighted = terms(**given)
     assert weighted == pytest.approx({name: given[name] * value for name, value in plain.items()}, rel=1e-5)
@@ -78,6 +81,7 @@ def test_of_88_students_68_train_and_20_validate(monkeypatch):
     train, held_out, test = split_data(PRESETS["cuhk"])
     assert (len(train), len(test)) == (68, 20) and test is held_out
     assert set(train.names) | set(test.names) == set(names)
+    assert [trial.variant for trial in plan(PRESETS["cuhk"])] == ["none", "memory", "most", "unet"]
     gaps = torch.tensor([int(name) for name in test.names]).diff()
     assert gaps.min() >= 4 and gaps.max() <= 5  # spread evenly over the sorted names
 

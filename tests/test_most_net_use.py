@@ -84,6 +84,7 @@ def test_recognition_trains_on_the_people_of_the_protocol(monkeypatch, people, e
     assert asked == ([expected] if expected else [])
     assert values == ({"L1": 0.0, "NLDA": 75.0} if expected else {"L1": 0.0})
     assert curve == ([50.0, 75.0] if expected else [])
+    assert metrics.Config(Path(), Path()).partitions == 20  # of the command, too
 
 
 def draw_photo(path: Path, height: int, width: int) -> torch.Tensor:
