@@ -97,3 +97,16 @@ def test_every_layer_of_the_discriminator_has_the_spectral_norm():
         x = F.conv2d(x, weight, stride=stride, padding=1)
         x = F.leaky_relu(x, 0.2) if len(weight) > 1 else x
     torch.testing.assert_close(got, x, rtol=1e-2, atol=1e-3)
+
+
+def test_the_memory_stays_in_float32_under_autocast():
+    net, photo, sketch = MostNet(ARCH), torch.rand(1, 3, 16, 16), torch.rand(1, 1, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(photo, sketch)
+        assert out["features"].dtype == torch.bfloat16
+        assert out["queries"].dtype == out["scores"].dtype == out["retrieved"].dtype == torch.float32
+        before = net.memories[0].keys.clone()
+        net.write(out)
+    torch.testing.assert_close(out["scores"], out["queries"] @ before.T)  # bf16 keeps two or three digits
+    assert net.memories[0].keys.dtype == net.memories[0].values.dtype == torch.float32
+    assert (net.memories[0].keys.norm(dim=1) - 1).abs().max() < 1e-5
