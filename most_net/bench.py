@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from most_net import literal
+from most_net.align import HEIGHT, WIDTH
 from most_net.data import Batch
 from most_net.fsim import fsim
 from most_net.metrics import grey_bytes
@@ -29,7 +30,7 @@ from shared.ranges import Natural, Positive
 from shared.runtime import parse, pick_device, run_main, start
 
 STEP_WEIGHTS = Weights(pixel=1, reconstruction=1, perceptual=0, adversarial=1)
-PEOPLE, PIXELS = 338, 250 * 200
+PEOPLE = 338
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ def metric_rows(config: Config, device: torch.device) -> list[dict]:
     """FSIM and Scoot at 250x200 against their literal loops, and NLDA on 338 people. Loops and NLDA run on
     the CPU."""
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(8, 1, 25, 20, generator=generator)
-    smooth = F.interpolate(coarse, (250, 200), mode="bicubic")
+    coarse = torch.rand(8, 1, HEIGHT // 10, WIDTH // 10, generator=generator)
+    smooth = F.interpolate(coarse, (HEIGHT, WIDTH), mode="bicubic")
     first = grey_bytes(smooth)
     second = grey_bytes(smooth + 0.05 * torch.randn(first.shape, generator=generator))
     there = first.to(device), second.to(device)
@@ -146,10 +147,14 @@ def metric_rows(config: Config, device: torch.device) -> list[dict]:
         wanted = slow(first[0, 0].double().numpy(), second[0, 0].double().numpy())
         seconds = time.perf_counter() - begin_time
         speed = throughput(lambda fast=fast: fast(*there), len(first), device, config.seconds)
-        row = {"what": f"{name} 250x200", "per_second": speed, "times the literal form": speed * seconds}
+        row = {
+            "what": f"{name} {HEIGHT}x{WIDTH}",
+            "per_second": speed,
+            "times the literal form": speed * seconds,
+        }
         rows.append(row | {"difference": abs(float(fast(*there)[0]) - float(wanted))})
     rng = np.random.default_rng(0)
-    drawn = rng.integers(0, 255, (PEOPLE, PIXELS)).astype(np.float32)
+    drawn = rng.integers(0, 255, (PEOPLE, HEIGHT * WIDTH)).astype(np.float32)
     made = drawn + rng.normal(0, 60, drawn.shape).astype(np.float32)
     begin_time = time.perf_counter()
     recognition(drawn, made, 150)

@@ -121,9 +121,12 @@ def of_first_memory(test: Pairs, net: nn.Module) -> Pairs:
     return test.select(own[:PROBED])
 
 
-def score(config: Config, truth: Tensor, got: Tensor, pretrained: Pretrained) -> dict[str, float]:
-    """All metrics of sketches (N, 1, H, W) in [0, 1] against the drawn ones. UserError when `nlda_train` was
-    given and does not leave people to train on and to search."""
+def score(
+    config: Config, truth: Tensor, got: Tensor, pretrained: Pretrained
+) -> tuple[dict[str, float], list[float]]:
+    """All metrics of sketches (N, 1, H, W) in [0, 1] against the drawn ones, and the NLDA rate in per cent
+    for 1, 2, ... dimensions, of which the metric is the maximum. UserError when `nlda_train` was given and
+    does not leave people to train on and to search."""
     columns = quality(truth, got, window_of(truth.shape[-2]))
     values = {name: float(column.mean()) for name, column in columns.items()}
     values["L1"] = 2 * float((truth - got).abs().mean())  # on [-1, 1]
@@ -134,9 +137,11 @@ def score(config: Config, truth: Tensor, got: Tensor, pretrained: Pretrained) ->
     fits = 2 <= train_people <= people - 2
     if config.nlda_train and not fits:
         raise UserError(f"--nlda-train {config.nlda_train}: between 2 and {people - 2} of {people} people")
+    curve: list[float] = []
     if fits:
-        values["NLDA"] = 100 * nlda_rate(truth, got, train_people).best
-    return values | pretrained(got)
+        found = nlda_rate(truth, got, train_people)
+        values["NLDA"], curve = 100 * found.best, (100 * found.curve).tolist()
+    return values | pretrained(got), curve
 
 
 def evaluate(config: Config) -> Path:
@@ -157,8 +162,9 @@ def evaluate(config: Config) -> Path:
     methods |= {trial.name: synthesise(nets[trial], test, trial.size) for trial in main}
 
     scores: Scores = {}
+    nlda: dict[str, list[float]] = {}
     for name, got in methods.items():
-        scores[name] = score(config, truth, enlarge(got, truth), pretrained)
+        scores[name], nlda[name] = score(config, truth, enlarge(got, truth), pretrained)
     window = window_of(test.photos.shape[-2])
     probe = test.select(list(range(min(PROBED, len(test)))))
     memories = {
@@ -196,7 +202,7 @@ def evaluate(config: Config) -> Path:
     print(f"published: {load_published('most_net')['note']}")
     print_claims(claims)
     seconds = time.perf_counter() - start
-    extra = {"scores": scores, "memory": memories, "artists": artists}
+    extra = {"scores": scores, "NLDA by dimensions": nlda, "memory": memories, "artists": artists}
     write_results(folder, claims, metrics, environment(settings, seconds, config.device), extra)
     if config.write:
         for name, images in {"truth": truth, **methods}.items():

@@ -283,10 +283,22 @@ def _compare_with_standard(dataset: str, train: list[Pair], test: list[Pair]) ->
         return
     print(f"{dataset}: {_counts(train)} training pairs, {_counts(test)} test pairs")
     standard = {"cufs": (268, 338), "cufsf": STANDARD["cufsf"]}.get(dataset)
-    if standard and (len(train), len(test)) != standard:
+    if standard is None:
+        return
+    subsets = ("cuhk", "ar", "xm2vts") if dataset == "cufs" else ()
+    found = {
+        part: tuple(sum(_subset(pair.subset) == part for pair in half) for half in (train, test))
+        for part in subsets
+    }
+    # Folders of all subsets together do not say which pair is of which: then the sums alone count.
+    told = any(map(sum, found.values()))
+    differ = told and any(found[part] != STANDARD[part] for part in subsets)
+    if (len(train), len(test)) != standard or differ:
+        each = ", ".join(f"{part} {STANDARD[part][0]} and {STANDARD[part][1]}" for part in subsets)
         warnings.warn(
             f"{dataset}: {len(train)} training and {len(test)} test pairs; the standard split has "
-            f"{standard[0]} and {standard[1]}. Numbers are not comparable with the literature's.",
+            f"{standard[0]} and {standard[1]}{f' ({each})' if each else ''}. Numbers are not comparable with "
+            "the literature's.",
             stacklevel=3,
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import most_net.pairs
 from most_net import eyes
 from most_net.align import EYES, align_to_eyes, read_eyes
 from most_net.data import batches, crop_to, face_pairs, pad_to, signed, simple_pairs
@@ -130,6 +131,24 @@ def test_an_incomplete_standard_set_is_told_once(tmp_path, capsys, monkeypatch, 
     monkeypatch.setattr("most_net.pairs.rank", lambda: 1)
     load_dataset("cufs", tmp_path)
     assert not capsys.readouterr().out and not recwarn
+
+
+@pytest.mark.parametrize("moved, warned", [(0, False), (1, True)])
+def test_the_sums_of_the_standard_split_are_not_enough(recwarn, moved, warned):
+    """268 and 338 pairs in all, of which one that should be AR's is CUHK's."""
+    counts = {"CUHK": (88 + moved, 100), "AR": (80 - moved, 43), "XM2VTS": (100, 195)}
+    train, test = (
+        [Files(f"{i}", Path("p"), Path("s"), s) for s, n in counts.items() for i in range(n[half])]
+        for half in (0, 1)
+    )
+    most_net.pairs._compare_with_standard("cufs", train, test)
+    assert [str(w.message).count("(cuhk 88 and 100, ar 80 and 43, xm2vts 100 and 195)") for w in recwarn] == (
+        [1] if warned else []
+    )
+    together = [[Files(pair.name, pair.photo, pair.sketch) for pair in half] for half in (train, test)]
+    recwarn.clear()
+    most_net.pairs._compare_with_standard("cufs", *together)  # nothing tells the subsets apart
+    assert not recwarn
 
 
 def test_side_by_side(tmp_path):

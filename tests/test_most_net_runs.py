@@ -19,7 +19,7 @@ from most_net.learner import learning_rate, synthesise
 from most_net.model import TINY, MostNet
 from most_net.pairs import Alignment
 from most_net.train import PRESETS, Config, Weights, train, update
-from most_net.trials import begin, load_network, plan, split_data
+from most_net.trials import begin, build, load_network, plan, split_data
 from shared.io import write_image
 from shared.runtime import UserError, parse_presets, start
 
@@ -239,18 +239,19 @@ def enlarged(image: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_memory_claims_switches(tmp_path):
-    """none learns without a sketch encoder, static stops writing, mispaired writes something else."""
-    folder = train(
-        tiny(tmp_path / "run", variants=("none", "memory", "static", "mispaired"), steps=8, seeds=1)
-    )
-    state = {
-        v: load_file(folder / f"checkpoint/{v}-4-0.safetensors")
-        for v in ("none", "memory", "static", "mispaired")
-    }
+    """none learns without a sketch encoder, static stops writing, mispaired writes something else, and grad
+    writes nothing."""
+    variants = ("none", "memory", "static", "mispaired", "grad")
+    folder = train(tiny(tmp_path / "run", variants=variants, steps=8, seeds=1))
+    state = {v: load_file(folder / f"checkpoint/{v}-4-0.safetensors") for v in variants}
     assert not any(name.startswith(("sketch_encoder", "memories")) for name in state["none"])
     assert state["static"]["memories.0.usage"].sum() == 5 * 2 * 64
     assert state["memory"]["memories.0.usage"].sum() == 8 * 2 * 64
     assert not torch.equal(state["mispaired"]["memories.0.values"], state["memory"]["memories.0.values"])
+    assert state["grad"]["memories.0.usage"].sum() == 0
+    _, config, trial = load_network(folder, Config)
+    begun = build(config, trial).state_dict()
+    assert not torch.equal(state["grad"]["memories.0.values"], begun["memories.0.values"])  # but they move
 
 
 # --- mechanism ----------------------------------------------------------------------------------------

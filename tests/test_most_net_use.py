@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import cv2
+import helpers
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from test_most_net_runs import SMALL, enlarged, tiny
 
@@ -47,13 +50,41 @@ def test_the_comparison_shows_the_first_seed_whatever_it_is(run, monkeypatch):
     monkeypatch.setattr(shared.metrics, "perceptual_network", Network)
     monkeypatch.setattr(shared.metrics, "InceptionFeatures", Network)
     folder = train(tiny(run.parent / "seeds", variants=("none", "most"), seed=1, seeds=2))
-    evaluation.evaluate(evaluation.Config(folder, device="cpu", patches=False, lpips=True, fid=True))
+    config = evaluation.Config(folder, device="cpu", patches=False, lpips=True, fid=True, write=True)
+    evaluation.evaluate(config)
     assert len(loaded) == 2  # not for every method again
-    scores = json.loads((folder / "results.json").read_text())["scores"]
+    results = json.loads((folder / "results.json").read_text())
+    scores, curves = results["scores"], results["NLDA by dimensions"]
     assert all({"LPIPS", "FID", "KID"} <= row.keys() for row in scores.values())
+    assert scores.keys() == curves.keys()
+    assert all(len(curve) == 56 and max(curve) == scores[name]["NLDA"] for name, curve in curves.items())
+    # The files that --write leaves give the command the same numbers.
+    made = folder / "predictions/most-4-2"
+    _, truth, got = metrics.load_folders(folder / "truth", made)
+    fsim = float(metrics.quality(truth, got)["FSIM"].mean())
+    assert len(truth) == 128 and fsim == pytest.approx(scores["most-4-2"]["FSIM"], abs=1e-9)
+    assert helpers.is_marked(next(made.iterdir()))
     assert set(shown[0][3]) == {"grey photo", "dodge sketch", "none-4-1", "most-4-1"}
     with pytest.raises(UserError, match="--nlda-train 127: between 2 and 126 of 128 people"):
         evaluation.evaluate(evaluation.Config(folder, device="cpu", patches=False, nlda_train=127))
+
+
+@pytest.mark.parametrize("people, expected", [(338, (150, 20)), (944, (300, 20)), (20, (9, 20)), (3, None)])
+def test_recognition_trains_on_the_people_of_the_protocol(monkeypatch, people, expected):
+    asked = []
+
+    def recognise(drawn, made, train_people, partitions):
+        asked.append((train_people, partitions))
+        return metrics.Recognition(np.array([0.5, 0.75]), partitions)
+
+    monkeypatch.setattr(metrics, "recognition", recognise)
+    monkeypatch.setattr(evaluation, "quality", lambda *arguments: {})
+    images = torch.zeros(people, 1, 2, 2)
+    values, curve = evaluation.score(evaluation.Config(), images, images, lambda got: {})
+    assert asked == ([expected] if expected else [])
+    assert values == ({"L1": 0.0, "NLDA": 75.0} if expected else {"L1": 0.0})
+    assert curve == ([50.0, 75.0] if expected else [])
+    assert metrics.Config(Path(), Path()).partitions == 20  # of the command, too
 
 
 def draw_photo(path: Path, height: int, width: int) -> torch.Tensor:
@@ -78,6 +109,22 @@ def test_predict_draws_at_the_photos_own_size(run, tmp_path):
     records = json.loads((out / "sketches.json").read_text())
     assert records["network"] == "artists"
     assert records["sketches"]["landscape.png"]["size"] == [110, 60]
+
+
+def test_what_predict_is_asked_for_reaches_the_drawing(run, tmp_path):
+    draw_photo(tmp_path / "face.png", 64, 64)
+    config = predict.Config((tmp_path / "face.png",), tmp_path / "as-trained", run, device="cpu")
+    predict.predict(config)
+    file = tmp_path / "as-trained/face.png"
+    assert Image.open(file).mode == "L" and helpers.is_marked(file)
+    drawn = [read_image(file, "L")]
+    for changes in ({"strength": 0.0}, {"strength": 2.0}, {"style": 1}, {"trial": "none-4-0"}):
+        out = predict.predict(replace(config, out=tmp_path / "out", **changes))
+        drawn.append(read_image(out / "face.png", "L"))
+    assert len({tuple(sketch.flatten().tolist()) for sketch in drawn}) == 5
+    out = predict.predict(replace(config, out=tmp_path / "white", white_background=True))
+    white = read_image(out / "face.png", "L")
+    assert white[0, 0].min() == 1 and torch.equal(white[0, 24:40, 28:36], drawn[0][0, 24:40, 28:36])
 
 
 def test_tiles_leave_no_seams():
