@@ -85,6 +85,9 @@ def test_a_shared_scoring_network_starts_near_uniform_weights():
     for k in range(3):
         alone = model.affine2_shared(model.affine1_shared(r[:, k] / layers)).squeeze(-1)
         torch.testing.assert_close(model.scores("shared", r, range(3))[:, k], alone)
+    model.scoring_relu = True
+    alone = model.affine2_shared(model.affine1_shared(r[:, 1] / layers).relu()).squeeze(-1)
+    torch.testing.assert_close(model.scores("shared", r, range(3))[:, 1], alone)
 
 
 def test_smoothed_cross_entropy_against_its_definition():
