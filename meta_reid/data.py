@@ -66,7 +66,7 @@ def augmentation(size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
 
     torchvision's ImageNet AutoAugment stands in for the official policy of the same name.
     """
-    from torchvision.transforms import v2  # takes seconds, and only training needs it
+    from torchvision.transforms import v2  # takes seconds
 
     return v2.Compose(
         [
@@ -84,12 +84,13 @@ class Files(Dataset):
     """Images on disk -> ((3, H, W) uint8, index).
 
     An index alone gives the resized image; an (index, draw) pair the augmented one, whose randomness
-    depends on (seed, draw) alone. A missing or damaged image raises UserError that names its file.
+    depends on (seed, draw) alone. seed: None where nothing is augmented, as in an evaluation. A missing or
+    damaged image raises UserError that names its file.
     """
 
-    def __init__(self, items: Sequence[Item], size: tuple[int, int] = (256, 128), seed: int = 0):
+    def __init__(self, items: Sequence[Item], size: tuple[int, int] = (256, 128), seed: int | None = None):
         self.items, self.size, self.seed = items, size, seed
-        self.augment = augmentation(size)
+        self.augment = None if seed is None else augmentation(size)
 
     def __len__(self) -> int:
         return len(self.items)

@@ -20,7 +20,7 @@ from meta_reid.model import META, load_official
 from meta_reid.protocols import embed, prepare
 from meta_reid.rows import plan
 from meta_reid.train import Config, trained_on
-from shared.io import find_run, image_grid, images_of, load_config, load_weights, write_image
+from shared.io import find_run, image_grid, images_of, keep_inputs, load_config, load_weights, write_image
 from shared.ranges import Count, Natural, Positive
 from shared.records import write_json
 from shared.runtime import UserError, parse, pick_device, run_main
@@ -143,14 +143,23 @@ def joining(options: Network, model: META) -> str:
     return ", ".join(said)
 
 
-def make_places(options: Options) -> None:
-    """Folders of what will be written, before the network runs. Raises UserError or OSError where none can
-    be."""
-    if options.gallery is not None:
+def picture_of(out: Path, number: int, query: Path) -> Path:
+    """Where the ranked list of a query goes."""
+    return out / f"{number:04d}-{query.stem}.png"
+
+
+def make_places(options: Options, known: list[Path], queries: list[Path]) -> None:
+    """Folders of what will be written, before the network runs. known, queries: the gallery's images and
+    those to look for, none of which may be written over. Raises UserError or OSError where nothing can be
+    written."""
+    if known:
         if options.index.is_dir():
             raise UserError(f"--index {options.index}: a folder; give the name of a file")
+        keep_inputs([*known, *queries], [options.index], "--index")
         options.index.parent.mkdir(parents=True, exist_ok=True)
-    if options.query is not None:
+    if queries:
+        made = [picture_of(options.out, number, path) for number, path in enumerate(queries)]
+        keep_inputs([*known, *queries], made)
         options.out.mkdir(parents=True, exist_ok=True)
 
 
@@ -159,19 +168,20 @@ def main() -> None:
     options = parse(Options, __doc__)
     if options.gallery is None and options.query is None:
         raise UserError("nothing to do: give --gallery to build an index, --query to search one, or both")
-    make_places(options)
+    known = images_of(options.gallery) if options.gallery is not None else []
+    queries = images_of(options.query) if options.query is not None else []
+    make_places(options, known, queries)
     model, names, size, weights_from = load_model(options)
     prepare(model, pick_device(options.device))
     how = joining(options, model)
     maker = fingerprint(model, how)
-    if options.gallery is not None:
-        paths = images_of(options.gallery)
-        embeddings = describe_files(model, paths, size, options)[0]
-        Index.of(embeddings, [str(path) for path in paths], weights_from, maker).save(options.index)
-        print(f"{len(paths)} images indexed in {options.index}")
-    if options.query is None:
+    if known:
+        embeddings = describe_files(model, known, size, options)[0]
+        Index.of(embeddings, [str(path) for path in known], weights_from, maker).save(options.index)
+        print(f"{len(known)} images indexed in {options.index}")
+    if not queries:
         return
-    index, queries = Index.load(options.index), images_of(options.query)
+    index = Index.load(options.index)
     if index.maker != maker:
         raise UserError(
             f"{options.index}: built with other weights or another --aggregation, --temperature or "
@@ -204,7 +214,7 @@ def main() -> None:
     write_json(options.out / "results.json", {"weights": weights_from, "queries": answers})
     # Last, for they read the gallery's files again, and one may be gone.
     for number, (path, found, near) in enumerate(pictures):
-        write_image(options.out / f"{number:04d}-{path.stem}.png", ranked_list(path, found, near, size))
+        write_image(picture_of(options.out, number, path), ranked_list(path, found, near, size))
     print(options.out)
 
 

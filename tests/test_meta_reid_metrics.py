@@ -6,7 +6,7 @@ import torch
 
 from meta_reid import tables
 from meta_reid.data import Target, Tensors, file_target
-from meta_reid.figures import ranking_lists
+from meta_reid.figures import BLUE, GREEN, RED, ranking_lists
 from meta_reid.items import Item, Split
 from meta_reid.metrics import ordered_keys, rank
 from meta_reid.protocols import SETTINGS, average, evaluate
@@ -136,6 +136,9 @@ def test_ranking_lists_leave_out_the_querys_own_camera():
     features = torch.tensor([[1.0, 0], [1, 0], [1, 0.1], [0, 1]])
     sheet = ranking_lists(features, target, torch.tensor([0]), torch.tensor([1, 2, 3]))
     tiles = [sheet[:, 6, 70 * column + 30] for column in range(4)]  # a tile of 68 px and a gap of 2
+    frames = [sheet[:, 0, 70 * column + 30] for column in range(3)]
+    for frame, colour in zip(frames, (BLUE, GREEN, RED), strict=True):  # query, right match, wrong one
+        torch.testing.assert_close(frame, torch.tensor(colour))
     levels = [round(float(tile[0]) * 255) for tile in tiles]
     assert levels == [0, 120, 180, 255]  # the view of the same camera is a white place at the end
 

@@ -1,5 +1,7 @@
 """META against its description written out plainly: one pass after the other, tensors by official name."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from meta_reid.backbone import ARCHITECTURES, Architecture, GlobalTail, Trunk
 from meta_reid.model import META, official
 from meta_reid.pretrained import imagenet_name
+from meta_reid.rows import plan, start_from_pretrained
+from meta_reid.train import PRESETS
 
 SMALL = Architecture(True, (1, 2, 2, 2), planes=(2, 4, 8, 16))
 POSITIONS = [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1)]
@@ -133,6 +137,40 @@ def test_every_weight_of_torchvisions_resnet_finds_its_place(name):
     for backbone in (trunk, agg):
         for key, value in backbone.items():
             assert source[imagenet_name(key)].shape == value.shape, key
+
+
+@torch.no_grad()
+def test_layers_begin_as_in_the_release():
+    torch.manual_seed(0)
+    model = META((400, 400, 400), "mini", scoring="separate")
+    for k in "123":
+        first, last = getattr(model, f"affine1_Expert{k}"), getattr(model, f"affine2_Expert{k}")
+        assert float(first.weight.std()) == pytest.approx((2 / 512) ** 0.5, rel=0.1)
+        assert float(last.weight.std()) == pytest.approx(2**0.5, rel=0.1)
+        assert not first.bias.any() and not last.bias.any()
+        head = getattr(model, f"heads_Expert{k}")
+        assert float(head.classifier.weight.std()) == pytest.approx(0.001, rel=0.1)
+        neck = head.bottleneck[0]
+        assert (neck.weight == 1).all() and not neck.bias.any() and not neck.bias.requires_grad
+
+
+def test_the_first_weights_are_the_files(tmp_path):
+    source = torchvision.models.resnet18().state_dict()
+    for name in ("layer2.0.bn1.running_mean", "layer4.1.bn2.weight"):
+        source[name] = torch.rand_like(source[name])
+    torch.save(source, tmp_path / "resnet.pth")
+    config = replace(
+        PRESETS["paper"], architecture="r18", weights=tmp_path / "resnet.pth", variants=("meta", "baseline")
+    )
+    meta, plain = plan(config, {0: [3, 3, 3]})
+    for row in (meta, plain):
+        start_from_pretrained(row.model, row.config)
+    for k in "1234":
+        norm = getattr(meta.model.backbone.layer20, f"bn1{k}")
+        assert torch.equal(norm.running_mean, source["layer2.0.bn1.running_mean"])
+    last = meta.model.backbone_agg.layer41, plain.model.layer41
+    assert all(torch.equal(block.bn21.weight, source["layer4.1.bn2.weight"]) for block in last)
+    assert torch.equal(plain.model.conv1.weight, source["conv1.weight"])
 
 
 def test_a_new_neck_divides_by_no_more_than_epsilon():

@@ -40,9 +40,14 @@ def test_schedule():
 
 def test_presets_and_weight_decay():
     assert PRESETS["paper"].people * PRESETS["paper"].images == 64 and PRESETS["paper"].epochs == 120
-    assert PRESETS["protocol1"].protocol == "1"
+    assert PRESETS["protocol1"] == replace(PRESETS["paper"], protocol="1")
+    paper = PRESETS["paper"]
+    assert (paper.architecture, paper.height, paper.width, paper.pretrained) == ("r50", 256, 128, True)
+    assert (paper.lr, paper.final_lr, paper.warmup, paper.freeze) == (0.04, 4e-5, 500, 500)
+    assert (paper.consistency, paper.uniformity, paper.clip) == (1, 0, None)
     row = plan(replace(PRESETS["demo"], seeds=1, variants=("meta",)), {0: [3, 3, 3]})[0]
     groups = optimiser(row.model, row.config).param_groups
+    assert all(group["momentum"] == 0.9 and group["nesterov"] for group in groups)
     names = {id(p): name for name, p in row.model.named_parameters()}
     assert [group["weight_decay"] for group in groups] == [5e-4, 0]
     assert all("bias" in names[id(p)] for p in groups[1]["params"])
@@ -69,6 +74,34 @@ def test_inactive_experts_stay_still(tmp_path):
     assert "backbone.bn11.weight" in moved and "backbone.bn14.weight" in moved
     assert not any("bn12." in name or "bn13." in name for name in moved if name.startswith("backbone."))
     assert not any("Expert2.classifier" in name for name in moved)
+
+
+def test_the_trunk_thaws_and_the_rate_moves_while_it_trains(tmp_path):
+    config = replace(
+        PRESETS["demo"],
+        seeds=1,
+        variants=("meta",),
+        people=4,
+        warmup=2,
+        freeze=1,
+        device="cpu",
+        save_every=20,
+    )
+    frozen = plan(config, {0: [40, 40, 40]})[0].model.state_dict()
+    for steps, thawed in ((1, False), (2, True)):
+        changed = replace(config, steps=steps, out=tmp_path / str(steps))
+        checkpoint = train(changed) / "checkpoint"
+        after = load_file(checkpoint / "meta-0.safetensors")
+        for name in ("backbone.conv1.weight", "backbone.bn14.weight", "backbone.bn14.running_mean"):
+            assert torch.equal(after[name], frozen[name]) != thawed, name
+        assert not torch.equal(after["backbone.bn11.weight"], frozen["backbone.bn11.weight"])
+        groups = torch.load(checkpoint / "state.pt")["objects"]["optimiser"]["param_groups"]
+        assert groups[0]["lr"] == learning_rate(steps - 1, steps, 60, changed)
+    held = replace(config, steps=1, freeze=0, weight_decay=0.0, clip=1e-6, out=tmp_path / "clipped")
+    after = load_file(train(held) / "checkpoint" / "meta-0.safetensors")
+    torch.testing.assert_close(
+        after["backbone.conv1.weight"], frozen["backbone.conv1.weight"], rtol=0, atol=1e-7
+    )
 
 
 def small(**changes):
@@ -166,6 +199,13 @@ def test_train_evaluate_and_search_from_the_folder(tmp_path, monkeypatch):
     refused(UserError, "shared, temperature 2, normalized parts", *arguments[2:], "--temperature", "2",
             "--normalize-parts")  # fmt: skip
     refused(UserError, "a folder; give the name of a", *arguments[:2], "--index", str(tmp_path))
+    # No picture that was given is written over.
+    refused(UserError, "b.png would be overwritten.*another --index", *arguments[:2], "--index", arguments[3])
+    earlier = tmp_path / "gallery" / "0000-b.png"
+    shutil.copy(arguments[3], earlier)
+    refused(UserError, "0000-b.png would be overwritten.*another --out", *arguments[:4], *index, "--out",
+            str(earlier.parent))  # fmt: skip
+    earlier.unlink()
     refused(FileExistsError, "file", "--query", arguments[1], *index, "--out", str(tmp_path / "file"))
     # A gallery picture that is gone costs the pictures, not the answers.
     (tmp_path / "gallery" / "b.png").rename(tmp_path / "b.png")

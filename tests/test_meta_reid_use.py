@@ -26,6 +26,7 @@ from meta_reid.rows import VARIANTS, Row, plan
 from meta_reid.train import PRESETS
 from shared.bench import peak_memory
 from shared.io import images_of
+from shared.onnxfile import run_onnx
 from shared.runtime import UserError, parse
 
 
@@ -89,7 +90,11 @@ def test_export_reproduces_the_network(ending, tmp_path, monkeypatch):
     monkeypatch.setattr("meta_reid.norms.IMAGE", 0)  # as for large maps, which a graph leaves whole
     model = META((3, 3, 3), "mini", scoring="shared")
     model.aggregation, model.temperature, model.normalize_parts = "nearest", 0.5, True
-    assert export(model, (48, 24), tmp_path / f"meta.{ending}") < 1e-4
+    path = tmp_path / f"meta.{ending}"
+    assert export(model, (48, 24), path) < 1e-4
+    image = torch.rand(1, 3, 48, 24) * 255  # the file takes one image as well as a batch
+    found = torch.jit.load(str(path))(image) if ending == "pt" else run_onnx(path, images=image)[0]
+    torch.testing.assert_close(found, model.eval()(image), rtol=1e-3, atol=1e-4)
     with pytest.raises(UserError, match="ending"):
         export(model, (48, 24), tmp_path / "meta.zip")
 
@@ -187,6 +192,36 @@ def test_modes_that_a_run_has_no_scores_for(tmp_path):
     assert claim.id == "f" and claim.holds and list(claim.measured) == ["official, seed 0", "shared, seed 0"]
 
 
+def test_claims_ask_for_their_margins_with_every_seed():
+    at = {"meta full:shared": 60.0, "baseline": 55.0, "meta global": 61.0, "no-in global": 57.0}
+    at |= {"meta mixture:uniform": 50.0, "meta mixture:official": 45.0}
+    m_ap = {f"{name} {seed}": value for name, value in at.items() for seed in (0, 1)}
+    own = {"A": [0.5, 0.3, 0.2], "C": [0.2, 0.3, 0.5]}
+    sources = {
+        (site, 0): replace(
+            measured("official"), weights=torch.tensor([w] * 4), distance=1 - torch.tensor([w] * 4)
+        )
+        for site, w in own.items()
+    }
+
+    def fail(m_ap, sources):
+        claims = claims_from(m_ap, {}, sources, [0, 1])
+        assert [claim.id for claim in claims] == list("abcde")
+        return [claim.id for claim in claims if not claim.holds]
+
+    assert fail(m_ap, sources) == []
+    for name, value, claim in (
+        ("baseline 1", 55.1, "a"),
+        ("no-in global 1", 57.1, "b"),
+        ("meta global 1", 61.1, "c"),
+        ("meta mixture:official 0", 45.1, "e"),
+    ):
+        assert fail(m_ap | {name: value}, sources) == [claim]
+    right = sources["C", 0]
+    for wrong in ({"weights": torch.full((4, 3), 1 / 3)}, {"distance": right.distance.flip(1)}):
+        assert fail(m_ap, sources | {("C", 0): replace(right, **wrong)}) == ["d"]
+
+
 def test_embeddings_in_bf16_and_by_loading_processes():
     row = plan(small(variants=("meta",)), {0: [3, 3, 3]})[0]
     target = walker_target("T", 0)
@@ -198,6 +233,11 @@ def test_embeddings_in_bf16_and_by_loading_processes():
     options = Options(aggregation=("uniform",), bf16=True, workers=1, batch=4)
     rough = measure(row, few, options, cpu).full("uniform")
     assert torch.cosine_similarity(exact, rough).min() > 0.99 and not torch.equal(exact, rough)
+    # The other ways to join are the options', too.
+    flat = measure(row, few, Options(aggregation=("nearest",), temperature=1e6), cpu).full("nearest")
+    torch.testing.assert_close(flat, exact, rtol=1e-4, atol=1e-4)
+    halves = measure(row, few, Options(aggregation=("uniform",), normalize_parts=True), cpu).full("uniform")
+    torch.testing.assert_close(halves.norm(dim=1), torch.full((12,), 2**0.5))
 
 
 @pytest.mark.parametrize("options", [Options, predict.Options])
