@@ -1,16 +1,32 @@
 """Biphasic ageing: the full-size preset's numbers, and that training uses what its settings say."""
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import helpers
+import pytest
 import torch
 
 from biphasic_age import train as training
 from biphasic_age.losses import Weights
 from biphasic_age.model import SIZES, Generator
 from biphasic_age.objective import Guides, generator_backward
+from biphasic_age.stages import plan
 from biphasic_age.train import PRESETS, train
-from shared.runtime import parse_presets
+from shared.runtime import UserError, parse_presets
+
+
+def test_a_size_that_the_networks_cannot_halve_is_said():
+    for changes in ({"image_size": 36}, {"scene_size": 30, "data": ("scene",), "limits": (1, 2, 3)}):
+        with pytest.raises(UserError, match="a multiple of 8"):
+            plan(replace(PRESETS["demo"], **changes))
+
+
+def test_demo_draws_its_own_data_and_the_paper_preset_follows_the_protocol():
+    demo, paper = PRESETS["demo"], PRESETS["paper"]
+    assert demo.data == ("scene", "faces") and paper.data == ("cacd",)
+    assert paper.limits == (30.0, 40.0, 50.0) and paper.image_size == 256
+    learning = paper.recipe.steps, paper.batch_size, paper.recipe.lr, paper.betas
+    assert learning == (200_000, 16, 1e-4, (0.5, 0.99))
 
 
 def test_the_paper_preset_has_the_reconstructions_numbers():
