@@ -16,6 +16,9 @@ from biphasic_age.layouts import CLASSES
 L_EYE, R_EYE = CLASSES.index("l_eye"), CLASSES.index("r_eye")
 Point = tuple[float, float]
 Eyes = tuple[Point, Point]
+EYES: Eyes = ((0.405, 0.536), (0.594, 0.536))
+"""Where `parse.py --align` puts the eyes, as shares of the side: `frozen.ArcFace` cuts its own crop, in which
+eyes have fixed places, out of such pictures, and hair and chin stay in them."""
 
 
 class Similarity(NamedTuple):

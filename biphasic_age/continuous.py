@@ -64,7 +64,7 @@ def rising(seen: Tensor, ages: Tensor) -> dict[str, float]:
     per year asked."""
     from scipy.stats import spearmanr  # takes seconds
 
-    ranks = [spearmanr(row, ages).statistic if row.std() > 0 else 0.0 for row in seen]
+    ranks = [spearmanr(row, ages).statistic if row.min() < row.max() else 0.0 for row in seen]
     centred = ages - ages.mean()
     slope = ((seen - seen.mean(1, keepdim=True)) * centred).sum(1) / centred.square().sum()
     return {

@@ -164,7 +164,8 @@ def open_faces(config: "Config", data: DataName, part: datasets.Part, seed: int 
     """Training or test faces of a set. Raises UserError when a public set is not there."""
     if data == "scene":
         count = config.scene_images if part == "train" else config.test_images
-        return scene_faces(count, seed if part == "train" else TEST_SEED, config.scene_size)
+        seed = seed if part == "train" else TEST_SEED
+        return scene_faces(count, seed, config.scene_size, config.scene_heads)
     if data == "faces":
         if part == "test":
             return drawn_faces(config.test_images, TEST_SEED, config.image_size, limits=config.limits)

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from biphasic_age.layouts import CLASSES, from_celebamask, resize_labels
-from shared.io import find_images
+from shared.io import find_images, read_image
 from shared.runtime import UserError
 
 Part = Literal["train", "test"]
@@ -246,6 +246,28 @@ def read_layout(path: Path, size: int, order: LayoutOrder = "bisenet") -> Tensor
         )
     labels = resize_labels(read_labels(path)[None], (size, size))[0]
     return from_celebamask(labels) if order == "celebamask" else labels
+
+
+def read_parts(folder: Path, picture: Path) -> Tensor:
+    """The label map (H, W) uint8, in BiSeNet's order, of a picture of CelebAMask-HQ: its part files (those of
+    2,000 pictures in a folder: 1/02001_skin.png) on top of each other in that order.
+
+    UserError when the picture has no part files, or its name is no number.
+    """
+    number = int(picture.stem) if picture.stem.isdigit() else -1
+    place, labels = folder / str(max(number, 0) // 2000), None
+    for label, name in enumerate(CLASSES):
+        path = place / f"{number:05d}_{name}.png"
+        if path.is_file():
+            part = read_image(path, "L")[0] > 0  # 255, but another value where a tool has saved it anew
+            labels = torch.zeros(part.shape, dtype=torch.uint8) if labels is None else labels
+            labels[part] = label
+    if labels is None:
+        raise UserError(
+            f"{picture}: no part files of it, like {place / f'{max(number, 0):05d}_skin.png'}; --masks is "
+            "the folder CelebAMask-HQ-mask-anno, and pictures are named 0.jpg, 1.jpg ..."
+        )
+    return labels
 
 
 READERS: dict[str, Callable[[Path], list[Record]]] = {

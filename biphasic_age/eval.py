@@ -27,13 +27,23 @@ from biphasic_age.faces_eval import (
     open_test,
 )
 from biphasic_age.figures import distributions
-from biphasic_age.frozen import SmallParser, freeze, load_parser
+from biphasic_age.frozen import freeze, load_parser
 from biphasic_age.gallery import strip_sheet
 from biphasic_age.judges import OnnxJudge
 from biphasic_age.layouts import CLASSES
 from biphasic_age.scene import GROUPS
 from biphasic_age.scene_eval import SceneTest, judge_accuracy, measure_scene, open_scene_test
-from biphasic_age.stages import GUIDES, about_file, guide_file, learned_guides, load_about, load_variant, plan
+from biphasic_age.stages import (
+    GUIDES,
+    Stage,
+    about_file,
+    build_guides,
+    guide_file,
+    learned_guides,
+    load_about,
+    load_variant,
+    plan,
+)
 from biphasic_age.train import Config
 from shared import metrics as shared_metrics
 from shared.io import find_run, image_grid, load_config, load_safetensors, progress, write_image
@@ -50,6 +60,8 @@ from shared.published import (
 from shared.ranges import Count, Part
 from shared.runtime import UserError, parse, pick_device, run_main
 
+STRIPS = 6
+"""Faces in a picture of strips."""
 Table = dict[str, dict[int, dict[str, float]]]
 """method -> seed -> metric -> value."""
 
@@ -123,13 +135,16 @@ def evaluate_scene(
     """Table, claims and a picture of the two-head scene."""
     # First, so that a damaged file is known before the judge learns for half a minute.
     nets = trained_nets(config, folder, "scene", device)
-    test = open_scene_test(
-        min(config.test_images, 100), config.scene_size, settings.scene_judge_steps, device
-    )
-    table: Table = {"copy": {config.seed: measure_scene(copy, test, device)}}
-    for name, seeds in progress(nets.items(), "scene"):
-        table[name] = {seed: measure_scene(as_method(net), test, device) for seed, net in seeds.items()}
-    columns = ("true PSNR", "self PSNR", "change", "leak", "change/leak", "age accuracy")
+    seeds = range(config.seed, config.seed + config.seeds)
+    helpers = {seed: own_guide(config, folder, "scene", "age", seed, device) for seed in seeds}
+    count, steps = min(config.test_images, 100), settings.scene_judge_steps
+    test = open_scene_test(count, config.scene_size, config.scene_heads, steps, device)
+    table: Table = {"copy": {config.seed: measure_scene(copy, test, device, helpers[config.seed])}}
+    for name, of_seed in progress(nets.items(), "scene"):
+        table[name] = {
+            seed: measure_scene(as_method(net), test, device, helpers[seed]) for seed, net in of_seed.items()
+        }
+    columns = ("true PSNR", "self PSNR", "change", "leak", "change/leak", "age accuracy", "helper accuracy")
     signs = ("hair rising", "wrinkles rising")
     columns += tuple(f"{sign} {direction}" for direction in protocol.DIRECTIONS for sign in signs)
     print("\n=== two-head scene ===\n")
@@ -202,12 +217,13 @@ def evaluate_faces(
         print(f"attribute judge, {name}: {100 * accuracy:.1f} % right on real test faces")
 
     inception, perceptual = given.inception, given.perceptual
-    parser = given.parser or own_parser(config, data, folder, device)
+    parser = given.parser or own_guide(config, folder, data, "parser", config.seed, device)
     jobs = [(name, config.seed, method, None) for name, method in baselines(config, data, device).items()]
     jobs += [(name, seed, as_method(net), net) for name, seeds in nets.items() for seed, net in seeds.items()]
     table: Table = {}
     rows: dict[str, list[protocol.AgeRow]] = {}
-    shown: dict[str, Tensor] = {}
+    extremes = {g: (faces.group == g).nonzero().flatten()[:STRIPS] for g in (0, len(names) - 1)}
+    shown: dict[str, dict[int, Tensor]] = {}
     changes: dict[str, list[float]] = {}
     seen_ages: dict[str, Tensor] = {}
     for name, seed, method, net in progress(jobs, data):
@@ -221,10 +237,11 @@ def evaluate_faces(
         if name not in rows:
             rows[name], seen_ages[name] = of_ages, years.cpu()
             if name in ("full", "plain", "prototypes"):
-                shown[name] = made.cpu()
+                shown[name] = {group: made[rows].cpu() for group, rows in extremes.items()}
                 changes[name] = protocol.part_change(
                     made, faces.image, faces.layout, faces.group, len(CLASSES)
                 ).tolist()
+        del made  # before the next method's are there too
 
     print("\nages that the judge sees, mean ± deviation:")
     print(age_table(rows, names))
@@ -232,16 +249,23 @@ def evaluate_faces(
     identity = ("verification rate", "confidence", "confidence std", *between)
     kept = tuple(f"kept: {name}" for name in judges.attribute_accuracy)
     print("\n" + summary(table, ("age error older", "age error younger", *identity)))
-    print("\n" + summary(table, ("rising older", "rising younger", "true PSNR", "self PSNR", *kept)))
-    parts = ("change", "leak", "change/leak", "parsing mIoU", "cycle error", "noise diversity")
-    print("\n" + summary(table, parts))
-    print("\nmean |y - x| by part (of 2):")
+    print("\n" + summary(table, ("rising older", "rising younger", "true PSNR", *kept)))
+    quality = ("self PSNR", "self SSIM", "self LPIPS", "cycle error")
+    print("\n" + summary(table, (*quality, "change", "leak", "change/leak", "parsing mIoU")))
+    print("\nby part: mean |y - x|, and mean difference of two outputs by their noise alone (both of 2):")
     seen = [i for i, value in enumerate(next(iter(changes.values()))) if not math.isnan(value)]
-    lines = [[CLASSES[i], *(values[i] for values in changes.values())] for i in seen]
-    print(format_table(["part", *changes], lines))
+    average = means(table)
+    noisy = [name for name in changes if "noise diversity" in average[name]]
+    lines = [
+        [CLASSES[i], *(values[i] for values in changes.values())]
+        + [average[name][f"noise diversity: {CLASSES[i]}"] for name in noisy]
+        for i in seen
+    ]
+    lines.append(["all", *[None] * len(changes), *(average[name]["noise diversity"] for name in noisy)])
+    print(format_table(["part", *changes, *(f"{name}, by noise" for name in noisy)], lines))
     if inception is not None:
         print("\n" + summary(table, tuple(k for k in next(iter(table["copy"].values())) if "ID to" in k)))
-    write_strips(folder, data, faces, shown, names)
+    write_strips(folder, data, faces, shown, extremes, names)
     distributions(seen_ages, faces.group.cpu(), names, folder / "samples" / f"test-{data}-ages.png")
     claims = face_claims(faces.source.name, means(table), {"TAR": verifier.tar})
     extra = {"judges": {"mae": judges.mae, "attributes": judges.attribute_accuracy, "verifier": verifier}}
@@ -250,14 +274,15 @@ def evaluate_faces(
     return claims, table, extra
 
 
-def own_parser(config: Config, data: str, folder: Path, device: torch.device) -> nn.Module | None:
-    """The parser that a run trained, to parse the outputs: it was not in the losses."""
-    if "parser" not in learned_guides(config, data):
+def own_guide(
+    config: Config, folder: Path, data: str, name: str, seed: int, device: torch.device
+) -> nn.Module | None:
+    """A small network that a run trained, frozen; None when the run has none of that name."""
+    if name not in learned_guides(config, data):
         return None
-    stage = next(stage for stage in plan(config) if stage.data == data)
-    parser = SmallParser(len(CLASSES))
-    load_safetensors(guide_file(folder, stage, "parser"), parser)
-    return freeze(parser).to(device)
+    network = build_guides(config, data, people=1)[name]
+    load_safetensors(guide_file(folder, Stage(data, GUIDES, seed, 0), name), network)
+    return freeze(network).to(device)
 
 
 def age_table(rows: dict[str, list[protocol.AgeRow]], names: tuple[str, ...]) -> str:
@@ -282,20 +307,27 @@ def summary(table: Table, columns: tuple[str, ...]) -> str:
 
 
 def write_strips(
-    folder: Path, data: str, faces: TestFaces, made: dict[str, Tensor], names: tuple[str, ...], count: int = 6
+    folder: Path,
+    data: str,
+    faces: TestFaces,
+    made: dict[str, dict[int, Tensor]],
+    extremes: dict[int, Tensor],
+    names: tuple[str, ...],
 ) -> None:
-    """Strips young to old and old to young: of the method, of baselines, and the truth where it is known."""
-    image, groups = faces.image.cpu(), faces.group.cpu()
-    scale = max(1, 144 // image.shape[-1])
-    for title, group in (("young-to-old", 0), ("old-to-young", len(names) - 1)):
-        chosen = (groups == group).nonzero().flatten()[:count]
-        if not len(chosen):
+    """Strips young to old and old to young: of the method, of baselines, and the truth where it is known.
+    extremes: youngest and oldest group -> which test faces are shown; made: their translations."""
+    scale = max(1, 144 // faces.image.shape[-1])
+    for group, rows in extremes.items():
+        if not len(rows):
             continue
-        everything = made if faces.truth is None else {**made, "truth": faces.truth.cpu()}
+        title = "young-to-old" if group == 0 else "old-to-young"
+        everything = {name: strips[group] for name, strips in made.items()}
+        if faces.truth is not None:
+            everything["truth"] = faces.truth[rows].cpu()
         order = names if group == 0 else names[::-1]
         for name, strips in everything.items():
-            strip = strips[chosen] if group == 0 else strips[chosen].flip(1)
-            sheet = strip_sheet(image[chosen], strip, order, scale=scale)
+            strips = strips if group == 0 else strips.flip(1)
+            sheet = strip_sheet(faces.image[rows].cpu(), strips, order, scale=scale)
             made_by = None if name == "truth" else f"{name}, {title}"
             write_image(folder / "samples" / f"test-{data}-{title}-{name}.png", sheet, made_by)
 

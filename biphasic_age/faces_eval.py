@@ -281,14 +281,21 @@ def measure(
         result["parsing mIoU"] = protocol.mean_iou(found.flatten(0, 1), every.flatten(0, 1), len(CLASSES))
     if net is not None:
         chance, cycle, diversity = torch.Generator().manual_seed(0), [], []
+        of_class = 0
         for x, S, a in zip(image.split(16), layout.split(16), group.split(16), strict=True):
             target = (a + 1) % count
             back = net(net(x, S, target, 0.0), S, a, 0.0)
             cycle.append((back - x).abs().mean((1, 2, 3)))
             one, other = (net(x, S, target, None, chance) for _ in range(2))
-            diversity.append((one - other).abs().mean((1, 2, 3)))
+            difference = (one - other).abs().mean(1)
+            diversity.append(difference.mean((1, 2)))
+            everywhere = torch.ones_like(difference)
+            of_class = of_class + protocol.class_sums(difference, everywhere, S, len(CLASSES))
         result["cycle error"] = torch.cat(cycle).mean().item()
         result["noise diversity"] = torch.cat(diversity).mean().item()
+        for name, total, pixels in zip(CLASSES, *of_class.tolist(), strict=True):
+            if pixels:
+                result[f"noise diversity: {name}"] = total / pixels
     return Measured(result, rows, made, years)
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from biphasic_age.datasets import LayoutOrder
 from biphasic_age.layouts import paint_layout
 from biphasic_age.translate import Aged, Ager, load_ager, read_layout, translate
 from shared.io import image_grid, images_of, keep_inputs, progress, read_photo, write_image
@@ -38,6 +39,8 @@ class PredictConfig:
     """The pictures are already cropped and aligned like the training pictures."""
     layout: Path | None = None
     """Label map of an aligned picture, instead of the parser; for a folder, a folder of NAME.png."""
+    layout_order: LayoutOrder = "bisenet"
+    """Order of the labels in it."""
     strength: tuple[str, ...] = ()
     """How much of the change a part gets, PART=SHARE: skin, hair, brows, eyes, mouth or rest; 0 leaves it,
     1 is the default, 2 doubles it."""
@@ -135,7 +138,7 @@ def main(config: PredictConfig) -> Path:
             if layout is not None:
                 if not layout.is_file():
                     raise UserError(f"{layout}: no layout for {path}")
-                layout = read_layout(layout, tuple(photo.shape[-2:]))
+                layout = read_layout(layout, tuple(photo.shape[-2:]), config.layout_order)
             aged = translate(
                 ager, photo, ages, path.name, config.aligned, layout, strengths, config.noise_seed
             )

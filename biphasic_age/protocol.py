@@ -28,14 +28,14 @@ def translate_all(
     method: Method, image: Tensor, layout: Tensor, source: Tensor, groups: int, batch: int = 64
 ) -> Tensor:
     """Every face at every age group, (N, groups, 3, H, W). Faces of all targets are translated together."""
-    made = []
+    made = torch.empty(len(image), groups, *image.shape[1:], device=image.device)
     for at in range(0, len(image), max(1, batch // groups)):
         part = slice(at, at + max(1, batch // groups))
         n = len(image[part])
         every = [value[part].repeat_interleave(groups, 0) for value in (image, layout, source)]
         target = torch.arange(groups, device=image.device).repeat(n)
-        made.append(method(*every, target).float().unflatten(0, (n, groups)))
-    return torch.cat(made)
+        made[part] = method(*every, target).float().unflatten(0, (n, groups))
+    return made
 
 
 @torch.inference_mode()
@@ -180,27 +180,42 @@ def at_extremes(values: Tensor, source: Tensor) -> Tensor:
 # --- where the picture changes ----------------------------------------------------------------------------
 
 
+def class_sums(values: Tensor, weights: Tensor, layout: Tensor, classes: int) -> Tensor:
+    """(2, classes): sums of `values` and of `weights`, both (N, H, W), over each layout class's pixels. In
+    double precision: in single precision counting ends at 2^24."""
+    labels = layout.flatten().long()
+    sums = [torch.bincount(labels, v.flatten().double(), minlength=classes) for v in (values, weights)]
+    return torch.stack(sums)
+
+
+def changes(
+    made: Tensor, image: Tensor, layout: Tensor, source: Tensor, classes: int, batch: int = 16
+) -> Tensor:
+    """(2, classes): sum of |y - x| over all faces and other-age targets on each layout class, and how many
+    pixels these are. made (N, K, 3, H, W), image (N, 3, H, W), layout (N, H, W), source (N,)."""
+    other = (source[:, None] != torch.arange(made.shape[1], device=made.device))[..., None, None]
+    sums = torch.zeros(2, classes, dtype=torch.float64, device=made.device)
+    for at in range(0, len(image), batch):  # copies of all translations would not fit beside them
+        part = slice(at, at + batch)
+        change = ((made[part] - image[part, None]).abs().mean(2) * other[part]).sum(1)  # (B, H, W)
+        sums += class_sums(change, other[part].sum(1).expand_as(change), layout[part], classes)
+    return sums
+
+
 def part_change(made: Tensor, image: Tensor, layout: Tensor, source: Tensor, classes: int) -> Tensor:
     """mean |y - x| on each layout class over all faces and other-age targets, (classes,); nan where a class
-    does not occur. made (N, K, 3, H, W), image (N, 3, H, W), layout (N, H, W)."""
-    change = (made - image[:, None]).abs().mean(2)  # (N, K, H, W)
-    other = source[:, None] != torch.arange(made.shape[1], device=made.device)
-    total = (change * other[..., None, None]).sum(1)
-    labels = layout.flatten().long()
-    pixels = other.sum(1).to(total).repeat_interleave(layout[0].numel())
-    sums = [torch.bincount(labels, values, minlength=classes) for values in (total.flatten(), pixels)]
-    return sums[0] / sums[1]
+    does not occur. Arguments as for `changes`."""
+    total, pixels = changes(made, image, layout, source, classes)
+    return (total / pixels).float()
 
 
 def pooled_change(
     made: Tensor, image: Tensor, layout: Tensor, source: Tensor, classes: Iterable[int]
 ) -> float:
     """mean |y - x| over the pixels of some layout classes, in all other-age outputs; nan without pixels."""
-    change = (made - image[:, None]).abs().mean(2)
-    other = (source[:, None] != torch.arange(made.shape[1], device=made.device))[..., None, None]
-    wanted = torch.tensor(list(classes), device=layout.device, dtype=layout.dtype)
-    where = torch.isin(layout, wanted)[:, None] & other
-    return ((change * where).sum() / where.sum()).item()
+    wanted = list(classes)
+    sums = changes(made, image, layout, source, max(*wanted, int(layout.max())) + 1)[:, wanted].sum(1)
+    return (sums[0] / sums[1]).item()
 
 
 def mean_iou(found: Tensor, wanted: Tensor, classes: int) -> float:

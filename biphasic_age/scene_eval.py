@@ -7,6 +7,7 @@ from torch import nn
 
 from biphasic_age import protocol
 from biphasic_age.data import JUDGE_SEED, TEST_SEED, scene_faces
+from biphasic_age.frozen import AgeNet
 from biphasic_age.judges import AgeJudge, train_age_judge
 from biphasic_age.scene import AGEING_PARTS, GROUPS, PARTS, Scenes, ageing_signs, draw_scenes
 
@@ -14,11 +15,12 @@ KEPT_PARTS = tuple(k for k in range(len(PARTS)) if k not in AGEING_PARTS)
 """Everything else, and with the background the poster's head."""
 
 
-def scene_judge(size: int, steps: int, device: torch.device) -> AgeJudge:
-    """An age judge on scenes that no training used. It sees one picture with two heads, like everybody."""
+def scene_judge(size: int, heads: int, steps: int, device: torch.device) -> AgeJudge:
+    """An age judge on scenes that no training used. It sees all heads of a picture, like everybody."""
     torch.manual_seed(JUDGE_SEED)
     judge = AgeJudge(16, 3, 0).to(device)
-    train_age_judge(judge, scene_faces(2400, JUDGE_SEED, size), steps, 32, device, JUDGE_SEED, jitter=0.0)
+    scenes = scene_faces(2400, JUDGE_SEED, size, heads)
+    train_age_judge(judge, scenes, steps, 32, device, JUDGE_SEED, jitter=0.0)
     return judge
 
 
@@ -39,17 +41,23 @@ def judge_accuracy(test: SceneTest, device: torch.device) -> float:
     return right.float().mean().item()
 
 
-def open_scene_test(count: int, size: int, steps: int, device: torch.device) -> SceneTest:
-    limits = scene_faces(4, 0, size).limits
-    return SceneTest(draw_scenes(count, TEST_SEED, size), scene_judge(size, steps, device), limits)
+def open_scene_test(count: int, size: int, heads: int, steps: int, device: torch.device) -> SceneTest:
+    """`count` test scenes, and a judge that learns for `steps` steps."""
+    limits = scene_faces(4, 0, size, heads).limits
+    scenes = draw_scenes(count, TEST_SEED, size, heads)
+    return SceneTest(scenes, scene_judge(size, heads, steps, device), limits)
 
 
 @torch.inference_mode()
-def measure_scene(method: protocol.Method, test: SceneTest, device: torch.device) -> dict[str, float]:
-    """Mean numbers of a method over all scenes, source and target ages.
+def measure_scene(
+    method: protocol.Method, test: SceneTest, device: torch.device, helper: AgeNet | None = None
+) -> dict[str, float]:
+    """Mean numbers of a method over all scenes, source and target ages. helper: the age network of the
+    losses.
 
     `true PSNR`: outputs against the true scene at the target age; `self PSNR`: own age; `change`, `leak`:
-    mean |y - x| on the subject's hair and skin and elsewhere; `age accuracy`: judge's; `hair rising older`:
+    mean |y - x| on the subject's hair and skin and elsewhere; `age accuracy`: judge's, `helper accuracy`:
+    that of `helper`, which a generator can fool without ageing anything; `hair rising older`:
     share of inputs of the youngest group whose hair greys from target to target (`younger`: of the oldest
     group; `wrinkles`: whose wrinkles deepen); `hair older 2`: that sign's mean in the outputs of target 2.
     """
@@ -72,6 +80,10 @@ def measure_scene(method: protocol.Method, test: SceneTest, device: torch.device
             "leak": protocol.pooled_change(made, image, layout, source, KEPT_PARTS),
             "age accuracy": protocol.translated_only(right, source).float().mean().item(),
         }
+        if helper is not None:
+            told = protocol.in_batches(lambda x: helper(x).groups.argmax(1), made)
+            told = told == torch.arange(GROUPS, device=device)
+            entries["helper accuracy"] = protocol.translated_only(told, source).float().mean().item()
         for name, value in entries.items():
             sums.setdefault(name, []).append(value)
         if k in (0, GROUPS - 1):

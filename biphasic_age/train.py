@@ -95,6 +95,8 @@ class Config(LoaderConfig):
     """Scenes for training, each at one age."""
     scene_size: Count = 32
     """Side of a scene in pixels."""
+    scene_heads: Annotated[int, Within(1, 2)] = 2
+    """Heads in a scene; 1 is the easy case, in which the picture says where the parts are."""
 
     d_layout: bool = True
     """Show the discriminator the layout."""

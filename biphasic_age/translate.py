@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from biphasic_age.align import Similarity, find_eyes, paste, similarity, to_pixels, warp
-from biphasic_age.datasets import read_labels
+from biphasic_age.align import Eyes, Similarity, find_eyes, paste, similarity, to_pixels, warp
+from biphasic_age.datasets import LayoutOrder, read_labels
 from biphasic_age.frozen import BiSeNetParser, SmallParser, load_parser, require_face
-from biphasic_age.layouts import CLASSES, resize_labels
+from biphasic_age.layouts import CLASSES, from_celebamask, resize_labels
 from biphasic_age.stages import Trained, load_generator
 from shared.runtime import UserError
 
@@ -80,10 +80,12 @@ def load_ager(
     return Ager(trained, None if parser is None else parser.to(device).eval(), device)
 
 
-def read_layout(path: Path, size: tuple[int, int]) -> Tensor:
-    """A label map file for a picture of (height, width) = size -> (H, W) int64. UserError for another shape
-    or no label map."""
+def read_layout(path: Path, size: tuple[int, int], order: LayoutOrder = "bisenet") -> Tensor:
+    """A label map file for a picture of (height, width) = size -> (H, W) int64 in BiSeNet's order. order: of
+    the file. UserError for another shape or no label map."""
     labels = read_labels(path).long()
+    if order == "celebamask":
+        labels = from_celebamask(labels)
     height, width = labels.shape
     if abs(width / height * size[0] / size[1] - 1) > 0.02:
         raise UserError(f"{path}: the layout is {width}x{height} and the picture {size[1]}x{size[0]}")
@@ -123,19 +125,27 @@ def parse(ager: Ager, image: Tensor) -> Tensor:
     return ager.parser.labels((image * 2 - 1)[None].to(ager.device))[0].cpu()
 
 
+def by_eyes(photo: Tensor, labels: Tensor, eyes: Eyes, size: int) -> Similarity | None:
+    """The similarity photo -> crop (size, size) that puts the eyes of a photo at `eyes`, shares of the crop's
+    side. labels (S, S): of the photo's square. None when the eyes are not seen, or too near to each other."""
+    side, found = labels.shape[-1], find_eyes(labels)
+    if found is None or found[1][0] - found[0][0] < 0.04 * side:
+        return None
+    whole, aligned = shrinking(photo, side), similarity(found, to_pixels(eyes, size))
+    return Similarity(aligned.a * whole.a, aligned.a * whole.b + aligned.b)
+
+
 def locate(ager: Ager, photo: Tensor, name: str) -> tuple[Similarity, list[str]]:
     """Where the aligned crop lies in a photo: the similarity photo -> crop, and remarks. UserError when the
     parser finds no face."""
     side = ager.parser.size if isinstance(ager.parser, BiSeNetParser) else ager.size
     labels = parse(ager, resized(squared(photo), side))
     require_face(labels, name, share=0.02)
-    eyes = find_eyes(labels)
-    if ager.trained.eyes is None or eyes is None or eyes[1][0] - eyes[0][0] < 0.04 * side:
+    move = None if ager.trained.eyes is None else by_eyes(photo, labels, ager.trained.eyes, ager.size)
+    if move is None:
         note = f"{name}: the eyes were not found; the picture is taken as already aligned"
         return shrinking(photo, ager.size), [note]
-    whole = shrinking(photo, side)
-    aligned = similarity(eyes, to_pixels(ager.trained.eyes, ager.size))
-    return Similarity(aligned.a * whole.a, aligned.a * whole.b + aligned.b), []
+    return move, []
 
 
 @torch.no_grad()

@@ -23,8 +23,7 @@ from biphasic_age.data import (
 )
 from biphasic_age.layouts import CELEBAMASK_CLASSES, CLASSES, SIDES
 from biphasic_age.scene import AGEING_PARTS, PARTS, ageing_signs, draw_scenes
-from biphasic_age.stages import plan
-from biphasic_age.train import PRESETS, Config
+from biphasic_age.train import Config
 from biphasic_age.translate import read_layout
 from shared.runtime import UserError
 
@@ -392,17 +391,3 @@ def test_scene_as_training_faces():
     assert torch.bincount(source.groups).tolist() == [10, 10, 10, 10] and source.classes == 6
     k = int(source.groups[5])
     assert torch.equal(source.images[5], draw_scenes(40, 0).image[5, k])
-
-
-def test_a_size_that_the_networks_cannot_halve_is_said():
-    for changes in ({"image_size": 36}, {"scene_size": 30, "data": ("scene",), "limits": (1, 2, 3)}):
-        with pytest.raises(UserError, match="a multiple of 8"):
-            plan(replace(PRESETS["demo"], **changes))
-
-
-def test_demo_draws_its_own_data_and_the_paper_preset_follows_the_protocol():
-    demo, paper = PRESETS["demo"], PRESETS["paper"]
-    assert demo.data == ("scene", "faces") and paper.data == ("cacd",)
-    assert paper.limits == (30.0, 40.0, 50.0) and paper.image_size == 256
-    learning = paper.recipe.steps, paper.batch_size, paper.recipe.lr, paper.betas
-    assert learning == (200_000, 16, 1e-4, (0.5, 0.99))

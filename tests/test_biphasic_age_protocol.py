@@ -106,6 +106,16 @@ def test_change_by_part():
     assert protocol.pooled_change(made, image, layout, torch.tensor([0]), (0, 2)) == pytest.approx(0.05)
 
 
+def test_change_is_counted_beyond_what_single_precision_counts():
+    """As many pixels as two hundred faces have at 256x256."""
+    image = torch.zeros(1).expand(40, 3, 700, 700)
+    layout, source = torch.zeros(1, dtype=torch.uint8).expand(40, 700, 700), torch.zeros(40)
+    made = torch.full((1,), 0.1).expand(40, 2, 3, 700, 700)
+    total, pixels = protocol.changes(made, image, layout, source, 2)
+    assert pixels.tolist() == [40 * 700 * 700, 0] and 40 * 700 * 700 > 2**24
+    assert total[0].item() == pytest.approx(0.1 * 40 * 700 * 700, rel=1e-6)
+
+
 def test_mean_iou_and_psnr():
     found = torch.tensor([[[0, 1], [1, 1]]])
     wanted = torch.tensor([[[0, 0], [1, 1]]])

@@ -99,6 +99,7 @@ def test_evaluation_prints_claims_and_writes_results(run_folder, evaluated):
     assert "claims:" in evaluated and "no row here is a result of the paper" in evaluated
     assert "mean absolute error" in evaluated and "false accept rate" in evaluated
     assert "% of the true scenes" in evaluated
+    assert all(column in evaluated for column in ("helper accuracy", "full, by noise", "self SSIM"))
     results = json.loads((run_folder / "results.json").read_text())
     ids = [claim["id"] for claim in results["claims"]]
     assert ids == [f"C{i}" for i in range(1, len(ids) + 1)] and len(ids) >= 10

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from biphasic_age import augment, bench, parse, predict
+from biphasic_age.align import EYES, find_eyes, to_pixels
 from biphasic_age.data import drawn_faces
+from biphasic_age.frozen import ArcFace
+from biphasic_age.layouts import CLASSES
 from biphasic_age.train import PRESETS, train
 from shared.io import SYNTHETIC_SOURCE, read_image, write_image
 from shared.runtime import UserError, parse_presets
@@ -151,6 +155,85 @@ def test_parse_writes_a_layout_for_every_picture(runs, tmp_path, monkeypatch):
     write_image(tmp_path / "b" / "one.png", portrait(50))
     with pytest.raises(UserError, match="would share the layout one.png"):
         parse.main(config)
+
+
+class Painted(nn.Module):
+    """A parser of pictures in which the left eye is red, the right one green and skin blue."""
+
+    size = 96
+    names = ("l_eye", "r_eye", "skin")
+
+    def labels(self, image):
+        shares = image / 2 + 0.5
+        found = torch.tensor([CLASSES.index(name) for name in self.names])[shares.argmax(1)]
+        return torch.where(shares.amax(1) > 0.5, found, 0)
+
+
+def test_a_folder_is_cut_out_by_the_eyes_and_parsed(tmp_path, monkeypatch):
+    """Under the names of the pictures; what has no eyes is named, and nothing is written for it."""
+    places = tmp_path / "raw", tmp_path / "crops"
+    face = torch.zeros(3, 120, 160)
+    face[2, 20:110, 50:120] = 1.0
+    write_image(places[0] / "a" / "009055_2M57.png", face)
+    for channel, column in enumerate((70, 98)):
+        face[:, 50:56, column : column + 6] = torch.eye(3)[channel].view(3, 1, 1)
+    write_image(places[0] / "a" / "009055_1M54.png", face)
+    monkeypatch.setattr(parse, "load_parser", lambda path: Painted())
+    config = parse.ParseConfig(places[0], align=places[1], size=64, parser_weights=tmp_path, device="cpu")
+    with pytest.raises(UserError, match="1 of 2 pictures: .*009055_2M57.png: the eyes were not found"):
+        parse.main(config)
+    assert [path.name for path in places[1].glob("**/*.png")] == ["009055_1M54.png"] * 2
+    eyes = find_eyes(torch.from_numpy(np.array(Image.open(places[1] / "parsing" / "009055_1M54.png"))))
+    for (x, y), wanted in zip(eyes, to_pixels(EYES, 64), strict=True):
+        assert (x, y) == pytest.approx(wanted, abs=0.7)
+    assert read_image(places[1] / "009055_1M54.png").shape == (3, 64, 64)
+    for changes, message in (
+        ({"parser_weights": None}, "--align needs --parser-weights"),
+        ({"align": places[0]}, "give another folder"),
+        ({"masks": tmp_path}, "--masks are of aligned pictures"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse.main(replace(config, **changes))
+
+
+def test_aligned_eyes_are_where_arcface_looks_for_them():
+    left, top, right, bottom = ArcFace().crop
+    for (x, y), wanted in zip(EYES, ((38.29, 51.70), (73.53, 51.50)), strict=True):  # ArcFace's template
+        found = 112 * (x - left) / (right - left), 112 * (y - top) / (bottom - top)
+        assert found == pytest.approx(wanted, abs=0.5)
+
+
+def test_celebamask_hqs_part_files_become_layouts(tmp_path):
+    pictures, masks = tmp_path / "CelebA-HQ-img", tmp_path / "CelebAMask-HQ-mask-anno"
+    write_image(pictures / "2001.png", torch.rand(3, 16, 16))
+    (masks / "1").mkdir(parents=True)
+    for name, start, end, value in (("skin", 2, 8, 255), ("hair", 0, 4, 225), ("l_eye", 5, 6, 1)):
+        part = np.zeros((8, 8), np.uint8)
+        part[start:end] = value
+        Image.fromarray(part).save(masks / "1" / f"02001_{name}.png")
+    out = parse.main(parse.ParseConfig(pictures, masks=masks))
+    column = np.array(Image.open(out / "2001.png"))[:, 0].tolist()
+    names = ("hair", "hair", "hair", "hair", "skin", "l_eye", "skin", "skin")
+    assert [CLASSES[k] for k in column] == list(names)
+    write_image(pictures / "2002.png", torch.rand(3, 16, 16))
+    with pytest.raises(UserError, match=r"2002\.png: no part files of it, like .*1.02002_skin\.png"):
+        parse.main(parse.ParseConfig(pictures, masks=masks))
+
+
+def test_a_given_layout_is_read_in_its_order(runs, tmp_path, monkeypatch):
+    """13 is hair in CelebAMask-HQ's order, and the lower lip in BiSeNet's."""
+    monkeypatch.setenv("PAPERS_RUNS", str(runs))
+    write_image(tmp_path / "photo.png", portrait(48))
+    labels = np.ones((48, 48), np.uint8)
+    labels[:16] = 13
+    Image.fromarray(labels).save(tmp_path / "map.png")
+    config = predict.PredictConfig(
+        tmp_path / "photo.png", ages=("30",), layout=tmp_path / "map.png", out=tmp_path / "out", device="cpu"
+    )
+    for order, parts in (("bisenet", {"skin", "l_lip"}), ("celebamask", {"skin", "hair"})):
+        predict.main(replace(config, layout_order=order))
+        result = json.loads((tmp_path / "out" / "result.json").read_text())
+        assert set(result["ages"][0]["mean_change"]) == parts
 
 
 def test_augment_reports_before_and_after_and_writes_the_copies(runs, tmp_path, monkeypatch, capsys):

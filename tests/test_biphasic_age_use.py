@@ -270,6 +270,7 @@ def test_layout_files_are_checked(tmp_path):
     path = tmp_path / "layout.png"
     Image.fromarray(np.full((8, 8), 17, np.uint8)).save(path)
     assert (read_layout(path, (16, 16)) == 17).all()
+    assert (read_layout(path, (8, 8), "celebamask") == CLASSES.index("neck")).all()
     with pytest.raises(UserError, match="8x8 and the picture 20x16"):
         read_layout(path, (16, 20))
     Image.fromarray(np.full((8, 8), 40, np.uint8)).save(path)
