@@ -192,8 +192,22 @@ def test_presets_and_plans():
     ):
         with pytest.raises(UserError, match=words):
             plan(tiny(**changes))
-    paper = PRESETS["paper"]
-    assert (paper.batch_size, paper.coarse_steps, paper.refine_steps, paper.lr) == (8, 100_000, 400_000, 2e-4)
+
+
+def test_presets_keep_the_numbers_of_their_setups():
+    schedule = {"batch_size": 8, "coarse_steps": 100_000, "refine_steps": 400_000, "joint_from": 20_000}
+    schedule |= {"lr": 2e-4, "lr_last": 5e-5, "last_steps": 100_000, "lr_ratio": 0.1, "betas": (0.5, 0.999)}
+    weights = {"valid": 1, "hole": 6, "perceptual": 0.05, "style": 120, "tv": 0.1, "adversarial": 0.1}
+    weights |= {"inter": 0.1, "intra": 0.1, "inco_samples": 512, "features": "vgg"}
+    memory = {"tau": 0.1, "memory_decay": 0.98, "revive_after": 1000, "memory_warmup": 1000}
+    paper = schedule | weights | memory | {"image_size": 256, "size": "mdrnet_256", "parser_size": 512}
+    small = {"image_size": 32, "train_images": 2000, "test_images": 256, "mask_pool": 1000, "batch_size": 8}
+    small |= {"coarse_steps": 1200, "refine_steps": 800, "lr": 1e-3, "lr_last": 1e-3, "copy_steps": 400}
+    small |= {"valid": 1, "hole": 6, "parsing": 0.5, "inter": 0.1, "joint_from": None, "adversarial": 0}
+    for names, expected in (("paper table-a", paper), ("demo study", small)):
+        for name in names.split():
+            assert {key: getattr(PRESETS[name], key) for key in expected} == expected, name
+    assert PRESETS["study"].seeds == 2
 
 
 @pytest.mark.parametrize(
