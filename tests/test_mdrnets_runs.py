@@ -60,10 +60,9 @@ def test_evaluation_prints_claims_and_writes_results(run_folder):
     done = script("eval.py", "--run", str(run_folder), "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(run_folder)
-    assert "claims:" in done.stdout and "no row here is a ShowFace result" in done.stdout
-    assert all(
-        f"{name}, hole of" in done.stdout for name in ("PSNR [dB]", "PSNR hole [dB]", "SSIM", "L1 [%]")
-    )
+    said = ("claims:", "no row here is a ShowFace result", "test pictures in every bin; 8-bit RGB composite")
+    tables = (f"{name}, hole of" for name in ("PSNR [dB]", "PSNR hole [dB]", "SSIM", "L1 [%]"))
+    assert all(words in done.stdout for words in (*said, *tables))
     results = json.loads((run_folder / "results.json").read_text())
     ids = [claim["id"] for claim in results["claims"]]
     assert ids == [f"C{i}" for i in range(1, len(ids) + 1)]
@@ -86,6 +85,7 @@ def test_oracle_parsing_and_a_fid_of_too_few_are_reported(run_folder, capsys):
     assert "FID: not available, 10 test pictures of at least 2000" in capsys.readouterr().out
     results = json.loads((run_folder / "results.json").read_text())
     assert results["oracle_parsing"] is True
+    assert results["faces"]["not_available"].keys() == {"LPIPS", "FID"}
     assert all("TRUE PARSING GIVEN" in metric["setting"] for metric in results["metrics"])
 
 
