@@ -390,8 +390,8 @@ def test_an_exported_file_that_differs_is_not_kept(tmp_path, model, monkeypatch)
 def test_bench_compares_fast_and_plain_forms(tmp_path):
     arguments = ["--size", "unit", "--image-size", "32", "--seconds", "0.01", "--device", "cpu"]
     done = script("bench.py", *arguments, code=0, PAPERS_RUNS=str(tmp_path))
-    assert "MREM, forward and backward, fast:" in done.stdout and "x the memory of plain\n" in done.stdout
-    assert done.stdout.count("x the memory of plain fp32") == 2
+    assert all(f"{name}, forward and backward, fast:" in done.stdout for name in ("MREM", "DMM", "InCo2"))
+    assert [done.stdout.count(f"x the memory of plain{end}") for end in ("\n", " fp32\n")] == [3, 2]
     rows = json.loads((tmp_path / "mdrnets" / "bench.json").read_text())["rows"]
     steps = {row["form"]: row for row in rows if row["what"] == "training step"}
     assert list(steps) == ["plain fp32", "fast fp32", "fast bf16"]
