@@ -23,7 +23,7 @@ from mdrnets.parser import TinyParser
 from mdrnets.train import PRESETS, Config
 from shared.bench import count_macs, count_parameters, in_turn, peak_memory, report, throughput
 from shared.ranges import Count, Positive, Within
-from shared.runtime import parse, pick_device, run_main
+from shared.runtime import own_type, parse, pick_device, run_main
 
 PARTS = 8
 
@@ -186,6 +186,18 @@ def main(config: BenchConfig) -> None:
     ):
         forms = {"plain": partial(with_gradient, in_plain), "fast": partial(with_gradient, in_fast)}
         compared(f"{what}, forward and backward", forms)
+
+    # InCo2's sampling, on features of VGG's pool3: every cell against those that training compares.
+    psi = [torch.randn(batch_size, 256, side // 8, side // 8, device=device) for _ in range(2)]
+    psi[0].requires_grad_()
+
+    def coordination(samples: int | None) -> Tensor:
+        with own_type(mask):  # in fp32 under autocast too
+            return sum(losses.inco2(*psi, mask, samples))
+
+    forms = {"plain": None, "fast": fast.config.inco_samples}
+    forms = {form: partial(with_gradient, partial(coordination, n)) for form, n in forms.items()}
+    compared("InCo2, forward and backward", forms)
 
     forms = {"plain fp32": plain.plain, "fast fp32": fast.fast, "fast bf16": partial(half.fast, bf16)}
     compared("training step", forms, count_macs(fast.fast, training=True) / batch_size / 1e9)

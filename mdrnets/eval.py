@@ -104,17 +104,31 @@ def complete(net: nn.Module, name: str, batch: dict[str, Tensor], parts: int, or
     return net(x, m, parsing)["output"]
 
 
+def not_available(settings: EvalConfig, count: int) -> dict[str, str]:
+    """Metrics that `count` pictures are not measured by, and why: nothing replaces them."""
+    absent = {} if settings.lpips_weights else {"LPIPS": "no --lpips-weights"}
+    if not settings.fid_weights:
+        absent["FID"] = "no --fid-weights"
+    elif count < FEWEST_FOR_FID:
+        absent["FID"] = f"{count} test pictures of at least {FEWEST_FOR_FID}"
+    return absent
+
+
+def protocol_of(settings: EvalConfig) -> str:
+    """The protocol as every table and result names it."""
+    return PROTOCOL_NAMES[settings.protocol] + (", TRUE PARSING GIVEN" if settings.oracle_parsing else "")
+
+
 @torch.inference_mode()
 def evaluate(
     settings: EvalConfig, config: Config, pictures: Pictures, networks: dict[str, dict[int, nn.Module]]
 ) -> tuple[Results, dict[str, float], dict[str, list[tuple[str, str]]]]:
     """Scores of all networks and of the untrained baselines in every bin; the bins' measured mean ratios; and
     which mask every picture had in each."""
-    device = pick_device(settings.device)
-    fid_weights = settings.fid_weights
-    if fid_weights and len(pictures) < FEWEST_FOR_FID:
-        print(f"FID: not available, {len(pictures)} test pictures of at least {FEWEST_FOR_FID}")
-        fid_weights = None
+    device, absent = pick_device(settings.device), not_available(settings, len(pictures))
+    for name, why in absent.items():
+        print(f"{name}: not available, {why}")
+    fid_weights = None if "FID" in absent else settings.fid_weights
     lpips, inception = optional_networks(settings.lpips_weights, fid_weights, device)
     results: Results = {}
     ratios: dict[str, float] = {}
@@ -151,7 +165,6 @@ def evaluate(
 def to_metrics(results: Results, settings: EvalConfig, dataset: str, count: int) -> list[Metric]:
     """Means over seeds as rows, for every bin and their mean; the setting names bin, protocol and count."""
     metrics = []
-    about = PROTOCOL_NAMES[settings.protocol] + (", TRUE PARSING GIVEN" if settings.oracle_parsing else "")
     for method, seeds in results.items():
         names = list(first(first(seeds)))
         bins = {
@@ -159,7 +172,7 @@ def to_metrics(results: Results, settings: EvalConfig, dataset: str, count: int)
         }
         bins["10-60 %"] = {k: mean([row[k] for row in bins.values()]) for k in names}
         for name, row in bins.items():
-            setting = f"hole {name}; {count} pictures; {about}"
+            setting = f"hole {name}; {count} pictures; {protocol_of(settings)}"
             metrics += [
                 Metric("A", setting, k, UNITS.get(k, ""), v, dataset, False, method) for k, v in row.items()
             ]
@@ -195,7 +208,7 @@ def evaluate_data(
         psi = feature_network(config, nets["full"]).to(device)
         gaps = {name: similarity_gaps(net, psi, batch) for name, net in nets.items() if name in VARIANTS}
 
-    print(f"\n=== {pictures.name}: {len(pictures)} test pictures in every bin ===\n")
+    print(f"\n=== {pictures.name}: {len(pictures)} test pictures in every bin; {protocol_of(settings)} ===\n")
     print(summary(results))
     print("\n" + by_bin(results))
     slots = {}
@@ -223,6 +236,7 @@ def evaluate_data(
         claims = make_claims(pictures.name, mean_over(results, "PSNR hole"), tampering, repaired, gaps)
     metrics = to_metrics(results, settings, pictures.name, len(pictures))
     extra = {"hole_ratio": ratios, "by_seed": results, "gaps": gaps, "slots": slots}
+    extra["not_available"] = not_available(settings, len(pictures))
     return claims, metrics, extra | {"test_masks": f"test_masks-{data}.json"}
 
 

@@ -1,8 +1,8 @@
 """How results are measured: on the composited 8-bit picture, in RGB, averaged over pictures.
 
-Numbers of one protocol must not be set beside those of another. `ours`: PSNR and SSIM (11x11 Gaussian) in
-RGB, L1 in percent of the range. `edgeconnect`: that project's script, grey pictures, 51x51 uniform SSIM
-window, relative error.
+Numbers of one protocol must not be set beside those of another. `ours`: PSNR and SSIM (11x11 Gaussian at
+every pixel, pictures mirrored at their borders as torchmetrics does) in RGB, L1 in percent of the range.
+`edgeconnect`: that project's script, grey pictures, 51x51 uniform SSIM window, relative error.
 """
 
 import math

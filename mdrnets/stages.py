@@ -10,7 +10,7 @@ from torch import nn
 from mdrnets.baselines import UNet
 from mdrnets.data import TrainSet
 from mdrnets.model import SIZES, CoarseNet, MDRNet, RefineNet
-from mdrnets.parser import load_bisenet, make_parser
+from mdrnets.parser import GROUPS, load_bisenet, make_parser
 from shared.io import load_safetensors
 from shared.runtime import UserError
 
@@ -59,7 +59,12 @@ class Stage:
 
 
 def plan(config: "Config") -> list[Stage]:
-    """The stages of a run in their order. UserError for an unknown variant and settings that do not fit."""
+    """The stages of a run in their order. UserError for an unknown variant, settings that do not fit, and
+    other facial parts than this version's."""
+    if config.part_labels != tuple(GROUPS.values()):
+        raise UserError(
+            f"part_labels {config.part_labels}: trained with other facial parts than this version's {GROUPS}"
+        )
     unknown = [name for name in config.variants if name not in VARIANTS]
     if unknown or not config.variants:
         raise UserError(f"unknown variant {unknown[:1]}; there are {', '.join(VARIANTS)}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+import tyro
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -33,7 +34,7 @@ from mdrnets.objective import (
     refine_losses,
     unet_losses,
 )
-from mdrnets.parser import ParserKind, TinyParser
+from mdrnets.parser import GROUPS, ParserKind, TinyParser
 from mdrnets.stages import TABLE_A, VARIANTS, Stage, learn_faces, plan, prepare, stage_file
 from mdrnets.writing import ParsedParts, parsing_of, write_memory
 from shared.io import Run, load_weights, progress, runs_root, save_safetensors
@@ -96,6 +97,9 @@ class Config(LoaderConfig):
     """79999_iter.pth of the public face parser."""
     parser_size: Annotated[int, Within(32)] = 512
     """Side at which the public parser works."""
+    part_labels: tyro.conf.Suppress[tyro.conf.Fixed[tuple[tuple[int, ...], ...]]] = tuple(GROUPS.values())
+    """Labels of the public parser in each facial part; a run's memory belongs to the parts it was trained
+    with."""
     variants: tuple[str, ...] = ("full+inco2",)
     """Refinement networks to train on the same coarse network, by their names in VARIANTS."""
     seeds: Count = 1

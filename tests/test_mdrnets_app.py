@@ -1,28 +1,25 @@
 """MDRNets: the page with the brush, in headless Chromium (tests/browser.py says what that needs)."""
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from browser import keep_pictures, page_of, wait_for
 
-from mdrnets.stages import build, plan, stage_file
-from mdrnets.train import PRESETS
-from shared.io import Run, save_safetensors
+from mdrnets.train import PRESETS, train
 
 
 @pytest.fixture
 def run_folder(tmp_path) -> Path:
-    """A run with one untrained network, as train.py leaves it: the page is tested, not the training."""
-    config = replace(PRESETS["demo"], data=("simple",), variants=("full",), unet=False, out=tmp_path / "run")
-    Run("mdrnets", config).close()
-    torch.manual_seed(0)
-    for stage in plan(config):
-        save_safetensors(stage_file(config.out, stage), build(config, stage.name, 6))
-    return config.out
+    """The demo's run that MDRNETS_APP_RUN names; without one the demo's networks after their first steps."""
+    if "MDRNETS_APP_RUN" in os.environ:
+        return Path(os.environ["MDRNETS_APP_RUN"]).resolve()
+    first_steps = {"train_images": 32, "coarse_steps": 8, "refine_steps": 4, "copy_steps": 0, "unet": False}
+    demo = replace(PRESETS["demo"], data=("simple",), variants=("full",), device="cpu", **first_steps)
+    return train(replace(demo, out=tmp_path / "run"))
 
 
 @pytest.fixture

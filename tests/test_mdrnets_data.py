@@ -13,7 +13,7 @@ from mdrnets.baselines import CLASSICAL, UNet
 from mdrnets.blend import membrane, paste, shrink_known
 from mdrnets.data import DrawnFaces, TestSet, TrainSet, masks_by_bin, open_pictures, training_masks
 from mdrnets.datasets import celeba_hq, ffhq, picture_folder, picture_list, read_annotation
-from mdrnets.masks import BINS, BoxMasks, MaskFiles, StrokeMasks, measure_masks, ratio, read_mask
+from mdrnets.masks import BINS, BoxMasks, MaskFiles, StrokeMasks, measure_masks, mixed, ratio, read_mask
 from mdrnets.parser import GROUPS
 from mdrnets.simple import PARTS, draw_simple_faces
 from mdrnets.train import Config
@@ -139,6 +139,12 @@ def test_training_samples_are_a_function_of_the_draw():
     assert [(samples[2, d]["index"], samples[2, d]["mirrored"]) for d in range(20)] == [
         (2, m) for m in mirrored
     ]
+    turns = set()
+    for d in range(20):  # masks turn without it
+        drawn = samples.masks.mask(mixed(0, d))
+        every = [torch.rot90(m, k, (1, 2)) for m in (drawn, drawn.flip(-1)) for k in range(4)]
+        turns.add((mirrored[d], [torch.equal(samples[2, d]["mask"], m) for m in every].index(True)))
+    assert len({turn for _, turn in turns}) > 4 and len(turns) > 8
     for d in range(20):  # labels turn with the picture
         expected = pictures.load(2)[1].flip(-1) if mirrored[d] else pictures.load(2)[1]
         assert torch.equal(samples[2, d]["parts"], expected)

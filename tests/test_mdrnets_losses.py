@@ -247,24 +247,31 @@ def test_metrics_against_closed_forms():
     assert scores["L1"][0].item() == pytest.approx(2.5, abs=1e-4)
     assert scores["L1 hole"][0].item() == pytest.approx(10, abs=1e-4)
     assert measure(truth, truth, mask)["SSIM"].tolist() == pytest.approx([1, 1])
-    a, b = torch.rand(3, 3, 20, 20), torch.rand(3, 3, 20, 20)
-    each = [shared_metrics.ssim(p[None], q[None]) for p, q in zip(a, b, strict=True)]
-    assert measure(a, b, torch.ones(3, 1, 20, 20))["SSIM"].tolist() == pytest.approx(each, abs=1e-5)
 
 
-def test_uniform_ssim_equals_a_loop():
-    rng = np.random.default_rng(0)
-    a, b, w = rng.random((12, 14)), rng.random((12, 14)), 7
-    values = []
-    for y in range(12 - w + 1):
-        for x in range(14 - w + 1):
-            p, q = a[y : y + w, x : x + w].ravel(), b[y : y + w, x : x + w].ravel()
-            cov = np.cov(p, q)
-            top = (2 * p.mean() * q.mean() + 1e-4) * (2 * cov[0, 1] + 9e-4)
-            bottom = (p.mean() ** 2 + q.mean() ** 2 + 1e-4) * (cov[0, 0] + cov[1, 1] + 9e-4)
-            values.append(top / bottom)
-    got = uniform_ssim(torch.tensor(a)[None, None], torch.tensor(b)[None, None], w)
-    assert got.item() == pytest.approx(np.mean(values), abs=1e-5)
+def slow_ssim(a: np.ndarray, b: np.ndarray, weights: np.ndarray, unbiased: float = 1.0) -> float:
+    """Wang et al.'s definition at every window that lies inside the pictures."""
+    w, values = len(weights), []
+    for y in range(a.shape[0] - w + 1):
+        for x in range(a.shape[1] - w + 1):
+            p, q = a[y : y + w, x : x + w], b[y : y + w, x : x + w]
+            mp, mq = (weights * p).sum(), (weights * q).sum()
+            pairs = ((p - mp, p - mp), (q - mq, q - mq), (p - mp, q - mq))
+            vp, vq, cov = (unbiased * (weights * s * t).sum() for s, t in pairs)
+            values.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / (mp**2 + mq**2 + 1e-4) / (vp + vq + 9e-4))
+    return float(np.mean(values))
+
+
+def test_ssim_of_both_protocols_equals_a_loop():
+    a, b = torch.rand(2, 1, 3, 16, 14, generator=torch.Generator().manual_seed(0)).double()
+    got, uniform = uniform_ssim(a[:, :1], b[:, :1], 7).item(), np.full((7, 7), 1 / 49)
+    assert got == pytest.approx(slow_ssim(a[0, 0].numpy(), b[0, 0].numpy(), uniform, 49 / 48), abs=1e-5)
+    bell = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    bell = np.outer(bell, bell) / bell.sum() ** 2
+    wide = (np.pad(pair[0].numpy(), ((0, 0), (5, 5), (5, 5)), "reflect") for pair in (a, b))
+    channels = [slow_ssim(p, q, bell) for p, q in zip(*wide, strict=True)]
+    got = measure(a.float(), b.float(), torch.ones(1, 1, 16, 14))["SSIM"].item()
+    assert got == pytest.approx(np.mean(channels), abs=1e-5)
 
 
 def test_edgeconnect_protocol_is_grey_and_needs_large_pictures():

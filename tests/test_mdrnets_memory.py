@@ -234,11 +234,12 @@ def test_attention_weights_are_split_into_kept_and_corrupted():
         assert torch.allclose(intra[b].sum(-1), torch.ones(42), atol=1e-5)
 
 
-def test_half_precision_has_no_nan():
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_has_no_nan(half):
     torch.manual_seed(0)
-    mrem = MREM(12, 4).bfloat16()
+    mrem = MREM(12, 4).to(half)
     for kind in ("mixed", "full"):
-        features, h = torch.randn(3, 12, 6, 7).bfloat16(), holes_of(kind)
+        features, h = torch.randn(3, 12, 6, 7).to(half), holes_of(kind)
         assert mrem(features, h).isfinite().all()
         assert mrem.dense(features, h)[0].isfinite().all()
 

@@ -201,7 +201,10 @@ def test_every_label_has_one_group():
 
 def test_paper_scale_parameters():
     size = SIZES["mdrnet_256"]
-    assert count_parameters(CoarseNet(size)) == 10_774_595
+    coarse = CoarseNet(size)
+    assert count_parameters(coarse) == 10_774_595
+    spreads = [p.std().item() for p in coarse.parameters() if p.ndim == 4]
+    assert spreads == pytest.approx([0.02] * 22, rel=0.05)  # EdgeConnect's initialisation
     plain = RefineNet(size, 8, memory="none", mrem=False)
     full = RefineNet(size, 8)
     assert count_parameters(plain) == 10_774_595

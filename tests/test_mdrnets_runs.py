@@ -60,10 +60,9 @@ def test_evaluation_prints_claims_and_writes_results(run_folder):
     done = script("eval.py", "--run", str(run_folder), "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(run_folder)
-    assert "claims:" in done.stdout and "no row here is a ShowFace result" in done.stdout
-    assert all(
-        f"{name}, hole of" in done.stdout for name in ("PSNR [dB]", "PSNR hole [dB]", "SSIM", "L1 [%]")
-    )
+    said = ("claims:", "no row here is a ShowFace result", "test pictures in every bin; 8-bit RGB composite")
+    tables = (f"{name}, hole of" for name in ("PSNR [dB]", "PSNR hole [dB]", "SSIM", "L1 [%]"))
+    assert all(words in done.stdout for words in (*said, *tables))
     results = json.loads((run_folder / "results.json").read_text())
     ids = [claim["id"] for claim in results["claims"]]
     assert ids == [f"C{i}" for i in range(1, len(ids) + 1)]
@@ -86,6 +85,7 @@ def test_oracle_parsing_and_a_fid_of_too_few_are_reported(run_folder, capsys):
     assert "FID: not available, 10 test pictures of at least 2000" in capsys.readouterr().out
     results = json.loads((run_folder / "results.json").read_text())
     assert results["oracle_parsing"] is True
+    assert results["faces"]["not_available"].keys() == {"LPIPS", "FID"}
     assert all("TRUE PARSING GIVEN" in metric["setting"] for metric in results["metrics"])
 
 
@@ -390,8 +390,8 @@ def test_an_exported_file_that_differs_is_not_kept(tmp_path, model, monkeypatch)
 def test_bench_compares_fast_and_plain_forms(tmp_path):
     arguments = ["--size", "unit", "--image-size", "32", "--seconds", "0.01", "--device", "cpu"]
     done = script("bench.py", *arguments, code=0, PAPERS_RUNS=str(tmp_path))
-    assert "MREM, forward and backward, fast:" in done.stdout and "x the memory of plain\n" in done.stdout
-    assert done.stdout.count("x the memory of plain fp32") == 2
+    assert all(f"{name}, forward and backward, fast:" in done.stdout for name in ("MREM", "DMM", "InCo2"))
+    assert [done.stdout.count(f"x the memory of plain{end}") for end in ("\n", " fp32\n")] == [3, 2]
     rows = json.loads((tmp_path / "mdrnets" / "bench.json").read_text())["rows"]
     steps = {row["form"]: row for row in rows if row["what"] == "training step"}
     assert list(steps) == ["plain fp32", "fast fp32", "fast bf16"]

@@ -14,7 +14,8 @@ from mdrnets import app, bench, memory_view, predict
 from mdrnets import eval as evaluation
 from mdrnets import train as training
 from mdrnets.claims import copy_claim, make_claims
-from mdrnets.stages import TABLE_A, VARIANTS, plan
+from mdrnets.objective import coarse_losses
+from mdrnets.stages import TABLE_A, VARIANTS, build, plan
 from mdrnets.train import PRESETS, train
 from shared.io import write_image
 from shared.runtime import UserError, parse, parse_presets
@@ -70,7 +71,9 @@ def test_adversarial_training_with_all_terms_and_an_average(tmp_path, capsys):
         adversarial=0.1, joint_from=2, average=0.9, last_steps=2, lr_last=1e-4, variants=("full+inco2",),
     )  # fmt: skip
     folder = train(config)
-    assert "simple/full+inco2/0: features of the losses: a fixed random network" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "simple/full+inco2/0: features of the losses: a fixed random network" in said
+    assert said.count("% of the first batch") == 1
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     last = {name.rsplit("/", 1)[1] for name in log[-1] if name != "step"}
     terms = {
@@ -119,6 +122,58 @@ def test_rates_and_rest_follow_the_schedule(tmp_path, monkeypatch):
     assert moved == [False, False, True, True]
 
 
+def test_written_memory_is_first_written_alone_and_then_every_so_often(tmp_path, monkeypatch):
+    reads, writes = [], []
+
+    def watched(net, batch, config, phi, critic, inco, read, generator):
+        reads.append(read)
+        return refine_losses(net, batch, config, phi, critic, inco, read, generator)
+
+    refine_losses, write_memory = training.refine_losses, training.write_memory
+    monkeypatch.setattr(training, "refine_losses", watched)
+    monkeypatch.setattr(
+        training, "write_memory", lambda *a: writes.append(len(reads) - 1) or write_memory(*a)
+    )
+    schedule = {"memory_warmup": 3, "write_every": 2, "refine_steps": 5}
+    train(tiny(out=tmp_path / "a", variants=("full-ema",), **schedule))
+    assert reads == [False, False, False, True, True] and writes == [0, 2, 4]
+    reads.clear()
+    train(tiny(out=tmp_path / "b", **schedule))  # `grad` has nothing to write: it reads from the first step
+    assert reads == [True] * 5 and writes == [0, 2, 4]
+
+
+def test_the_average_is_what_is_kept(tmp_path):
+    kept = {}
+    for decay in (0.0, 0.75):
+        folder = train(tiny(out=tmp_path / f"{decay}", average=decay, refine_steps=1))
+        kept[decay] = load_file(folder / "trained" / "simple-full-0.safetensors")
+    coarse = load_file(tmp_path / "0.0" / "trained" / "simple-coarse-0.safetensors")
+    slower = load_file(tmp_path / "0.75" / "trained" / "simple-coarse-0.safetensors")
+    assert not torch.equal(coarse["coarse.decoder.last.weight"], slower["coarse.decoder.last.weight"])
+    torch.manual_seed(0)
+    start = build(tiny(), "full", 6).state_dict()
+    for key in ("refine.decoder.last.weight", "refine.dmm.memory"):  # one step: a quarter of the way
+        whole, part = (kept[decay][key] - start[key] for decay in (0.0, 0.75))
+        assert whole.abs().max() > 1e-4 and part.norm() < 0.5 * whole.norm(), key
+
+
+def test_the_tiny_parser_learns_from_labels_and_leaves_the_coarse_network_alone():
+    torch.manual_seed(0)
+    net = build(tiny(), "coarse", 6)
+    x, mask = torch.rand(2, 3, 16, 16) * 2 - 1, torch.zeros(2, 1, 16, 16)
+    mask[..., 4:9, 3:12] = 1
+    parts = torch.arange(4).repeat_interleave(4).expand(2, 16, 16)  # every cell holds one part alone
+    terms = coarse_losses(net, {"image": x, "mask": mask, "parts": parts}, tiny(parsing=0.5))
+    assert terms.keys() == {"valid", "hole", "parsing"}
+    with torch.no_grad():
+        shown = torch.where(mask > 0.5, net.coarse(x * (1 - mask), mask), x)
+        chance = net.parser.logits(shown).log_softmax(1).gather(1, parts[:, None, ::2, ::2])
+    assert terms["parsing"].item() == pytest.approx(-0.5 * chance.mean().item(), rel=1e-4)
+    terms["parsing"].backward()
+    assert all(p.grad.abs().sum() > 0 for p in net.parser.body.parameters())
+    assert all(p.grad is None for p in net.coarse.parameters())
+
+
 def test_presets_and_plans():
     assert PRESETS["table-a"].variants == TABLE_A
     assert set(PRESETS["study"].variants) == set(VARIANTS)
@@ -132,12 +187,27 @@ def test_presets_and_plans():
         ({"adversarial": 0.1}, "--image-size 16: the discriminator needs at least 24"),
         ({"mask_ratio": (0.6, 0.1)}, "--mask-ratio 0.6 0.1: give the smaller share first"),
         ({"mask_ratio": (0.0, 0.0)}, "--mask-ratio 0 0"),
+        ({"part_labels": ((0, 1), (2,))}, "part_labels .* trained with other facial parts"),
         ({"lr_last": 1e-4, "last_steps": 4}, "--last-steps 4: all --refine-steps 4 would learn at --lr-last"),
     ):
         with pytest.raises(UserError, match=words):
             plan(tiny(**changes))
-    paper = PRESETS["paper"]
-    assert (paper.batch_size, paper.coarse_steps, paper.refine_steps, paper.lr) == (8, 100_000, 400_000, 2e-4)
+
+
+def test_presets_keep_the_numbers_of_their_setups():
+    schedule = {"batch_size": 8, "coarse_steps": 100_000, "refine_steps": 400_000, "joint_from": 20_000}
+    schedule |= {"lr": 2e-4, "lr_last": 5e-5, "last_steps": 100_000, "lr_ratio": 0.1, "betas": (0.5, 0.999)}
+    weights = {"valid": 1, "hole": 6, "perceptual": 0.05, "style": 120, "tv": 0.1, "adversarial": 0.1}
+    weights |= {"inter": 0.1, "intra": 0.1, "inco_samples": 512, "features": "vgg"}
+    memory = {"tau": 0.1, "memory_decay": 0.98, "revive_after": 1000, "memory_warmup": 1000}
+    paper = schedule | weights | memory | {"image_size": 256, "size": "mdrnet_256", "parser_size": 512}
+    small = {"image_size": 32, "train_images": 2000, "test_images": 256, "mask_pool": 1000, "batch_size": 8}
+    small |= {"coarse_steps": 1200, "refine_steps": 800, "lr": 1e-3, "lr_last": 1e-3, "copy_steps": 400}
+    small |= {"valid": 1, "hole": 6, "parsing": 0.5, "inter": 0.1, "joint_from": None, "adversarial": 0}
+    for names, expected in (("paper table-a", paper), ("demo study", small)):
+        for name in names.split():
+            assert {key: getattr(PRESETS[name], key) for key in expected} == expected, name
+    assert PRESETS["study"].seeds == 2
 
 
 @pytest.mark.parametrize(
