@@ -18,7 +18,7 @@ from anyface import bench
 from anyface import eval as evaluation
 from anyface import train as training
 from anyface.bundle import load_model
-from anyface.clip import build_clip
+from anyface.clip import build_clip, image_features
 from anyface.data import Cache, build_cache, draw_pairs, open_faces
 from anyface.judges import Judge
 from anyface.losses import BEHAVIOUR, Behaviour
@@ -136,6 +136,33 @@ def test_weights_scale_their_terms_alone(constants, cache):
 
 def test_the_layers_of_noise_are_those_asked_for(constants, cache):
     clip = [terms_and_gradients(constants, cache, noise_layers=m)[0]["clip"].item() for m in (0, 4, 8)]
+def test_the_image_stream_reads_the_picture_of_a_caption_again(constants, cache):
+    terms, reached = terms_and_gradients(constants, cache, lambda_cycle=0.5)
+    assert reached["cycle"] == TEXT | IMAGE
+    text, image = make_streams(tiny(), constants, 0)
+    batch = draw_pairs(cache, [(i, i) for i in range(8)], 0, 0, "sample")
+    w_t = text(batch["f_t"][:2])[0]
+    again = image(image_features(constants.clip, constants.generator.synthesis(w_t)))[0]
+    assert torch.allclose(terms["cycle"], 0.5 * (w_t - again).abs().mean(), rtol=1e-4)
+    alone, _ = terms_and_gradients(constants, cache, lambda_cycle=0.5, one_stream=True)
+    assert "cycle" not in alone
+
+
+def test_the_identity_of_the_captions_picture_is_that_of_the_face(constants, cache):
+    class Embedder(torch.nn.Module):
+        def embed(self, pictures):
+            return pictures.flatten(1)
+
+    known = replace(constants, identity=Embedder())
+    terms, reached = terms_and_gradients(known, cache, lambda_id=0.5, noise_layers=0)
+    assert reached["id"] == TEXT
+    text, _ = make_streams(tiny(), constants, 0)
+    batch = draw_pairs(cache, [(i, i) for i in range(8)], 0, 0, "sample")
+    codes = (text(batch["f_t"][:2])[0], batch["w"][:2])
+    cosine = torch.cosine_similarity(*(constants.generator.synthesis(w).flatten(1) for w in codes))
+    assert torch.allclose(terms["id"], 0.5 * (1 - cosine.mean()), rtol=1e-4)
+
+
     assert len(set(clip)) == 3
     with pytest.raises(UserError, match="--noise-layers 9: the generator has 8 layers"):
         stream_learner(Stage("full", 0, 2), tiny(noise_layers=9), Accelerator(cpu=True), cache, constants, 0)
