@@ -267,6 +267,8 @@ def test_latent_optimisation_comes_nearer_to_the_caption(constants):
     start = image_features(constants.clip, constants.generator.synthesis(cache.mean)).expand(4, -1)
     end = image_features(constants.clip, constants.generator.synthesis(codes))
     assert clip_score(end, texts) > clip_score(start, texts)
+    near = optimise_codes(texts, constants.generator, constants.clip, cache.mean, steps=8, lambda_l2=10.0)
+    assert (near - cache.mean).norm() < 0.5 * (codes - cache.mean).norm()
     together = optimise_codes(texts, constants.generator, constants.clip, cache.mean, steps=3, batch=4)
     apart = optimise_codes(texts, constants.generator, constants.clip, cache.mean, steps=3, batch=1)
     assert torch.allclose(together, apart, atol=1e-4)  # every caption is optimised as if alone
