@@ -1,6 +1,8 @@
 """AnyFace: training, its switches, resume, several processes and evaluation in miniature."""
 
+import csv
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -134,8 +136,6 @@ def test_weights_scale_their_terms_alone(constants, cache):
     assert torch.allclose(terms["norm"], plain["norm"] * 5, rtol=1e-4)
 
 
-def test_the_layers_of_noise_are_those_asked_for(constants, cache):
-    clip = [terms_and_gradients(constants, cache, noise_layers=m)[0]["clip"].item() for m in (0, 4, 8)]
 def test_the_image_stream_reads_the_picture_of_a_caption_again(constants, cache):
     terms, reached = terms_and_gradients(constants, cache, lambda_cycle=0.5)
     assert reached["cycle"] == TEXT | IMAGE
@@ -163,6 +163,8 @@ def test_the_identity_of_the_captions_picture_is_that_of_the_face(constants, cac
     assert torch.allclose(terms["id"], 0.5 * (1 - cosine.mean()), rtol=1e-4)
 
 
+def test_the_layers_of_noise_are_those_asked_for(constants, cache):
+    clip = [terms_and_gradients(constants, cache, noise_layers=m)[0]["clip"].item() for m in (0, 4, 8)]
     assert len(set(clip)) == 3
     with pytest.raises(UserError, match="--noise-layers 9: the generator has 8 layers"):
         stream_learner(Stage("full", 0, 2), tiny(noise_layers=9), Accelerator(cpu=True), cache, constants, 0)
@@ -339,6 +341,7 @@ def test_evaluation_prints_claims_and_writes_results(run_folder):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "50.5   a table I hold" in done.stdout
+    assert re.search("TediGAN .* FID +106.4 +TediGAN paper's protocol, 256 px", done.stdout)
     assert done.stdout.strip().splitlines()[-1] == str(run_folder)
     assert "claims:" in done.stdout and "no row here is a result of AnyFace" in done.stdout
     results = json.loads((run_folder / "results.json").read_text())
@@ -359,7 +362,9 @@ def test_evaluation_prints_claims_and_writes_results(run_folder):
     assert "frechet_judge" in names and not names & {"FID", "LPIPS"}
     for name in ("captions", "captions-64", "editing", "unseen", "build-up"):
         assert (run_folder / "samples" / f"test-{name}.png").is_file()
-    assert (run_folder / "study" / "key.csv").is_file()
+    key = (run_folder / "study" / "key.csv").read_text().splitlines()[1:]
+    ranked = {"full", "full, noise", "no-dt", "no-cmd", "words", "latent optimisation"}
+    assert {row["method"] for row in csv.DictReader(["question,position,method", *key])} == ranked
 
 
 def run_here(*arguments: str) -> Path:
