@@ -18,6 +18,7 @@ from anyface import use
 from anyface.bundle import Model, load_model
 from anyface.gallery import labelled_row, scale_for
 from shared.io import image_grid, write_image
+from shared.ranges import Count
 from shared.runtime import REPOSITORY, UserError, parse, pick_device, run_main
 
 MOST = 16
@@ -34,7 +35,7 @@ class AppConfig:
     """Address to serve at; 0.0.0.0 lets other machines in."""
     port: int = 7860
     """Port to serve at."""
-    steps: int = 200
+    steps: Count = 200
     """Steps of the inversion of an uploaded picture."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: CUDA when there is one."""
@@ -93,12 +94,12 @@ def build_page(model: Model, folder: Path, steps: int):
         except UserError as error:
             raise gr.Error(str(error)) from None
 
-    def generate(text: str, together: bool, count: float, seed: float, m: float, psi: float) -> tuple:
+    def generate(text: str, together: bool, count: float, seed: float | None, m: float, psi: float) -> tuple:
         captions = captions_of(text)
 
         def work():
             codes = use.combined_code(model, captions) if together else use.caption_codes(model, captions)
-            return use.draw(model, codes, int(count), int(seed), int(m), psi)
+            return use.draw(model, codes, int(count), int(seed or 0), int(m), psi)  # an emptied field: None
 
         pictures, codes = told(work)
         titles = [" + ".join(captions)] if together else captions
@@ -153,7 +154,7 @@ def build_page(model: Model, folder: Path, steps: int):
             together = gr.Checkbox(False, label="all lines describe one face", elem_id="together")
             with gr.Row():
                 count = gr.Slider(1, MOST, 4, step=1, label="faces", elem_id="count")
-                seed = gr.Number(0, label="seed", precision=0, elem_id="seed")
+                seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
                 m = gr.Slider(0, layers, model.m, step=1, label="layers from noise (M)")
                 psi = gr.Slider(0, 1, model.psi, step=0.05, label="truncation of the noise (psi)")
             go = gr.Button("Make faces", variant="primary", elem_id="make")

@@ -18,6 +18,7 @@ from anyface.model import Stream
 from anyface.use import EXPLAINED, invert
 from anyface.weights import load_clip, load_e4e, load_generator
 from shared.io import progress, read_image, read_utf8
+from shared.ranges import Natural
 from shared.runtime import UserError, parse, pick_device, run_main
 from shared.weights import load_torch
 
@@ -40,7 +41,7 @@ class CodesOptions:
     """CLIP of the optimisation's second term: ViT-B-32.pt."""
     e4e_weights: Path | None = None
     """e4e_ffhq_encode.pt: start from the encoder's code."""
-    steps: int = 300
+    steps: Natural = 300
     """Steps of the optimisation for each face; 0: the encoder alone."""
     out: Path = Path("codes.safetensors")
     """File to write."""

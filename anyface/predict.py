@@ -88,16 +88,20 @@ class PredictConfig:
 
 
 EDITING = ("degree", "alpha", "landmarks", "steps", "e4e", "row")
+INVERTING = ("landmarks", "steps", "e4e")
+DRAWING = ("count", "m", "psi", "cutoff", "seed")
 PLUS_PLUS = ("memory", "clip", "bf16")
 
 
 def require_used(config: PredictConfig) -> None:
     """UserError when an option is given that would change nothing."""
-    idle = [] if config.editing else [(name, "--edit or --code") for name in EDITING]
-    idle += [] if config.checkpoint is not None else [(name, "--checkpoint") for name in PLUS_PLUS]
-    for name, without in idle:
-        if getattr(config, name) != getattr(PredictConfig, name):
-            raise UserError(f"--{name} means nothing without {without}")
+    idle = [(DRAWING, "with --edit or --code")] if config.editing else [(EDITING, "without --edit or --code")]
+    idle += [(INVERTING, "without --edit")] if config.edit is None else [(("row",), "without --code")]
+    idle += [(PLUS_PLUS, "without --checkpoint")] if config.checkpoint is None else []
+    for names, why in idle:
+        for name in names:
+            if getattr(config, name) != getattr(PredictConfig, name):
+                raise UserError(f"--{name} means nothing {why}")
 
 
 def open_model(config: PredictConfig) -> Model:

@@ -110,7 +110,7 @@ class Config(RunConfig):
     clip_loss: bool = True
     """CLIP loss between the decoded text code and its caption."""
     one_stream: bool = False
-    """Leave out the image stream, and with it distillation, MSE and reconstruction."""
+    """Leave out the image stream, and with it distillation, MSE, reconstruction and cycle."""
     words: bool = False
     """The text stream reads CLIP's features of all tokens instead of the end token's; an extension."""
     behaviour: tyro.conf.OmitArgPrefixes[Behaviour] = field(default_factory=Behaviour)
@@ -131,6 +131,8 @@ class Config(RunConfig):
     """Weight of the pixel loss between the face's and the image stream's reconstruction."""
     lambda_id: Weight = 0.0
     """Weight of the identity loss on the decoded text code."""
+    lambda_cycle: Weight = 0.0
+    """Weight of AnyFace++'s cycle (experimental): the image stream finds a caption's code in its picture."""
     decode_batch: Count | None = None
     """Samples of a step that are decoded for losses on pictures; None: all."""
 
@@ -240,6 +242,10 @@ def stream_terms(
         if about_image:
             x_i = generator.synthesis(w_i[:n])
             terms["rec"] = config.lambda_rec * losses.reconstruction(x.float(), x_i.float())
+        if w_i is not None and config.lambda_cycle:
+            painted = image_features(clip, generator.synthesis(w_t[:n]), how.clip_input)
+    if w_i is not None and config.lambda_cycle:  # outside of autocast, as all that the streams do
+        terms["cycle"] = config.lambda_cycle * losses.cycle(w_t[:n], image(painted)[0])
     return terms
 
 

@@ -74,9 +74,6 @@ TRAITS = (
     ),
 )  # fmt: skip
 
-LARGE = ("hair length", "hat", "hair colour", "skin", "background")
-"""Traits that cover a few per cent of the pixels at 32x32; glasses and lips need 64x64."""
-
 SUBJECTS = ("a person", "someone", "a face", "this person", "the person", "a man", "a woman")
 FRAMES = ("{} with {}", "{} has {}", "{} who has {}", "a picture of {} with {}", "{} that shows {}")
 

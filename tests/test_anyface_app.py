@@ -38,6 +38,7 @@ def test_sentence_to_faces_to_an_edited_face(page, browser, tmp_path):
     wait_for(lambda: browser.rectangle("#caption textarea"), 60)
     browser.write("#caption textarea", "a person with red hair and a zebra")
     browser.write("#count input[type=number]", "3")
+    browser.write("#seed input", "5\ue003")  # typed and taken back: an empty field
     browser.run("document.querySelector('#make').click()")
     images = "return document.querySelectorAll('#faces .grid-wrap img, #faces button img').length"
     wait_for(lambda: browser.run(images) == 3, 60)

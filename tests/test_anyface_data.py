@@ -44,7 +44,7 @@ from anyface.world import (
     render,
 )
 from shared.io import write_image
-from shared.runtime import UserError
+from shared.runtime import UserError, parse
 
 # --- the world -----------------------------------------------------------------------------------------
 
@@ -421,6 +421,8 @@ def test_codes_are_made_from_pictures_or_named(mm_celeba, tmp_path, capsys):
         )
     )
     assert read_codes(out, ["b/4", "a/17"]).shape == (2, 18, 512)
+    with pytest.raises(UserError, match="^--steps -1"):
+        parse(CodesOptions, "", ["--steps", "-1"])
     text(tmp_path / "names.txt", "17.jpg")
     with pytest.raises(UserError, match="1 names, 1 different, for 2 codes"):
         main(CodesOptions(latents=tmp_path / "latents.pt", names=tmp_path / "names.txt", out=out))

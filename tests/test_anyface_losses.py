@@ -1,17 +1,23 @@
 """AnyFace's objective: closed forms, slow references, gradients, the official switches; Ranger."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
 from anyface import losses
+from anyface.data import build_cache, open_faces
+from anyface.effects import code_effects
 from anyface.losses import BEHAVIOUR, code_distance, diverse_triplet
 from anyface.model import Stream
 from anyface.parts import small_clip, small_generator
 from anyface.ranger import Ranger
+from anyface.stages import Constants, Stage
+from anyface.train import PRESETS, stream_learner
 
 B, L, D = 10, 4, 6
 
@@ -177,6 +183,34 @@ def test_picture_losses_reach_the_stream_through_frozen_networks():
     moved = {name for name, p in stream.named_parameters() if p.grad.abs().sum() > 0}
     assert {"mapping.0.weight", "mapping.1.weight", "transformer_encoder.layers.0.linear1.weight"} <= moved
     assert all(p.grad is None for part in (clip, generator) for p in part.parameters())
+
+
+def test_the_triplet_keeps_captions_from_the_mean_face_and_mse_does_not():
+    """The demo's first two claims in short: they live in code space, where untrained networks are enough."""
+    torch.manual_seed(0)
+    (clip, tokenizer), generator, steps = small_clip(), small_generator(), 100
+    for network in (clip, generator):
+        network.eval().requires_grad_(False)
+    config = replace(
+        PRESETS["demo"], train_faces=150, test_faces=60, steps=steps, one_stream=True, clip_loss=False,
+        device="cpu",
+    )  # fmt: skip
+    known = (clip, tokenizer, generator, "correct", torch.device("cpu"))
+    train, test = (build_cache(open_faces(config, part, generator), *known) for part in ("train", "test"))
+    found = {}
+    for name in ("full", "no-dt"):
+        made = Constants(clip, tokenizer, generator)
+        learner = stream_learner(Stage(name, 0, steps), config, Accelerator(cpu=True), train, made, 0)
+        for step in range(steps):
+            for group in learner.optimiser.param_groups:
+                group["lr"] = 1e-3 * learner.schedule(step / steps)
+            learner.optimiser.zero_grad(set_to_none=True)
+            sum(learner.terms(step).values()).backward()
+            learner.optimiser.step()
+        pair = (learner.models["text"], learner.models["image"])
+        found[name] = code_effects(pair, test, train.mean, clip, False)
+    assert found["full"]["collapse index"] > 3 * found["no-dt"]["collapse index"]
+    assert found["full"]["spread"] > 2 * found["no-dt"]["spread"]
 
 
 def test_presets_differ_where_the_release_does():

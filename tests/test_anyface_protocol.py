@@ -245,7 +245,6 @@ def test_judge_reads_every_trait_and_named_ones_are_counted():
     assert named_accuracy(seen, ["a person with long hair and a hat"]) == 0.5
     assert named_accuracy(seen, ["someone has blond hair, pale skin and no hat"], coarse=True) == 0.0
     assert accuracy(seen, torch.tensor([[0, 1, 2, 0, 1, 1, 0]])) == pytest.approx(5 / 7)
-    assert accuracy(seen, torch.tensor([[0, 1, 2, 0, 1, 1, 0]]), ("hat", "lips")) == 0.5
     judge = Judge()
     assert [head.shape[1] for head in split_heads(judge(torch.zeros(2, 3, 32, 32)))] == [
         len(trait.shares) for trait in TRAITS
@@ -268,6 +267,8 @@ def test_latent_optimisation_comes_nearer_to_the_caption(constants):
     start = image_features(constants.clip, constants.generator.synthesis(cache.mean)).expand(4, -1)
     end = image_features(constants.clip, constants.generator.synthesis(codes))
     assert clip_score(end, texts) > clip_score(start, texts)
+    near = optimise_codes(texts, constants.generator, constants.clip, cache.mean, steps=8, lambda_l2=10.0)
+    assert (near - cache.mean).norm() < 0.5 * (codes - cache.mean).norm()
     together = optimise_codes(texts, constants.generator, constants.clip, cache.mean, steps=3, batch=4)
     apart = optimise_codes(texts, constants.generator, constants.clip, cache.mean, steps=3, batch=1)
     assert torch.allclose(together, apart, atol=1e-4)  # every caption is optimised as if alone

@@ -1,6 +1,8 @@
 """AnyFace: training, its switches, resume, several processes and evaluation in miniature."""
 
+import csv
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -18,7 +20,7 @@ from anyface import bench
 from anyface import eval as evaluation
 from anyface import train as training
 from anyface.bundle import load_model
-from anyface.clip import build_clip
+from anyface.clip import build_clip, image_features
 from anyface.data import Cache, build_cache, draw_pairs, open_faces
 from anyface.judges import Judge
 from anyface.losses import BEHAVIOUR, Behaviour
@@ -132,6 +134,33 @@ def test_weights_scale_their_terms_alone(constants, cache):
     heavy = replace(tiny().behaviour, norm_weight=0.5)
     terms, _ = terms_and_gradients(constants, cache, behaviour=heavy)
     assert torch.allclose(terms["norm"], plain["norm"] * 5, rtol=1e-4)
+
+
+def test_the_image_stream_reads_the_picture_of_a_caption_again(constants, cache):
+    terms, reached = terms_and_gradients(constants, cache, lambda_cycle=0.5)
+    assert reached["cycle"] == TEXT | IMAGE
+    text, image = make_streams(tiny(), constants, 0)
+    batch = draw_pairs(cache, [(i, i) for i in range(8)], 0, 0, "sample")
+    w_t = text(batch["f_t"][:2])[0]
+    again = image(image_features(constants.clip, constants.generator.synthesis(w_t)))[0]
+    assert torch.allclose(terms["cycle"], 0.5 * (w_t - again).abs().mean(), rtol=1e-4)
+    alone, _ = terms_and_gradients(constants, cache, lambda_cycle=0.5, one_stream=True)
+    assert "cycle" not in alone
+
+
+def test_the_identity_of_the_captions_picture_is_that_of_the_face(constants, cache):
+    class Embedder(torch.nn.Module):
+        def embed(self, pictures):
+            return pictures.flatten(1)
+
+    known = replace(constants, identity=Embedder())
+    terms, reached = terms_and_gradients(known, cache, lambda_id=0.5, noise_layers=0)
+    assert reached["id"] == TEXT
+    text, _ = make_streams(tiny(), constants, 0)
+    batch = draw_pairs(cache, [(i, i) for i in range(8)], 0, 0, "sample")
+    codes = (text(batch["f_t"][:2])[0], batch["w"][:2])
+    cosine = torch.cosine_similarity(*(constants.generator.synthesis(w).flatten(1) for w in codes))
+    assert torch.allclose(terms["id"], 0.5 * (1 - cosine.mean()), rtol=1e-4)
 
 
 def test_the_layers_of_noise_are_those_asked_for(constants, cache):
@@ -312,6 +341,7 @@ def test_evaluation_prints_claims_and_writes_results(run_folder):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "50.5   a table I hold" in done.stdout
+    assert re.search("TediGAN .* FID +106.4 +TediGAN paper's protocol, 256 px", done.stdout)
     assert done.stdout.strip().splitlines()[-1] == str(run_folder)
     assert "claims:" in done.stdout and "no row here is a result of AnyFace" in done.stdout
     results = json.loads((run_folder / "results.json").read_text())
@@ -332,7 +362,9 @@ def test_evaluation_prints_claims_and_writes_results(run_folder):
     assert "frechet_judge" in names and not names & {"FID", "LPIPS"}
     for name in ("captions", "captions-64", "editing", "unseen", "build-up"):
         assert (run_folder / "samples" / f"test-{name}.png").is_file()
-    assert (run_folder / "study" / "key.csv").is_file()
+    key = (run_folder / "study" / "key.csv").read_text().splitlines()[1:]
+    ranked = {"full", "full, noise", "no-dt", "no-cmd", "words", "latent optimisation"}
+    assert {row["method"] for row in csv.DictReader(["question,position,method", *key])} == ranked
 
 
 def run_here(*arguments: str) -> Path:

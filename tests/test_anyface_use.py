@@ -365,6 +365,14 @@ def test_predict_says_what_is_wrong(folder, tmp_path):
     for option in ("--degree 2", "--alpha 0.5", "--landmarks 1 2 3", "--steps 2", "--e4e a.pt", "--row 1"):
         with pytest.raises(UserError, match=f"{option.split()[0]} means nothing without --edit or --code"):
             predict("x", *base, *option.split())
+    for option in ("--count 2", "--m 0", "--psi 0.5", "--cutoff 2", "--seed 1"):
+        with pytest.raises(UserError, match=f"{option.split()[0]} means nothing with --edit or --code"):
+            predict("x", *base, "--code", "codes.pt", *option.split())
+    for option in ("--landmarks 1 2 3", "--steps 2", "--e4e a.pt"):
+        with pytest.raises(UserError, match=f"{option.split()[0]} means nothing without --edit$"):
+            predict("x", *base, "--code", "codes.pt", *option.split())
+    with pytest.raises(UserError, match="--row means nothing without --code$"):
+        predict("x", *base, "--edit", tmp_path / "face.png", "--row", 1)
     for option in ("--memory a.pt", "--clip a.pt", "--bf16"):
         with pytest.raises(UserError, match=f"{option.split()[0]} means nothing without --checkpoint"):
             predict("x", *base, *option.split())
