@@ -152,10 +152,11 @@ def _pairs(content: list[list[str]]) -> list[tuple[str, str]]:
 def prepare(config: PrepareConfig) -> Path:
     """Cut and describe every face; returns the folder of the data set. UserError when no photo shows one."""
     pairs = [pair for path in config.pairs for pair in read_json(path, "pairs of videos", _pairs)]
+    photos = inputs(config.photos)  # before the folders are made
     detector, sisters = open_detector(config.detector, pick_device(config.device)), Sisters(config)
     framing, used, left_out = Framing(*config.eyes), set(), []
     numbers: Counter[str] = Counter()  # VGGFace2 has thousands of pictures of one name
-    for path in progress(inputs(config.photos), "photos"):
+    for path in progress(photos, "photos"):
         below = path.relative_to(config.photos).as_posix() if config.photos.is_dir() else path.name
         for said, name, photo in pictures_of(path, config.frames):
             faces = detector([photo.seen], [below])[0]

@@ -310,7 +310,8 @@ def test_prepare_writes_what_the_loader_reads(tmp_path):
     with pytest.raises(UserError, match="no face was found"):
         prepare(PrepareConfig(photos / "b.png", tmp_path / "none"))
     with pytest.raises(UserError, match="no such picture or folder"):
-        prepare(PrepareConfig(tmp_path / "nowhere"))
+        prepare(PrepareConfig(tmp_path / "nowhere", tmp_path / "unmade"))
+    assert not (tmp_path / "unmade").exists()
 
 
 def test_prepare_tells_given_faces_of_one_name_apart(tmp_path):

@@ -121,9 +121,9 @@ def test_the_follow_ups_file_purifies(tmp_path):
     (purified,) = run_onnx(onnx, x=torch.zeros(1, 1, 112, 112))
     assert purified.shape == (1, 1, 112, 112)
     with pytest.raises(UserError, match="--ais goes with --eigenfaces"):
-        predict(Purify(images=(tmp_path / "a.png",), ais=tmp_path / "ais.pth"))
+        predict(Purify(images=(tmp_path / "a.png",), output=tmp_path / "out", ais=tmp_path / "ais.pth"))
     torch.save({"eig_vec": torch.eye(64 * 64, 1500), "avg_face": torch.zeros(64 * 64)}, tmp_path / "eig.pth")
     with pytest.raises(
         UserError, match="eig.pth: eigenfaces of 4096 pixels, and the networks take 112 x 112"
     ):
-        predict(Purify(images=(tmp_path / "a.png",), **paths))
+        predict(Purify(images=(tmp_path / "a.png",), output=tmp_path / "out", **paths))
