@@ -21,7 +21,7 @@ from biphasic_age.align import EYES, warp
 from biphasic_age.datasets import read_parts
 from biphasic_age.frozen import load_parser, require_face
 from biphasic_age.stages import load_generator
-from biphasic_age.translate import by_eyes, resized, squared
+from biphasic_age.translate import by_eyes, parse_photo
 from shared.io import IMAGE_ENDINGS, find_images, progress, read_image, write_image
 from shared.ranges import Within
 from shared.runtime import UserError, parse, pick_device, run_main
@@ -51,9 +51,7 @@ class ParseConfig:
 def aligned(image: Tensor, parser: nn.Module, size: int, device: torch.device, name: str) -> Tensor:
     """A picture (3, H, W) in [0, 1] -> the crop (3, size, size) with the eyes at `EYES`. UserError when the
     parser finds no face in it, or no eyes."""
-    square = resized(squared(image), parser.size)
-    labels = parser.labels((square * 2 - 1)[None].to(device))[0].cpu()
-    require_face(labels, name, share=0.02)
+    labels = parse_photo(parser, image, parser.size, device, name)
     move = by_eyes(image, labels, EYES, size)
     if move is None:
         raise UserError(f"{name}: the eyes were not found")

@@ -114,15 +114,27 @@ def resized(image: Tensor, size: int) -> Tensor:
     return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
 
 
-@torch.no_grad()
-def parse(ager: Ager, image: Tensor) -> Tensor:
-    """(3, S, S) in [0, 1] -> labels (S, S) on the CPU. UserError when there is no parser."""
+def own_parser(ager: Ager) -> Parser:
+    """Its parser. UserError when there is none."""
     if ager.parser is None:
         raise UserError(
             f"{ager.trained.folder}: this run trained no face parser; give the public one with "
             "--parser-weights 79999_iter.pth, or a label map with --layout"
         )
-    return ager.parser.labels((image * 2 - 1)[None].to(ager.device))[0].cpu()
+    return ager.parser
+
+
+@torch.no_grad()
+def parse(parser: Parser, image: Tensor, device: torch.device) -> Tensor:
+    """(3, S, S) in [0, 1] -> labels (S, S) on the CPU."""
+    return parser.labels((image * 2 - 1)[None].to(device))[0].cpu()
+
+
+def parse_photo(parser: Parser, photo: Tensor, side: int, device: torch.device, name: str) -> Tensor:
+    """Labels (side, side) of a photo's square. UserError when they show no face."""
+    labels = parse(parser, resized(squared(photo), side), device)
+    require_face(labels, name, share=0.02)
+    return labels
 
 
 def by_eyes(photo: Tensor, labels: Tensor, eyes: Eyes, size: int) -> Similarity | None:
@@ -138,9 +150,9 @@ def by_eyes(photo: Tensor, labels: Tensor, eyes: Eyes, size: int) -> Similarity 
 def locate(ager: Ager, photo: Tensor, name: str) -> tuple[Similarity, list[str]]:
     """Where the aligned crop lies in a photo: the similarity photo -> crop, and remarks. UserError when the
     parser finds no face."""
-    side = ager.parser.size if isinstance(ager.parser, BiSeNetParser) else ager.size
-    labels = parse(ager, resized(squared(photo), side))
-    require_face(labels, name, share=0.02)
+    parser = own_parser(ager)
+    side = parser.size if isinstance(parser, BiSeNetParser) else ager.size
+    labels = parse_photo(parser, photo, side, ager.device, name)
     move = None if ager.trained.eyes is None else by_eyes(photo, labels, ager.trained.eyes, ager.size)
     if move is None:
         note = f"{name}: the eyes were not found; the picture is taken as already aligned"
@@ -179,7 +191,7 @@ def translate(
     crop = warp(photo, move, (size, size))
     looks_like_one = True
     if layout is None:
-        labels = parse(ager, crop)
+        labels = parse(own_parser(ager), crop, ager.device)
         if isinstance(ager.parser, SmallParser):
             looks_like_one = ager.parser.space.contains((crop * 2 - 1)[None].to(ager.device)).item()
     else:
