@@ -58,10 +58,10 @@ demo: setup
 
 # One thread per test process: small networks gain nothing from more, and two processes then fit two cores.
 test: setup test-flower
-	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n $(WORKERS) -m 'not slow and not flower'
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow and not flower'
 
 test-all: setup test-flower
-	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n $(WORKERS) -m 'not flower'
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n $(WORKERS) --dist loadfile -m 'not flower'
 
 test-flower: setup-flower
 	OMP_NUM_THREADS=1 "$(FLOWER)/bin/python" -m pytest -q -m flower tests/test_dfl_flower.py

@@ -1,4 +1,4 @@
-"""Loss curves of one process and of two that `torchrun` starts, which must be the same."""
+"""Loss curves of one process and of two in one group, which must be the same."""
 
 import json
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TWO_PROCESSES, script
+from helpers import script
 from safetensors.torch import load_file
 
 from shared.runtime import parse_presets
@@ -17,9 +17,9 @@ def log_of(run: Path) -> list[dict[str, float]]:
 
 
 def run_two(paper: str, folder: Path, *arguments: str) -> Path:
-    """Run folder of `torchrun --nproc-per-node 2 train.py ARGUMENTS` on the CPU, which one process names."""
+    """Run folder of `train.py ARGUMENTS` on the CPU in two processes, of which one names it."""
     options = (*arguments, "--device", "cpu", "--out", folder / "two")
-    done = script(paper, "train.py", *options, launcher=TWO_PROCESSES, code=0, timeout=180)
+    done = script(paper, "train.py", *options, two=True, code=0, timeout=180)
     assert done.stdout.splitlines().count(str(folder / "two")) == 1, done.stdout
     return folder / "two"
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 from PIL import Image
 
 from shared.io import SYNTHETIC_SOURCE
@@ -41,49 +42,54 @@ TINY = {
 """Options of the demo that make its networks, data and steps as small as they may be."""
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-"""A launcher for `script`."""
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def script(
     paper: str,
     name: str,
     *arguments: object,
-    launcher: tuple[str, ...] = (),
+    fresh: bool = False,
+    two: bool = False,
     code: int | None = None,
     timeout: float | None = 300,
     **environment: str,
 ) -> subprocess.CompletedProcess:
-    """A script from the paper's folder, as a user starts it. code: the exit code that it must have."""
-    done = subprocess.run(
-        [sys.executable, *launcher, name, *map(str, arguments)],
-        cwd=REPOSITORY / paper,
-        env=ENVIRONMENT | environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    """A script from the paper's folder, as a user starts it. code: the exit code that it must have.
+
+    fresh: by an interpreter of its own, which imports everything; else, if its number of threads is the usual
+    one, in a copy of a process that has imported the libraries. two: in two processes, started by torchrun
+    if fresh.
+    """
+    program, environment = [name, *map(str, arguments)], ENVIRONMENT | environment
+    if fresh or environment["OMP_NUM_THREADS"] != ENVIRONMENT["OMP_NUM_THREADS"]:
+        done = subprocess.run(
+            [sys.executable, *(TORCHRUN if two else ()), *program],
+            cwd=REPOSITORY / paper,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    else:
+        start = forked.run_two if two else forked.run
+        done = start(program, REPOSITORY / paper, environment, timeout)
     assert code is None or done.returncode == code, done.stdout + done.stderr[-3000:]
     return done
 
 
 def kill_when(reached: Callable[[], bool], paper: str, *arguments: object) -> None:
     """Start train.py and kill it, as `kill -9` does, as soon as `reached`; it must not have ended by then."""
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *map(str, arguments)],
-        cwd=REPOSITORY / paper,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    program = ["train.py", *map(str, arguments)]
+    process = forked.start(program, REPOSITORY / paper, ENVIRONMENT, os.devnull, os.devnull)
     try:
         while not reached():
-            assert process.poll() is None, "ended before it could be killed"
+            assert process.exitcode is None, "ended before it could be killed"
             time.sleep(0.005)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
 
 
 DIES = """
@@ -103,16 +109,13 @@ Run.save = save
 """
 
 
-def die_after(saves: int, program: str, *arguments: object) -> None:
-    """Run a program, which finds its arguments in sys.argv[2:], and kill it after so many checkpoints."""
+def die_after(saves: int, program: str, folder: Path) -> None:
+    """Run a program, which finds the folder in sys.argv[2], and kill it after so many checkpoints."""
+    path = folder.with_name("program.py")
+    path.write_text(DIES + program)
     paths = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
-    done = subprocess.run(
-        [sys.executable, "-c", DIES + program, str(saves), *map(str, arguments)],
-        env=ENVIRONMENT | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    done = forked.run(
+        [str(path), str(saves), str(folder)], REPOSITORY, ENVIRONMENT | {"PYTHONPATH": paths}, timeout=300
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
 

@@ -310,7 +310,7 @@ def test_an_identity_loss_needs_its_network():
 def run_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     variants = ("--variants", "full", "no-dt", "no-cmd", "words")
-    done = script("train.py", "demo", *TINY, *variants, "--out", str(folder))
+    done = script("train.py", "demo", *TINY, *variants, "--out", str(folder), fresh=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(folder)
     return folder
@@ -337,7 +337,7 @@ def test_evaluation_prints_claims_and_writes_results(run_folder):
     held.write_text("method,dataset,metric,value,protocol\nX,CelebA-HQ,FID,50.5,a table I hold\n")
     done = script(
         "eval.py", "--run", str(run_folder), "--device", "cpu", "--optimise-steps", "2", "--study", "2",
-        "--rows", str(held),
+        "--rows", str(held), fresh=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "50.5   a table I hold" in done.stdout
@@ -386,8 +386,7 @@ def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path, one_thread):
 def test_two_processes_learn_what_one_does(tmp_path, one_thread):
     arguments = ["demo", *TINY, "--wide-steps", "0", "--decode-batch", "None", "--variants", "full"]
     run_here(*arguments, "--out", str(tmp_path / "one"))
-    launcher = helpers.TWO_PROCESSES
-    script("train.py", *arguments, "--out", tmp_path / "two", launcher=launcher, code=0)
+    script("train.py", *arguments, "--out", tmp_path / "two", fresh=True, two=True, code=0)
     for path in sorted((tmp_path / "one" / "trained").iterdir()):
         a, b = load_file(path), load_file(tmp_path / "two" / "trained" / path.name)
         for key in a:

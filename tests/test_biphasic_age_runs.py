@@ -56,7 +56,7 @@ def tiny(scene: dict | None = None, **changes) -> Config:
 def run_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     names = ("--variants", "full", "plain", "--scene.variants", "full", "no-layout")
-    done = script("train.py", "demo", *TINY, *names, "--out", str(folder))
+    done = script("train.py", "demo", *TINY, *names, "--out", str(folder), fresh=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(folder)
     return folder
@@ -89,7 +89,7 @@ def test_training_leaves_the_run_folder_described(run_folder):
 def evaluated(run_folder) -> str:
     """What the first evaluation of the run printed."""
     judges = [word for key, value in JUDGES.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    done = script("eval.py", "--run", str(run_folder), *judges)
+    done = script("eval.py", "--run", str(run_folder), *judges, fresh=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -24,16 +24,16 @@ TINY = helpers.TINY["dfgc2022"]
 TEAM = ["diverse-swin", "diverse-convnext-0", "diverse-convnext-1"]
 
 
-def run(script, *arguments, code=0, **environment):
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    return helpers.script("dfgc2022", script, *arguments, code=code, timeout=None, **environment)
+def run(script, *arguments, **options):
+    options = {"code": 0, "CUDA_VISIBLE_DEVICES": ""} | options
+    return helpers.script("dfgc2022", script, *arguments, timeout=None, **options)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A tiny run of the diverse team."""
     folder = tmp_path_factory.mktemp("runs") / "demo-0"
-    result = run("train.py", "demo", *TINY, "--out", folder, "--members", *TEAM)
+    result = run("train.py", "demo", *TINY, "--out", folder, "--members", *TEAM, fresh=True)
     assert result.stdout.splitlines()[-1] == str(folder)
     return folder
 
@@ -46,7 +46,7 @@ def test_training_logs_and_pictures(trained):
 
 
 def test_eval_of_the_embedded_contest(trained):
-    said = run("eval.py", "--run", trained, "--draws", "20").stdout
+    said = run("eval.py", "--run", trained, "--draws", "20", fresh=True).stdout
     assert said.splitlines()[-1] == str(trained)
     results = json.loads((trained / "results.json").read_text())
     claims = {claim["id"]: claim for claim in results["claims"]}

@@ -46,14 +46,14 @@ def outcome(folder: Path) -> tuple[list[dict], dict]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "é run"
-    trained = script("train.py", *SMALL, "--rounds", 6, "--out", folder)
+    trained = script("train.py", *SMALL, "--rounds", 6, "--out", folder, fresh=True)
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout.splitlines()[-1] == str(folder)
     return folder
 
 
 def test_evaluation_prints_and_writes_what_it_found(run):
-    done = script("eval.py", "--run", run)
+    done = script("eval.py", "--run", run, fresh=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(run)
     assert "not available" in done.stdout and "T1: holds" in done.stdout
@@ -216,8 +216,7 @@ def test_killed_runs_end_as_the_uninterrupted_one(run, tmp_path, seed):
 
 def test_two_processes_give_the_curve_of_one(run, tmp_path):
     folder = tmp_path / "two"
-    launcher = helpers.TWO_PROCESSES
-    script("train.py", *SMALL, "--rounds", 6, "--out", folder, launcher=launcher, code=0)
+    script("train.py", *SMALL, "--rounds", 6, "--out", folder, fresh=True, two=True, code=0)
     log, weights = outcome(folder)
     expected_log, expected = outcome(run)
     assert len(log) == len(expected_log)

@@ -301,9 +301,11 @@ def script(folder: Path, *arguments: str, **options) -> subprocess.CompletedProc
 
 
 def test_scripts_from_their_folder(tmp_path):
-    folder = Path(script(tmp_path, "train.py", "demo", *SMALL).stdout.splitlines()[-1])
+    folder = Path(script(tmp_path, "train.py", "demo", *SMALL, fresh=True).stdout.splitlines()[-1])
     assert folder == tmp_path / "faceswapper/demo-0"
-    printed = script(tmp_path, "eval.py", "--test-people", "6", "--device", "cpu").stdout.splitlines()
+    printed = script(
+        tmp_path, "eval.py", "--test-people", "6", "--device", "cpu", fresh=True
+    ).stdout.splitlines()
     assert Path(printed[-1]) == folder
     assert any(line.startswith("claims: ") for line in printed)
     results = json.loads((folder / "results.json").read_text())

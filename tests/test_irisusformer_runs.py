@@ -33,15 +33,15 @@ SCRIPTS = ["train", "eval", "predict", "export", "cross_database", "recognition"
 TINY = [*helpers.TINY["irisusformer"], "--variants", "learned", "ce", "--ensemble", "2"]
 
 
-def run(script, *arguments, code=0, **environment):
-    return helpers.script("irisusformer", f"{script}.py", *arguments, code=code, **environment)
+def run(script, *arguments, **options):
+    return helpers.script("irisusformer", f"{script}.py", *arguments, **{"code": 0} | options)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of 12 steps that was not interrupted."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = run("train", "demo", *TINY, "--steps", 12, "--save-every", 4, "--out", out)
+    done = run("train", "demo", *TINY, "--steps", 12, "--save-every", 4, "--out", out, fresh=True)
     assert done.stdout.splitlines()[-1] == str(out)
     return out
 
@@ -66,7 +66,7 @@ def test_killed_run_resumes_to_the_same_numbers(trained, tmp_path):
 
 
 def test_eval_prints_claims_and_writes_results(trained):
-    done = run("eval", "--run", trained)
+    done = run("eval", "--run", trained, fresh=True)
     assert done.stdout.splitlines()[-1] == str(trained)
     for text in ("AUROC", "ensemble of ce", "MC dropout", "flip disagreement", "temperature", "cost: holds"):
         assert text in done.stdout

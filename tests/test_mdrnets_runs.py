@@ -38,7 +38,7 @@ def tiny(**changes):
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    done = script("train.py", "demo", *TINY, "--variants", *VARIANTS_HERE, "--out", str(folder))
+    done = script("train.py", "demo", *TINY, "--variants", *VARIANTS_HERE, "--out", str(folder), fresh=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(folder)
     return folder
@@ -57,7 +57,7 @@ def test_training_leaves_the_run_folder_described(run_folder):
 
 
 def test_evaluation_prints_claims_and_writes_results(run_folder):
-    done = script("eval.py", "--run", str(run_folder), "--device", "cpu")
+    done = script("eval.py", "--run", str(run_folder), "--device", "cpu", fresh=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(run_folder)
     said = ("claims:", "no row here is a ShowFace result", "test pictures in every bin; 8-bit RGB composite")

@@ -56,8 +56,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
     arguments = ["demo", *TINY, "--data", "simple", "--variants", "full", "disentangled-ema", "--no-unet"]
     arguments += ["--copy-steps", "0", "--no-flip"]
     assert script("train.py", *arguments, "--out", str(tmp_path / "one")).returncode == 0
-    launcher = helpers.TWO_PROCESSES
-    script("train.py", *arguments, "--out", tmp_path / "two", launcher=launcher, code=0)
+    script("train.py", *arguments, "--out", tmp_path / "two", fresh=True, two=True, code=0)
     for path in sorted((tmp_path / "one" / "trained").iterdir()):
         a, b = load_file(path), load_file(tmp_path / "two" / "trained" / path.name)
         for key in a:

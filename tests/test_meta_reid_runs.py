@@ -24,8 +24,8 @@ from shared.io import Run, write_image
 from shared.runtime import UserError, parse_presets
 
 
-def script(name: str, *arguments: str, runs: Path) -> subprocess.CompletedProcess:
-    return helpers.script("meta_reid", name, *arguments, PAPERS_RUNS=str(runs))
+def script(name: str, *arguments: str, runs: Path, fresh: bool = False) -> subprocess.CompletedProcess:
+    return helpers.script("meta_reid", name, *arguments, fresh=fresh, PAPERS_RUNS=str(runs))
 
 
 def test_schedule():
@@ -152,11 +152,11 @@ def test_pictures_while_it_trains_change_nothing(tmp_path):
 
 
 def test_train_evaluate_and_search_from_the_folder(tmp_path, monkeypatch):
-    trained = script("train.py", "demo", "--seeds", "1", "--steps", "2", runs=tmp_path)
+    trained = script("train.py", "demo", "--seeds", "1", "--steps", "2", runs=tmp_path, fresh=True)
     assert trained.returncode == 0, trained.stderr
     folder = Path(trained.stdout.splitlines()[-1])
     assert folder == (tmp_path / "meta_reid" / "demo-0").resolve()
-    evaluated = script("eval.py", runs=tmp_path)
+    evaluated = script("eval.py", runs=tmp_path, fresh=True)
     assert evaluated.returncode == 0, evaluated.stderr
     printed = evaluated.stdout.splitlines()
     assert printed[-1] == str(folder) and len(printed) < 50

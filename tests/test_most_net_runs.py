@@ -82,13 +82,14 @@ def test_killed_and_resumed_run_is_the_same(tmp_path, saves):
 
 
 def test_scripts_from_their_folder(tmp_path):
-    def script(*arguments: str) -> str:
-        return helpers.script("most_net", *arguments, code=0, PAPERS_RUNS=str(tmp_path)).stdout
+    def script(*arguments: str, fresh: bool = False) -> str:
+        options = {"code": 0, "fresh": fresh, "PAPERS_RUNS": str(tmp_path)}
+        return helpers.script("most_net", *arguments, **options).stdout
 
     small = "--variants none most --pairs 4 8 --seeds 1 --steps 3 --artist-pairs 3 --artist-steps 3 --batch 2"
-    folder = Path(script("train.py", "demo", "--device", "cpu", *small.split()).splitlines()[-1])
+    folder = Path(script("train.py", "demo", "--device", "cpu", *small.split(), fresh=True).splitlines()[-1])
     assert folder == tmp_path / "most_net/demo-0"
-    printed = script("eval.py", "--device", "cpu", "--nlda-train", "4").splitlines()
+    printed = script("eval.py", "--device", "cpu", "--nlda-train", "4", fresh=True).splitlines()
     assert Path(printed[-1]) == folder
     assert any(line.startswith("claims: ") for line in printed)
     results = json.loads((folder / "results.json").read_text())

@@ -33,15 +33,15 @@ from shared.runtime import UserError, parse_presets
 TINY = helpers.TINY["pin"]
 
 
-def script(name: str, *arguments: object, check: int = 0) -> str:
-    done = helpers.script("pin", f"{name}.py", *arguments, code=check)
+def script(name: str, *arguments: object, check: int = 0, fresh: bool = False) -> str:
+    done = helpers.script("pin", f"{name}.py", *arguments, code=check, fresh=fresh)
     return done.stdout if check == 0 else done.stderr
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("pin") / "run"
-    printed = script("train", "demo", *TINY, "--out", out)
+    printed = script("train", "demo", *TINY, "--out", out, fresh=True)
     assert printed.splitlines()[-1] == str(out)
     return out
 
@@ -74,7 +74,7 @@ def test_a_killed_run_ends_the_same(run, tmp_path):
 
 
 def test_evaluation_and_results(run):
-    printed = script("eval", "--run", run, "--pairs", "10", "--repeats", "1", "--queries", "5")
+    printed = script("eval", "--run", run, "--pairs", "10", "--repeats", "1", "--queries", "5", fresh=True)
     assert printed.splitlines()[-1] == str(run)
     results = json.loads((run / "results.json").read_text())
     assert [claim["id"][:2] for claim in results["claims"]] == [f"C{i}" for i in range(1, 9)]
