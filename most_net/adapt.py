@@ -43,8 +43,8 @@ class Config:
     """Rounds of k-means over the pairs' queries."""
     merge: bool = False
     """Keep the slots of the run's own first memory as well."""
-    resize: bool = False
-    """Stretch pairs that are not 250x200."""
+    alignment: Alignment = Alignment(colour="grey")
+    """What to do with pairs that are not 250 rows by 200 columns; a colour scan of a sketch becomes grey."""
 
 
 @torch.no_grad()
@@ -73,8 +73,7 @@ def main(config: Config) -> None:
         raise UserError(f"--trial {trial.name}: a network without a memory cannot be taught")
     files = [image_files(folder) for folder in (config.photos, config.sketches)]
     found = match(*files, config.photos, config.sketches)
-    alignment = Alignment(resize="stretch" if config.resize else "error", colour="grey")
-    pairs = load(found, alignment, frame_of(settings, trial)[0] / HEIGHT)
+    pairs = load(found, config.alignment, frame_of(settings, trial)[0] / HEIGHT)
     height, width = pairs.photos.shape[-2:]
     side = max(trial.size, height, width)
     photos, sketches = (signed(pad_to(images, side, side)) for images in (pairs.photos, pairs.sketches))

@@ -240,7 +240,15 @@ def test_a_new_artist_is_taught_and_drawn_with(run, tmp_path):
         (tmp_path / "d.safetensors").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=words):
             adapt.main(replace(config, out=tmp_path / out))
-    adapt.main(replace(config, merge=True))
+    # What the message of pairs of another size names are options of this command.
+    write_image(tmp_path / "p" / "0.png", torch.rand(3, 64, 48))
+    write_image(tmp_path / "s" / "0.png", torch.rand(1, 64, 48))
+    with pytest.raises(UserError, match="48x64 pixels, .* --alignment.resize eyes .* or stretch"):
+        adapt.main(config)
+    files = ["--photos", str(tmp_path / "p"), "--sketches", str(tmp_path / "s"), "--out", str(config.out)]
+    adapt.main(
+        parse(adapt.Config, "", [*files, "--run", str(run), "--alignment.resize", "stretch", "--merge"])
+    )
     assert len(load_file(config.out)["keys"]) == 16
     predict.predict(use)
 
