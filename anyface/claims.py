@@ -58,7 +58,7 @@ def picture_claims(
     distance, cosine = editing["L1"], editing["cosine"]
     steps = list(zip(distance, distance[1:], strict=False))
     falling = all(b <= a * 1.02 for a, b in steps)
-    rise = max((b / a - 1 for a, b in steps if a), default=0.0)  # at distance 0 a degree gives the source itself
+    rise = max((b / a - 1 for a, b in steps if a), default=0.0)  # a is 0 where a degree gives the source
     ends = max(editing["first end"][0], editing["last end"][0])
     unseen_chance = max(seen["unseen, shuffled"], seen["mean face"])
     return [
