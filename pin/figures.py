@@ -1,5 +1,6 @@
 """Pictures of what PIN does: the picture row, probabilities, eigenfaces, and the price of robustness."""
 
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -96,15 +97,22 @@ def draw_figures(lab: Lab, table: Table, quality: dict[str, dict[str, float]], f
 
 def draw_probabilities(lab: Lab, path: Path) -> None:
     """Mean keep-probability over the eigenface index, with its spread over the test images, per ESN."""
-    figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-    for variant in lab.esns:
-        if not variant.startswith("lambda-"):
-            p = in_batches(lab.pin(variant).probabilities, lab.first).cpu()
-            mean, spread, index = p.mean(0), p.std(0), range(p.shape[1])
-            axes.plot(index, mean, label=variant, linewidth=1)
-            axes.fill_between(index, mean - spread, mean + spread, alpha=0.3)
-    axes.set(xlabel="eigenface", ylabel="keep-probability p", ylim=(0, 1))
-    axes.legend(fontsize=8)
+    variants = [variant for variant in lab.esns if not variant.startswith("lambda-")]
+    rows = -(-len(variants) // 2)
+    figure, panels = plt.subplots(
+        rows, 2, figsize=(8, 0.6 + 1.3 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, variant in zip_longest(panels.flat, variants):
+        if variant is None:
+            axes.remove()
+            continue
+        p = in_batches(lab.pin(variant).probabilities, lab.first).cpu()
+        mean, spread, index = p.mean(0), p.std(0), range(p.shape[1])
+        axes.plot(index, mean, linewidth=1, drawstyle="steps-mid")
+        axes.fill_between(index, mean - spread, mean + spread, alpha=0.3, step="mid")
+        axes.set(title=variant, ylim=(0, 1.05))
+    figure.supxlabel("eigenface")
+    figure.supylabel("keep-probability p")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
