@@ -13,8 +13,6 @@ export PYTHONPATH := $(CURDIR)
 
 # Flower pins other versions of a few packages, so it has an environment of its own that borrows the rest.
 FLOWER  := $(WHERE)-flower
-# Thousands of modules are installed and few used: each is compiled at its first import.
-INSTALL := -m pip install --no-compile --disable-pip-version-check
 
 .PHONY: help setup setup-flower demo test test-flower test-all bench report lint clean
 .DEFAULT_GOAL := help
@@ -38,8 +36,8 @@ setup:
 	if [ "$$(cat "$(WHERE)/.pins" 2>/dev/null)" != "$$pins" ]; then \
 	  echo 'setting up $(VENV) (some GB, a few minutes; later calls reuse it)' && \
 	  $(PYTHON) -m venv "$(WHERE)" && \
-	  PYTHONPATH= "$(BIN)/python" $(INSTALL) -q -r requirements-dev.txt && \
-	  PYTHONPATH= "$(BIN)/python" $(INSTALL) -qq --no-deps -r requirements-alone.txt -e . && \
+	  PYTHONPATH= "$(BIN)/python" -m pip install -q --disable-pip-version-check -r requirements-dev.txt && \
+	  PYTHONPATH= "$(BIN)/python" -m pip install -qq --disable-pip-version-check --no-deps -r requirements-alone.txt -e . && \
 	  echo "$$pins" > "$(WHERE)/.pins"; \
 	fi
 
@@ -48,7 +46,7 @@ setup-flower: setup
 	if [ "$$(cat "$(FLOWER)/.pins" 2>/dev/null)" != "$$pins" ]; then \
 	  echo 'setting up $(FLOWER)' && \
 	  $(PYTHON) -m venv "$(FLOWER)" && \
-	  PYTHONPATH= "$(FLOWER)/bin/python" $(INSTALL) -q -r dfl/requirements-flower.txt && \
+	  PYTHONPATH= "$(FLOWER)/bin/python" -m pip install -q --disable-pip-version-check -r dfl/requirements-flower.txt && \
 	  borrowed=$$("$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  own=$$("$(FLOWER)/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  echo "import site; site.addsitedir('$$borrowed')" > "$$own/borrowed.pth" && \
@@ -66,7 +64,7 @@ test-all: setup test-flower
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n $(WORKERS) --dist loadfile -m 'not flower'
 
 test-flower: setup-flower
-	OMP_NUM_THREADS=1 "$(FLOWER)/bin/python" -m pytest -q -n $(WORKERS) -m flower tests/test_dfl_flower.py
+	OMP_NUM_THREADS=1 "$(FLOWER)/bin/python" -m pytest -q -m flower tests/test_dfl_flower.py
 
 bench: setup
 	@"$(BIN)/python" -m shared.benchmarks $(or $(PAPER),$(LANDED))
