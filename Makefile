@@ -14,7 +14,7 @@ export PYTHONPATH := $(CURDIR)
 # Flower pins other versions of a few packages, so it has an environment of its own that borrows the rest.
 FLOWER  := $(WHERE)-flower
 
-.PHONY: help setup setup-flower demo test test-flower test-all bench report lint clean
+.PHONY: help setup setup-flower flower-environment demo test test-flower test-all bench report lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,15 +41,18 @@ setup:
 	  echo "$$pins" > "$(WHERE)/.pins"; \
 	fi
 
-setup-flower: setup
+# pip keeps one core busy: the two environments are made side by side.
+setup-flower:
+	@$(MAKE) --no-print-directory -j 2 setup flower-environment
+
+flower-environment:
 	@pins=$$(cat $(PINNED) dfl/requirements-flower.txt | sha256sum | cut -d' ' -f1); \
 	if [ "$$(cat "$(FLOWER)/.pins" 2>/dev/null)" != "$$pins" ]; then \
 	  echo 'setting up $(FLOWER)' && \
 	  $(PYTHON) -m venv "$(FLOWER)" && \
 	  PYTHONPATH= "$(FLOWER)/bin/python" -m pip install -q --disable-pip-version-check -r dfl/requirements-flower.txt && \
-	  borrowed=$$("$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  own=$$("$(FLOWER)/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
-	  echo "import site; site.addsitedir('$$borrowed')" > "$$own/borrowed.pth" && \
+	  echo "import site; site.addsitedir('$(WHERE)$${own#"$(FLOWER)"}')" > "$$own/borrowed.pth" && \
 	  echo "$$pins" > "$(FLOWER)/.pins"; \
 	fi
 
@@ -57,10 +60,10 @@ demo: setup
 	@"$(BIN)/python" -m shared.demo $(or $(PAPER),$(LANDED))
 
 # One thread per test process: small networks gain nothing from more, and two processes then fit two cores.
-test: setup test-flower
+test: test-flower
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n $(WORKERS) --dist loadfile -m 'not slow and not flower'
 
-test-all: setup test-flower
+test-all: test-flower
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -q -n $(WORKERS) --dist loadfile -m 'not flower'
 
 test-flower: setup-flower

@@ -373,11 +373,11 @@ def run_here(*arguments: str) -> Path:
 
 
 def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path, one_thread):
-    arguments = ["demo", *TINY, "--wide-steps", "0", "--steps", "40", "--variants", "full"]
+    arguments = ["demo", *TINY, "--wide-steps", "0", "--steps", "16", "--variants", "full"]
     run_here(*arguments, "--out", str(tmp_path / "whole"))
     killed = tmp_path / "killed"
     # In the middle of the streams.
-    middle = partial(helpers.has_logged, killed, 12)
+    middle = partial(helpers.has_logged, killed, 8)
     helpers.kill_when(middle, "anyface", *arguments, "--out", killed)
     run_here(*arguments, "--out", str(killed))
     helpers.assert_same_runs(killed, tmp_path / "whole")
