@@ -325,7 +325,7 @@ def test_flower_s_extra_is_what_its_app_and_the_makefile_install():
     plan = subprocess.run(["make", "-n", "test"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     steps = ("-r dfl/requirements-flower.txt", "-m flower tests/test_dfl_flower.py", "not flower")
     places = [plan.stdout.index(step) for step in steps]
-    assert places == sorted(places)
+    assert places == sorted(places) and "-r requirements-dev.txt" in plan.stdout
 
 
 def test_readme_names_every_trial():
